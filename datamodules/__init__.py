@@ -1,1 +1,5 @@
-"""To be written."""
+"""WebDataset streams of samples and queries, and the sample data."""
+
+from lightning_unlearn.datamodules.training import TrainingDataModule
+
+__all__ = ["TrainingDataModule"]

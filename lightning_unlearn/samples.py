@@ -60,6 +60,19 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class ViewBatch:
+    """What the network sees of ``B`` views, but for their timesteps and noise.
+
+    Attributes:
+        latents: ``(B, C, H, W)``.
+        text: ``(B, tokens, dim)``.
+    """
+
+    latents: Tensor
+    text: Tensor
+
+
+@dataclass(frozen=True)
 class SampleBatch:
     """Samples of one shard, stacked.
 

@@ -1,1 +1,31 @@
-"""To be written."""
+"""Fisher information, which holds everything else in place while a target is unlearned; one file a kind, one entry here."""
+
+from __future__ import annotations
+
+import os
+
+from lightning_unlearn.errors import InputError
+from lightning_unlearn.fisher.base import Fisher
+from lightning_unlearn.fisher.diagonal import DiagonalFisher
+
+FISHERS: dict[str, type[Fisher]] = {DiagonalFisher.kind: DiagonalFisher}
+
+__all__ = ["FISHERS", "DiagonalFisher", "Fisher", "load_fisher"]
+
+
+def load_fisher(path: str | os.PathLike[str]) -> Fisher:
+    """Read a Fisher of whatever kind the file holds.
+
+    Args:
+        path: A safetensors file that a Fisher's ``save`` wrote.
+
+    Returns:
+        The Fisher, on the CPU.
+
+    Raises:
+        InputError: If the file is missing, or not a Fisher this version knows.
+    """
+    kind = Fisher.read_about(path)["kind"]
+    if kind not in FISHERS:
+        raise InputError(f"{path} holds a Fisher of kind {kind!r}, which this version does not know ({', '.join(FISHERS)}).")
+    return FISHERS[kind].load(path)

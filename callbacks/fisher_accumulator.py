@@ -1,0 +1,306 @@
+"""Fisher information out of anybody's training, by a callback."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_unlearn.capture import CapturedLayer, GradientCapture
+from lightning_unlearn.errors import InputError
+from lightning_unlearn.fisher import FISHERS, Fisher
+from lightning_unlearn.parameters import layer_parameters, layer_specs, select_layers
+
+
+class FisherAccumulator(Callback):
+    """Collects the Fisher information of chosen weights during any LightningModule's ``fit``, out of its own backward passes.
+
+    Per-sample gradients are taken by hooks, so nothing of the training changes, not a bit of its numbers or its random
+    state. The mean of the loss over the batch, gradient accumulation and a GradScaler are undone. Batches with a gradient
+    that is not finite are left out and counted. With several ranks, each sees its own samples and sums are added.
+
+    Since weights move while it accumulates, let it wait for the last part of training (``start_step``, ``start_epoch``).
+
+    Args:
+        target: Dotted name of the network in the LightningModule, e.g. ``"unet"``; ``""`` for the module itself.
+        parameters: Which of its weights: ``text_kv``, ``cross_attention``, ``attention``, ``all``, or patterns of layer names
+            (see :func:`lightning_unlearn.parameters.select_layers`).
+        fisher: The kind of Fisher.
+        path: Where the Fisher is written at the end of training, as safetensors; relative to ``trainer.default_root_dir``.
+        start_step: Optimizer step at which it starts.
+        start_epoch: Epoch at which it starts; both must be reached.
+        every_n_batches: Take every n-th batch of an epoch.
+        reduction: How the training loss joins the batch's samples: ``"mean"`` or ``"sum"``.
+        loss_scale: A constant that the training loss is multiplied with, to be undone.
+        sample_weights: Dotted name of an attribute of the LightningModule that holds each sample's weight ``(B,)`` in
+            the last loss, to be undone; samples of weight 0 are left out.
+        save_in_checkpoint: Keep the sums in every checkpoint, so that a resumed training goes on with them. If false they
+            are kept in a file beside ``path`` instead, one for each checkpoint's step.
+
+    Raises:
+        InputError: If an argument is out of range.
+
+    Example::
+
+        from lightning.pytorch import Trainer
+        from lightning_unlearn.callbacks import FisherAccumulator
+
+        trainer = Trainer(callbacks=[FisherAccumulator(target="unet", start_epoch=8)])
+    """
+
+    def __init__(
+        self,
+        target: str = "unet",
+        parameters: str | list[str] = "text_kv",
+        fisher: Literal["diagonal"] = "diagonal",
+        path: str = "fisher.safetensors",
+        start_step: int = 0,
+        start_epoch: int = 0,
+        every_n_batches: int = 1,
+        reduction: Literal["mean", "sum"] = "mean",
+        loss_scale: float = 1.0,
+        sample_weights: str | None = None,
+        save_in_checkpoint: bool = True,
+    ) -> None:
+        if every_n_batches < 1 or loss_scale == 0 or reduction not in ("mean", "sum") or fisher not in FISHERS:
+            raise InputError(
+                "FisherAccumulator needs every_n_batches of at least 1, a loss_scale that is not 0, reduction 'mean' or 'sum', "
+                f"and a fisher among {', '.join(FISHERS)}."
+            )
+        self.target = target
+        self.parameters = parameters
+        self.fisher = fisher
+        self.path = path
+        self.start_step = start_step
+        self.start_epoch = start_epoch
+        self.every_n_batches = every_n_batches
+        self.reduction = reduction
+        self.loss_scale = loss_scale
+        self.sample_weights = sample_weights
+        self.save_in_checkpoint = save_in_checkpoint
+
+        self.skipped_batches = 0
+        # Sums of this rank since the start or the last resume; what a resume brought is kept apart, so that it is
+        # counted once however many ranks there are.
+        self._local: Fisher | None = None
+        self._restored: dict[str, Any] | None = None
+        self._capture: GradientCapture | None = None
+        self._trainer: Trainer | None = None
+        self._failed = False
+        self._steps: list[int] = []  # first and last optimizer step seen
+        self._saw_gradient = False
+
+    @property
+    @override
+    def state_key(self) -> str:
+        """One state for each network, selection and kind, so that several accumulators go into one checkpoint."""
+        return self._generate_state_key(target=self.target, parameters=self.parameters, fisher=self.fisher)
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Keep the Trainer; a LightningModule may build its network only later."""
+        self._trainer = trainer
+        self._failed = False
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the layers and put hooks on them; nothing is captured yet."""
+        layers = select_layers(self._network(pl_module), self.parameters)
+        frozen = [name for name, layer in layers.items() if not any(p.requires_grad for p in layer.parameters())]
+        if frozen:
+            raise InputError(
+                f"{len(frozen)} of the chosen layers are frozen (e.g. {frozen[0]}), so no gradient reaches them; "
+                "choose layers that are trained, or run `lightning-unlearn fisher` afterwards."
+            )
+        self._local = FISHERS[self.fisher](layer_specs(layers))
+        if self._restored is not None:
+            FISHERS[self.fisher](layer_specs(layers)).load_state(self._restored)  # refuses another selection at once
+        self._capture = GradientCapture(layers)
+        self._capture.enabled = False
+        self._capture.attach()
+        self._saw_gradient = False
+
+    def _network(self, pl_module: LightningModule) -> nn.Module:
+        try:
+            network = attrgetter(self.target)(pl_module) if self.target else pl_module
+        except AttributeError:
+            names = ", ".join(name for name, _ in pl_module.named_children())
+            raise InputError(f"{type(pl_module).__name__} has no {self.target!r}; its parts are: {names}.") from None
+        if not isinstance(network, nn.Module):
+            raise InputError(f"{self.target!r} of {type(pl_module).__name__} is a {type(network).__name__}, not a module.")
+        return network
+
+    def should_capture(self, step: int, epoch: int, batch_idx: int) -> bool:
+        """Whether a batch is taken; override for another rule.
+
+        Args:
+            step: Optimizer steps done.
+            epoch: The epoch.
+            batch_idx: The batch in the epoch.
+
+        Returns:
+            Whether its gradients are added.
+        """
+        return step >= self.start_step and epoch >= self.start_epoch and batch_idx % self.every_n_batches == 0
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Watch this batch if it is to be taken."""
+        assert self._capture is not None
+        self._capture.enabled = self.should_capture(trainer.global_step, trainer.current_epoch, batch_idx)
+
+    @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add what the backward pass left; runs for every micro-batch, before gradients are unscaled or clipped."""
+        if self._capture is None or not self._capture.enabled:
+            return
+        captured = self._capture.take()
+        if not captured:
+            return
+        self._saw_gradient = True
+        rows = len(next(iter(captured.values())))
+        factor = self._factor(trainer, pl_module, rows)
+        captured = {name: layer.scaled(factor) for name, layer in captured.items()}
+        if not all(layer.output_gradients.isfinite().all() for layer in captured.values()):
+            self.skipped_batches += 1  # the GradScaler skips this step too
+            return
+        assert self._local is not None
+        self._local.update(captured)
+        if isinstance(factor, Tensor):
+            self._local.count -= int((factor == 0).sum())
+        self._steps = [self._steps[0] if self._steps else trainer.global_step, trainer.global_step]
+
+    def _factor(self, trainer: Trainer, pl_module: LightningModule, rows: int) -> float | Tensor:
+        """What a sample's captured gradient is multiplied with to be that of its own loss."""
+        factor = 1.0 / self.loss_scale
+        if self.reduction == "mean":
+            factor *= rows
+        if pl_module.automatic_optimization:
+            factor *= trainer.accumulate_grad_batches
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None:
+            factor /= float(scaler.get_scale())
+        if self.sample_weights is None:
+            return factor
+        weights = torch.as_tensor(attrgetter(self.sample_weights)(pl_module)).detach()
+        if weights.shape != (rows,):
+            raise InputError(f"{self.sample_weights!r} has shape {tuple(weights.shape)}, but the batch has {rows} samples; it must hold one weight a sample.")
+        return torch.where(weights == 0, 0.0, factor / weights)
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Stop watching until the next batch; validation in between is not seen."""
+        assert self._capture is not None
+        if self._capture.enabled and not self._saw_gradient:
+            raise InputError(
+                f"No gradient reached any chosen layer of {self.target!r} in the first batch that was to be taken; "
+                "is the network compiled, or not used in the loss?"
+            )
+        self._capture.enabled = False
+
+    def total(self) -> Fisher:
+        """The sums over all ranks and earlier runs; every rank must call it.
+
+        Returns:
+            A new Fisher.
+        """
+        assert self._local is not None
+        total = FISHERS[self.fisher](self._local.layers)
+        total.load_tensors({name: tensor.clone() for name, tensor in self._local.tensors().items()})
+        count = torch.tensor(float(self._local.count), dtype=torch.float64)
+        if self._trainer is not None and self._trainer.world_size > 1:
+            device = self._trainer.strategy.root_device
+            # A rank that took no batch yet still holds its sums on the CPU.
+            total.load_tensors({name: self._sum(tensor.to(device)) for name, tensor in total.tensors().items()})
+            count = self._sum(count.to(device))
+        total.count = round(float(count))
+        if self._restored is not None:
+            earlier = FISHERS[self.fisher](self._local.layers)
+            earlier.load_state(self._restored)
+            total.merge(earlier)
+        return total
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        assert self._trainer is not None
+        reduced = self._trainer.strategy.reduce(tensor, reduce_op="sum")
+        assert isinstance(reduced, Tensor)
+        return reduced
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add up the ranks and write the file."""
+        total = self.total()
+        if total.count == 0:
+            rank_zero_warn("FisherAccumulator took no batch: start_step or start_epoch lies past the end of training. No Fisher is written.")
+            return
+        layers = select_layers(self._network(pl_module), self.parameters)
+        total.weights = {name: parameter.detach() for name, parameter in layer_parameters(layers).items()}
+        total.provenance = {
+            "module": f"{type(pl_module).__module__}.{type(pl_module).__qualname__}",
+            "target": self.target,
+            "steps": self._steps,
+            "averaged_weights_in_run": any(isinstance(callback, WeightAveraging) for callback in _callbacks(trainer)),
+            "skipped_batches": self.skipped_batches,
+        }
+        objective = getattr(pl_module, "objective", None)
+        if hasattr(objective, "settings"):
+            total.provenance["objective"] = objective.settings()
+        path = Path(trainer.default_root_dir) / self.path
+        if trainer.is_global_zero:
+            total.save(path)
+        rank_zero_info(f"Fisher of {total.count} samples written to {path}")
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """The sums so far, over all ranks and earlier runs.
+
+        After a failure on one rank there must be no collective, so what is kept then is the last resume's.
+        """
+        if self._local is None or (self._failed and self._trainer is not None and self._trainer.world_size > 1):
+            return {"fisher": self._restored, "steps": self._steps, "skipped_batches": self.skipped_batches}
+        state: dict[str, Any] = {"steps": self._steps, "skipped_batches": self.skipped_batches}
+        total = self.total()
+        if self.save_in_checkpoint:
+            return {**state, "fisher": total.state()}
+        assert self._trainer is not None
+        path = Path(self._trainer.default_root_dir) / self.path
+        path = path.with_name(f"{path.stem}-step={self._trainer.global_step}.safetensors")
+        if self._trainer.is_global_zero:
+            total.save(path)
+        return {**state, "file": str(path)}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint; its sums are kept apart from those of this run."""
+        self._steps = list(state_dict["steps"])
+        self.skipped_batches = int(state_dict["skipped_batches"])
+        self._restored = FISHERS[self.fisher].load(state_dict["file"]).state() if "file" in state_dict else state_dict["fisher"]
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Take the hooks off; a checkpoint written now must not wait for other ranks."""
+        self._failed = True
+        self._detach()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the hooks off and forget the Trainer."""
+        self._detach()
+        self._trainer = None
+
+    def _detach(self) -> None:
+        if self._capture is not None:
+            self._capture.detach()
+            self._capture = None
+
+
+def _callbacks(trainer: Trainer) -> Sequence[Callback]:
+    return getattr(trainer, "callbacks", [])

@@ -1,0 +1,190 @@
+"""Shards as training data: shuffled by seed and epoch, the same number of steps on every rank."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from webdataset.filters import shuffle as shuffle_buffer
+
+from lightning_unlearn.datamodules.reading import read_samples
+from lightning_unlearn.datamodules.sources import list_shards
+from lightning_unlearn.errors import InputError
+from lightning_unlearn.fingerprints import seed_of
+from lightning_unlearn.samples import Sample, SampleBatch, collate_samples
+from lightning_unlearn.shards import ShardInfo
+
+
+class TrainingStream(IterableDataset[SampleBatch]):
+    """One rank's endless shuffled samples, cut to a number of batches.
+
+    Shards are dealt over ranks and workers where there are enough of them; otherwise every one reads all shards and keeps
+    its own share of their samples. Who runs out of samples before the epoch ends starts over.
+
+    Args:
+        shards: All shards.
+        rank: This process.
+        world_size: How many there are.
+        batch_size: Samples a batch.
+        steps: Batches an epoch.
+        seed: Of the shuffling.
+        keys: If given, only samples with these keys.
+        shuffle: How many samples are held to be shuffled.
+    """
+
+    def __init__(
+        self,
+        shards: list[ShardInfo],
+        rank: int,
+        world_size: int,
+        batch_size: int,
+        steps: int,
+        seed: int,
+        keys: frozenset[str] | None,
+        shuffle: int,
+    ) -> None:
+        self.shards = shards
+        self.rank = rank
+        self.world_size = world_size
+        self.batch_size = batch_size
+        self.steps = steps
+        self.seed = seed
+        self.keys = keys
+        self.shuffle = shuffle
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[SampleBatch]:
+        worker = get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        steps = self.steps // workers + (number < self.steps % workers)
+        pending: list[Sample] = []
+        samples = self._samples(self.rank * workers + number, self.world_size * workers)
+        for _ in range(steps):
+            while len(pending) < self.batch_size:
+                pending.append(next(samples))
+            yield collate_samples("training", pending)
+            pending = []
+
+    def _samples(self, slot: int, slots: int) -> Iterator[Sample]:
+        """Endless samples of one of ``slots`` readers."""
+        by_shard = len(self.shards) >= slots
+        turn = 0
+        while True:
+            # All readers must agree on the order of the shards, so their number is not in this seed.
+            order = random.Random(seed_of("training-shards", self.seed, self.epoch, turn))
+            shards = sorted(self.shards, key=lambda shard: shard.url)
+            order.shuffle(shards)
+            mine = shards[slot::slots] if by_shard else shards
+            raw = self._chosen(mine, slot, 1 if by_shard else slots)
+            rng = random.Random(seed_of("training-samples", self.seed, self.epoch, turn, slot))
+            empty = True
+            for sample in shuffle_buffer(self.shuffle, initial=self.shuffle, rng=rng)(raw):
+                empty = False
+                yield sample
+            if empty:
+                raise InputError("A reader found no sample to train on; name keys that the shards hold, or use fewer workers or ranks.")
+            turn += 1
+
+    def _chosen(self, shards: list[ShardInfo], slot: int, slots: int) -> Iterator[Sample]:
+        position = 0
+        for shard in shards:
+            for sample in read_samples(shard):
+                if self.keys is not None and sample.key not in self.keys:
+                    continue
+                if position % slots == slot % slots:
+                    yield sample
+                position += 1
+
+
+class _EpochLoader:
+    """A DataLoader that tells its stream the number of the epoch before workers start."""
+
+    def __init__(self, loader: DataLoader[SampleBatch], stream: TrainingStream, datamodule: TrainingDataModule) -> None:
+        self.loader = loader
+        self.stream = stream
+        self.datamodule = datamodule
+
+    def __len__(self) -> int:
+        return self.stream.steps
+
+    def __iter__(self) -> Iterator[SampleBatch]:
+        trainer = self.datamodule.trainer
+        self.stream.epoch = trainer.current_epoch if trainer is not None else self.stream.epoch + 1
+        return iter(self.loader)
+
+
+class TrainingDataModule(LightningDataModule):
+    """Shards as a stream of shuffled training batches (:class:`~lightning_unlearn.samples.SampleBatch`).
+
+    Args:
+        shards: Folders, paths, brace patterns or http(s) addresses.
+        batch_size: Samples a batch and rank.
+        seed: Of the shuffling; an epoch's order is a function of it and the epoch's number.
+        num_workers: Processes that read, a rank.
+        keys: A text file with one key a line: train on these samples only.
+        samples_per_epoch: Over all ranks; by default the number in the manifest, or the number of keys.
+        shuffle: How many samples a reader holds to shuffle.
+        allow_pipe: Whether ``pipe:`` addresses are let through.
+
+    Raises:
+        InputError: If the batch size is below 1.
+    """
+
+    def __init__(
+        self,
+        shards: str | list[str],
+        batch_size: int = 64,
+        seed: int = 0,
+        num_workers: int = 0,
+        keys: str | None = None,
+        samples_per_epoch: int | None = None,
+        shuffle: int = 5000,
+        allow_pipe: bool = False,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, but is {batch_size}.")
+        self.shards = shards
+        self.batch_size = batch_size
+        self.seed = seed
+        self.num_workers = num_workers
+        self.keys = keys
+        self.samples_per_epoch = samples_per_epoch
+        self.shuffle = shuffle
+        self.allow_pipe = allow_pipe
+
+    def train_dataloader(self) -> _EpochLoader:
+        """The training batches of this rank.
+
+        Returns:
+            A loader of a known length, the same on every rank.
+
+        Raises:
+            InputError: If the number of samples is unknown, or too few for one batch a rank.
+        """
+        shards = list_shards(self.shards, allow_pipe=self.allow_pipe)
+        keys = _read_keys(self.keys) if self.keys is not None else None
+        total = self.samples_per_epoch or (len(keys) if keys is not None else None)
+        if total is None:
+            counts = [shard.samples for shard in shards if shard.samples is not None]
+            if len(counts) < len(shards):
+                raise InputError("These shards have no manifest, so the length of an epoch is unknown; set samples_per_epoch.")
+            total = sum(counts)
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+        steps = total // (self.batch_size * world_size)
+        if steps == 0:
+            raise InputError(f"{total} samples are too few for one batch of {self.batch_size} on each of {world_size} ranks; use a smaller batch_size.")
+        stream = TrainingStream(shards, rank, world_size, self.batch_size, steps, self.seed, keys, self.shuffle)
+        return _EpochLoader(DataLoader(stream, batch_size=None, num_workers=self.num_workers), stream, self)
+
+
+def _read_keys(path: str) -> frozenset[str]:
+    if not Path(path).is_file():
+        raise InputError(f"There is no list of keys at {path}; give a text file with one key a line.")
+    keys = frozenset(line.strip() for line in Path(path).read_text().splitlines() if line.strip())
+    if not keys:
+        raise InputError(f"The list of keys {path} is empty; give a text file with one key a line.")
+    return keys

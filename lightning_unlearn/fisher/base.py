@@ -1,0 +1,228 @@
+"""What every Fisher can do, and the file it is kept in."""
+
+from __future__ import annotations
+
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from lightning_unlearn.capture import CapturedLayer
+from lightning_unlearn.errors import InputError
+from lightning_unlearn.parameters import LayerSpec
+from lightning_unlearn.shards import write_atomically
+
+FORMAT = 1
+
+
+class Fisher(ABC):
+    """Fisher information of chosen layers, collected from per-sample gradients.
+
+    The state is sums over samples, so merging ranks and runs is addition.
+
+    Args:
+        layers: The layers it covers, by name.
+
+    Attributes:
+        kind: The name in files and configs.
+        count: How many samples it was summed over.
+        provenance: How it came about, as JSON: objective, steps, EMA or not.
+        weights: The chosen weights where it was taken, or empty.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, layers: Mapping[str, LayerSpec]) -> None:
+        self.layers = dict(layers)
+        self.count = 0
+        self.provenance: dict[str, Any] = {}
+        self.weights: dict[str, Tensor] = {}
+
+    @property
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all covered parameters by name."""
+        return {name: shape for layer in self.layers.values() for name, shape in layer.parameter_shapes.items()}
+
+    @abstractmethod
+    def update(self, captured: Mapping[str, CapturedLayer]) -> None:
+        """Add the samples of one backward pass.
+
+        Args:
+            captured: Layer name to per-sample gradients of a *sum* of losses; absent layers had none.
+        """
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums that make up the state (the very tensors, not copies).
+
+        Returns:
+            Name to tensor.
+        """
+
+    @abstractmethod
+    def finalize(self, damping: float) -> None:
+        """Turn sums into what :meth:`precondition` and :meth:`quadratic` need; the sums stay.
+
+        Args:
+            damping: Share of each layer's mean Fisher that is added to it.
+        """
+
+    @abstractmethod
+    def precondition(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Multiply by the inverse of the damped Fisher: ``F⁻¹ g``.
+
+        Args:
+            gradients: Parameter name to ``(*, *parameter)``; leading dimensions are kept.
+
+        Returns:
+            The same shapes. Layers whose Fisher is all zero give zero.
+        """
+
+    @abstractmethod
+    def quadratic(self, delta: Mapping[str, Tensor]) -> Tensor:
+        """The quadratic form ``δᵀ F δ`` with the damped Fisher.
+
+        Args:
+            delta: Parameter name to ``(*, *parameter)``.
+
+        Returns:
+            The leading dimensions ``(*,)``.
+        """
+
+    def merge(self, other: Fisher) -> None:
+        """Add the samples that another Fisher of the same layers has seen.
+
+        Args:
+            other: Of the same kind and layers.
+
+        Raises:
+            InputError: If kinds or layers differ.
+        """
+        if other.kind != self.kind or other.layers != self.layers:
+            raise InputError(f"A {other.kind} Fisher of {len(other.layers)} layers can't be added to a {self.kind} one of {len(self.layers)}: kinds and layers must agree.")
+        theirs = other.tensors()
+        self.load_tensors({name: tensor + theirs[name].to(tensor) for name, tensor in self.tensors().items()})
+        self.count += other.count
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Fisher:
+        """Move the state; what :meth:`finalize` made is dropped.
+
+        Args:
+            device: Where to.
+            dtype: And to which type, if given.
+
+        Returns:
+            Itself.
+        """
+        self.load_tensors({name: tensor.to(device, dtype) for name, tensor in self.tensors().items()})
+        return self
+
+    @abstractmethod
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the sums.
+
+        Args:
+            tensors: As :meth:`tensors` gives them.
+        """
+
+    def state(self) -> dict[str, Any]:
+        """The state for a checkpoint: only tensors, numbers and strings, so that it loads with ``weights_only=True``.
+
+        Returns:
+            What :meth:`load_state` takes.
+        """
+        return {
+            "kind": self.kind,
+            "layers": [layer.to_json() for layer in self.layers.values()],
+            "count": self.count,
+            "tensors": {name: tensor.detach().cpu().clone() for name, tensor in self.tensors().items()},
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Replace the state by one that :meth:`state` gave.
+
+        Args:
+            state: Of the same kind and layers.
+
+        Raises:
+            InputError: If kinds or layers differ.
+        """
+        layers = {fields["name"]: LayerSpec.from_json(fields) for fields in state["layers"]}
+        if state["kind"] != self.kind or layers != self.layers:
+            raise InputError("The checkpoint holds a Fisher of other layers; use the parameters it was started with, or start anew.")
+        self.load_tensors(state["tensors"])
+        self.count = int(state["count"])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file, whole or not at all.
+
+        Args:
+            path: The file; its folder is made.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        about = {
+            "format": FORMAT,
+            "kind": self.kind,
+            "count": self.count,
+            "layers": [layer.to_json() for layer in self.layers.values()],
+            "provenance": self.provenance,
+        }
+        tensors = {f"fisher/{name}": tensor.detach().cpu().contiguous() for name, tensor in self.tensors().items()}
+        tensors |= {f"weights/{name}": weight.detach().cpu().contiguous() for name, weight in self.weights.items()}
+        write_atomically(path, safetensors.torch.save(tensors, {"lightning_unlearn": json.dumps(about)}))
+
+    @classmethod
+    def read_about(cls, path: str | os.PathLike[str]) -> dict[str, Any]:
+        """What a Fisher's file says about itself, without reading its tensors.
+
+        Args:
+            path: The file.
+
+        Returns:
+            Format, kind, count, layers and provenance.
+
+        Raises:
+            InputError: If it is missing or not a Fisher.
+        """
+        if not Path(path).is_file():
+            raise InputError(f"There is no Fisher at {path}; train with FisherAccumulator or run `lightning-unlearn fisher` to make one.")
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                about = json.loads((file.metadata() or {})["lightning_unlearn"])
+        except (safetensors.SafetensorError, KeyError, ValueError) as error:
+            raise InputError(f"{path} is not a Fisher of this package ({type(error).__name__}: {error}); make it again.") from None
+        if about.get("format") != FORMAT:
+            raise InputError(f"{path} has format {about.get('format')}, this version reads {FORMAT}; make it again.")
+        return dict(about)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Fisher:
+        """Read a file that :meth:`save` wrote.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The Fisher, on the CPU.
+
+        Raises:
+            InputError: If it is not a Fisher of this kind.
+        """
+        about = cls.read_about(path)
+        if about["kind"] != cls.kind:
+            raise InputError(f"{path} holds a {about['kind']} Fisher, not a {cls.kind} one.")
+        fisher = cls({fields["name"]: LayerSpec.from_json(fields) for fields in about["layers"]})
+        tensors = safetensors.torch.load_file(path)
+        fisher.load_tensors({name.removeprefix("fisher/"): tensor for name, tensor in tensors.items() if name.startswith("fisher/")})
+        fisher.weights = {name.removeprefix("weights/"): tensor for name, tensor in tensors.items() if name.startswith("weights/")}
+        fisher.count = int(about["count"])
+        fisher.provenance = about["provenance"]
+        return fisher

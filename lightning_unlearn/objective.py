@@ -1,0 +1,171 @@
+"""A diffusion model's training loss, one number a view; the only loss in the package."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_unlearn.errors import InputError
+from lightning_unlearn.families import family_of
+from lightning_unlearn.samples import ViewBatch
+
+
+class Objective(ABC):
+    """The loss that a network was trained with; derive from it to attribute a model with a loss of its own.
+
+    Timesteps and noise always come from outside, so that a loss can be evaluated again.
+
+    Attributes:
+        num_timesteps: Length of the training schedule; timesteps are drawn from ``[0, num_timesteps)``.
+
+    Example:
+        >>> class Plain(Objective):
+        ...     num_timesteps = 10
+        ...     def __call__(self, network, batch, timesteps, noise):
+        ...         noisy = batch.latents + timesteps[:, None, None, None] / 10 * noise
+        ...         return (network(noisy) - noise).square().flatten(1).mean(1)
+        >>> batch = ViewBatch(torch.zeros(2, 3, 4, 4), torch.zeros(2, 1, 1))
+        >>> Plain()(torch.nn.Identity(), batch, torch.tensor([10, 0]), torch.ones(2, 3, 4, 4))
+        tensor([0., 1.])
+    """
+
+    num_timesteps: int
+
+    @abstractmethod
+    def __call__(self, network: nn.Module, batch: ViewBatch, timesteps: Tensor, noise: Tensor) -> Tensor:
+        """The loss of each view.
+
+        Args:
+            network: The denoiser, called as it is.
+            batch: ``B`` latents and texts.
+            timesteps: ``(B,)`` int64.
+            noise: ``(B, C, H, W)`` standard normal.
+
+        Returns:
+            ``(B,)``, float32 or wider, differentiable with respect to the network's weights.
+        """
+
+    def settings(self) -> dict[str, Any]:
+        """What tells this objective from another, as JSON; it enters the fingerprint of every run.
+
+        Returns:
+            JSON-like settings. By default the name of the class.
+        """
+        return {"class": f"{type(self).__module__}.{type(self).__qualname__}"}
+
+
+class DenoisingObjective(Objective):
+    r"""Mean squared error of a noise (ε), velocity (v) or image (x₀) prediction.
+
+    With :math:`x_t = \sqrt{\bar α_t}\, x_0 + \sqrt{1-\bar α_t}\, ε` the target is :math:`ε`,
+    :math:`\sqrt{\bar α_t}\, ε - \sqrt{1-\bar α_t}\, x_0`, or :math:`x_0`, as the scheduler's ``prediction_type`` has it
+    (Ho et al., arXiv 2006.11239, Eq. 14; Salimans and Ho, arXiv 2202.00512, Section 4 and Appendix D).
+
+    Args:
+        scheduler: Settings of ``diffusers.DDPMScheduler``, or the folder of a saved scheduler or pipeline.
+        prediction_type: Overrides the scheduler's.
+        snr_gamma: Weigh the loss at each timestep by Min-SNR-γ (Hang et al., arXiv 2303.09556, Section 3.4);
+            ``None`` for no weighting.
+
+    Raises:
+        InputError: If the scheduler can't be read, or is not one of a noise schedule.
+    """
+
+    def __init__(
+        self,
+        scheduler: str | dict[str, Any] | None = None,
+        prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None,
+        snr_gamma: float | None = None,
+    ) -> None:
+        self.scheduler = load_scheduler(scheduler, prediction_type)
+        self.num_timesteps = int(self.scheduler.config.num_train_timesteps)
+        self.prediction_type: str = self.scheduler.config.prediction_type
+        self.snr_gamma = snr_gamma
+
+    def __call__(self, network: nn.Module, batch: ViewBatch, timesteps: Tensor, noise: Tensor) -> Tensor:
+        """The loss of each view; see :meth:`Objective.__call__`.
+
+        Args:
+            network: A network of a known family.
+            batch: ``B`` latents and texts.
+            timesteps: ``(B,)`` int64.
+            noise: ``(B, C, H, W)``.
+
+        Returns:
+            ``(B,)``, float32 or wider.
+        """
+        noisy = self.scheduler.add_noise(batch.latents, noise, timesteps)
+        prediction = family_of(network).predict(network, noisy, timesteps, batch)
+        # The difference is taken in float32 even where the network runs in half precision.
+        wide = torch.promote_types(prediction.dtype, torch.float32)
+        error = prediction.to(wide) - self._target(batch.latents, noise, timesteps).to(wide)
+        loss = error.square().flatten(1).mean(1)  # (B,)
+        return loss if self.snr_gamma is None else loss * self._weight(timesteps).to(loss)
+
+    def _target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        if self.prediction_type == "epsilon":
+            return noise
+        if self.prediction_type == "v_prediction":
+            return cast(Tensor, self.scheduler.get_velocity(latents, noise, timesteps))
+        return latents
+
+    def _weight(self, timesteps: Tensor) -> Tensor:
+        assert self.snr_gamma is not None
+        alphas_cumprod = self.scheduler.alphas_cumprod.to(timesteps.device, torch.float64)[timesteps]  # (B,)
+        snr = alphas_cumprod / (1 - alphas_cumprod)
+        clipped = snr.clamp(max=self.snr_gamma)
+        if self.prediction_type == "epsilon":
+            # min(SNR, γ) / SNR, written so that SNR = 0 (a schedule rescaled to zero terminal SNR) gives 1, not NaN.
+            return (self.snr_gamma / snr).clamp(max=1.0)
+        return clipped / (snr + 1) if self.prediction_type == "v_prediction" else clipped
+
+    def settings(self) -> dict[str, Any]:
+        """The schedule, the prediction type and the weighting.
+
+        Returns:
+            JSON-like settings.
+        """
+        config = {name: value for name, value in self.scheduler.config.items() if not name.startswith("_")}
+        return {**super().settings(), "scheduler": config, "snr_gamma": self.snr_gamma}
+
+
+def load_scheduler(scheduler: str | dict[str, Any] | None, prediction_type: str | None) -> Any:
+    """A ``DDPMScheduler`` with the noise schedule that a model was trained with.
+
+    Args:
+        scheduler: Its settings, the folder that holds ``scheduler_config.json``, or a pipeline's folder.
+        prediction_type: Overrides the one found.
+
+    Returns:
+        The scheduler.
+
+    Raises:
+        InputError: If it can't be read, or has no noise schedule (flow matching).
+    """
+    from pathlib import Path
+
+    from diffusers import DDPMScheduler
+
+    if isinstance(scheduler, str):
+        folder = Path(scheduler)
+        folder = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
+        if not (folder / "scheduler_config.json").is_file():
+            raise InputError(f"No scheduler_config.json in {folder}; name the folder of a saved scheduler or pipeline.")
+        config = DDPMScheduler.load_config(str(folder), local_files_only=True)
+    else:
+        config = dict(scheduler or {})
+    if "FlowMatch" in str(config.get("_class_name", "")):
+        raise InputError(
+            f"{config['_class_name']} is a flow-matching schedule, which DenoisingObjective does not cover; give your own objective."
+        )
+    if prediction_type is not None:
+        config["prediction_type"] = prediction_type
+    built = DDPMScheduler.from_config(config)
+    if built.config.prediction_type not in ("epsilon", "v_prediction", "sample"):
+        raise InputError(
+            f"The scheduler's prediction_type {built.config.prediction_type!r} is none of epsilon, v_prediction, sample."
+        )
+    return built

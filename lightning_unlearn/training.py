@@ -1,0 +1,87 @@
+"""Plain training of a diffusion model on shards, for those who have no LightningModule of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+
+from lightning_unlearn.loading import load_network
+from lightning_unlearn.objective import DenoisingObjective, Objective
+from lightning_unlearn.samples import SampleBatch, ViewBatch
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+SchedulerFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
+
+
+class DiffusionModule(LightningModule):
+    """Trains a denoiser on ``SampleBatch``es: a random caption, timestep and noise for each sample.
+
+    Args:
+        network: The denoiser, or a diffusers folder.
+        objective: Its loss; a plain ε-prediction by default.
+        optimizer: Makes the optimizer from the weights; AdamW by default.
+        lr_scheduler: Makes the learning-rate schedule, stepped after every optimizer step.
+        flips: Whether half of the samples are mirrored (needs shards with flips).
+        weights: A file to start from.
+        prefix: What stands before the network's names in it.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module | str,
+        objective: Objective | None = None,
+        optimizer: OptimizerFactory = torch.optim.AdamW,
+        lr_scheduler: SchedulerFactory | None = None,
+        flips: bool = False,
+        weights: str | None = None,
+        prefix: str = "",
+    ) -> None:
+        super().__init__()
+        self.network = load_network(network, weights, prefix).train()
+        self.objective = objective or DenoisingObjective()
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.flips = flips
+
+    def training_step(self, batch: SampleBatch, batch_idx: int) -> Tensor:
+        """The mean loss of a batch.
+
+        Args:
+            batch: ``B`` samples.
+            batch_idx: Its number.
+
+        Returns:
+            A scalar.
+        """
+        views, timesteps, noise = self._draw(batch)
+        loss = self.objective(self.network, views, timesteps, noise).mean()
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch))
+        return loss
+
+    def _draw(self, batch: SampleBatch) -> tuple[ViewBatch, Tensor, Tensor]:
+        """A random view of each sample, from the global random state as in any training."""
+        rows = torch.arange(len(batch))
+        captions = (torch.rand(len(batch)) * batch.caption_counts).long()  # (B,)
+        latents = batch.latents
+        if self.flips:
+            if batch.latents_flip is None:
+                raise ValueError("These shards hold no latent_flip.npy; prepare them with flips, or train without.")
+            mirrored = torch.rand(len(batch), device=self.device) < 0.5
+            latents = torch.where(mirrored[:, None, None, None], batch.latents_flip, latents)
+        timesteps = torch.randint(0, self.objective.num_timesteps, (len(batch),), device=self.device)
+        return ViewBatch(latents, batch.text[rows, captions]), timesteps, torch.randn_like(latents)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """The optimizer over all weights, and the schedule.
+
+        Returns:
+            As Lightning takes them.
+        """
+        optimizer = self.optimizer(self.network.parameters())
+        if self.lr_scheduler is None:
+            return {"optimizer": optimizer}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
