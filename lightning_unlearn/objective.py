@@ -154,18 +154,28 @@ def load_scheduler(scheduler: str | dict[str, Any] | None, prediction_type: str 
         folder = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
         if not (folder / "scheduler_config.json").is_file():
             raise InputError(f"No scheduler_config.json in {folder}; name the folder of a saved scheduler or pipeline.")
-        config = DDPMScheduler.load_config(str(folder), local_files_only=True)
+        try:
+            config = DDPMScheduler.load_config(str(folder), local_files_only=True)
+        except OSError as error:
+            raise InputError(
+                f"{folder / 'scheduler_config.json'} can't be read ({error}); save the scheduler again."
+            ) from None
     else:
         config = dict(scheduler or {})
     if "FlowMatch" in str(config.get("_class_name", "")):
         raise InputError(
-            f"{config['_class_name']} is a flow-matching schedule, which DenoisingObjective does not cover; give your own objective."
+            f"{config['_class_name']} is a flow-matching schedule, which DenoisingObjective does not cover; "
+            "give your own objective."
         )
     if prediction_type is not None:
         config["prediction_type"] = prediction_type
-    built = DDPMScheduler.from_config(config)
+    try:
+        built = DDPMScheduler.from_config(config)
+    except (NotImplementedError, TypeError, ValueError) as error:
+        raise InputError(f"The scheduler's settings don't make a noise schedule ({error}); correct them.") from None
     if built.config.prediction_type not in ("epsilon", "v_prediction", "sample"):
         raise InputError(
-            f"The scheduler's prediction_type {built.config.prediction_type!r} is none of epsilon, v_prediction, sample."
+            f"The scheduler's prediction_type {built.config.prediction_type!r} is none of epsilon, v_prediction, sample; "
+            "give the one that the model was trained with."
         )
     return built

@@ -1,0 +1,205 @@
+"""Scores to disk while predict runs."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_unlearn.errors import InputError
+from lightning_unlearn.module import Deviations, UnlearningModule
+from lightning_unlearn.scores import (
+    FAILED,
+    RULES,
+    RUN_FILE,
+    done_shards,
+    read_run,
+    reduce_losses,
+    run_digest,
+    shard_path,
+    write_shard_scores,
+)
+from lightning_unlearn.shards import shard_id, write_atomically
+
+PACKAGES = ("lightning-unlearn", "torch", "lightning", "diffusers", "webdataset")
+
+
+@dataclass
+class _Open:
+    """A shard whose end has not come yet."""
+
+    keys: list[str] = field(default_factory=list)
+    base: list[Tensor] = field(default_factory=list)
+    scores: list[Tensor] = field(default_factory=list)
+    failed: str | None = None
+    skipped: int = 0
+
+
+class ScoreWriter(Callback):
+    """Reduces deviations to scores and writes one Parquet file a shard, whole or not at all.
+
+    A restart with the same weights, Fisher, queries, views and rule leaves out the shards that are done; a folder of another run
+    is refused. A shard that fails (cut off, NaN losses, a full disk) is noted in ``failed/`` and the others go on; at the end a
+    single process raises, several processes say so and leave it to whoever reads the table.
+
+    Args:
+        folder: Where ``run.json`` and ``scores/`` are kept.
+        rule: How a sample's deviations become its score: ``difference`` or ``ratio``.
+        on_bad_sample: Whether a sample with a loss that is not finite fails its shard or is left out and counted.
+
+    Raises:
+        InputError: If there is no such rule.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        rule: Literal["difference", "ratio"] = "difference",
+        on_bad_sample: Literal["error", "skip"] = "error",
+    ) -> None:
+        if rule not in RULES:
+            raise InputError(f"There is no score rule {rule!r}; choose one of {', '.join(RULES)}.")
+        self.folder = Path(folder)
+        self.rule = rule
+        self.on_bad_sample = on_bad_sample
+        self.failures: dict[str, str] = {}
+        self.scored = 0
+        self.skipped = 0
+        self._open: dict[str, _Open] = {}
+        self._run = ""
+        self._started = 0.0
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Tell the datamodule which shards are done, before it makes its loader."""
+        if stage != "predict":
+            return
+        if not isinstance(pl_module, UnlearningModule):
+            raise InputError(f"ScoreWriter writes the scores of an UnlearningModule, not of a {type(pl_module).__name__}.")
+        # Scores go to disk; keeping all losses in memory as well would let it grow with the data.
+        trainer.predict_loop.return_predictions = False
+        skip = getattr(getattr(trainer, "datamodule", None), "skip_shards", None)
+        if skip is not None:
+            skip(done_shards(self.folder))
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse to mix runs, and record this one."""
+        assert isinstance(pl_module, UnlearningModule)
+        self._open, self.failures, self.scored, self.skipped = {}, {}, 0, 0
+        self._started = time.monotonic()
+        fingerprints = {**pl_module.fingerprints(), "rule": self.rule}
+        self._run = run_digest(fingerprints)
+        run = read_run(self.folder)
+        if run is not None and run["fingerprints"] != fingerprints:
+            differing = [name for name in fingerprints if run["fingerprints"].get(name) != fingerprints[name]]
+            raise InputError(f"{self.folder} holds scores of another run (other {', '.join(differing)}); score into another folder, or remove it.")
+        if trainer.is_global_zero:
+            self._record(trainer, pl_module, fingerprints, run or {})
+
+    def _record(self, trainer: Trainer, pl_module: UnlearningModule, fingerprints: dict[str, str], run: dict[str, Any]) -> None:
+        datamodule = getattr(trainer, "datamodule", None)
+        shards = {shard_id(s.url): {"url": s.url, "samples": s.samples, "bytes": s.bytes} for s in getattr(datamodule, "shards", [])}
+        prompts = {query.key: query.captions for query in getattr(datamodule, "queries", [])}
+        content = {
+            "fingerprints": fingerprints,
+            "rule": self.rule,
+            "views": pl_module.views.settings(),
+            "unlearning": pl_module.unlearning_settings(),
+            "precision": str(trainer.precision),
+            "targets": {key: {"captions": prompts.get(key, []), **pl_module.results.get(key, {})} for key in pl_module.targets},
+            "shards": {**run.get("shards", {}), **shards},
+            "versions": {name: _version(name) for name in PACKAGES},
+            "world_size": trainer.world_size,
+            "seconds": run.get("seconds", 0.0),
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / RUN_FILE, json.dumps(content, indent=1, ensure_ascii=False).encode())
+        done = len(done_shards(self.folder) & set(content["shards"]))
+        if done:
+            rank_zero_info(f"{done} of {len(content['shards'])} shards are scored already.")
+
+    @override
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Reduce a batch, and write its shard if it was the last one."""
+        assert isinstance(pl_module, UnlearningModule)
+        assert isinstance(outputs, Deviations)
+        shard = self._open.setdefault(outputs.batch.shard, _Open())
+        shard.failed = shard.failed or outputs.batch.error
+        if shard.failed is None:
+            self._reduce(shard, outputs)
+        if outputs.batch.end_of_shard is not None and shard.failed is None:
+            try:
+                self._finish(shard, outputs, pl_module.targets)
+            except InputError as error:
+                shard.failed = str(error)
+        if outputs.batch.end_of_shard is not None or outputs.batch.error is not None:
+            del self._open[outputs.batch.shard]
+            if shard.failed is not None:
+                self._fail(outputs.batch.shard, shard.failed)
+
+    def _reduce(self, shard: _Open, outputs: Deviations) -> None:
+        base, scores = reduce_losses(outputs.base, outputs.unlearned, self.rule)
+        keys = outputs.batch.keys
+        good = base.isfinite() & scores.isfinite().all(-1)
+        if not good.all():
+            bad = [key for key, fine in zip(keys, good.tolist(), strict=True) if not fine]
+            if self.on_bad_sample == "error":
+                shard.failed = f"The loss of sample {bad[0]!r} in shard {outputs.batch.shard} is not finite; check the sample and the model, or set on_bad_sample to skip."
+                return
+            shard.skipped += len(bad)
+            keys, base, scores = [key for key in keys if key not in bad], base[good], scores[good]
+        shard.keys.extend(keys)
+        shard.base.append(base)
+        shard.scores.append(scores)
+
+    def _finish(self, shard: _Open, outputs: Deviations, queries: list[str]) -> None:
+        name, count = outputs.batch.shard, outputs.batch.end_of_shard
+        if len(shard.keys) + shard.skipped != count:
+            raise InputError(f"Shard {name} has {count} samples, but {len(shard.keys) + shard.skipped} arrived; run the same command again.")
+        write_shard_scores(self.folder, name, shard.keys, torch.cat(shard.base), torch.cat(shard.scores), queries, self._run)
+        (self.folder / FAILED / f"{name}.json").unlink(missing_ok=True)
+        self.scored += len(shard.keys)
+        self.skipped += shard.skipped + outputs.batch.skipped
+
+    def _fail(self, shard: str, error: str) -> None:
+        self.failures[shard] = error
+        (self.folder / FAILED).mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / FAILED / f"{shard}.json", json.dumps({"error": error}).encode())
+
+    @override
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what was done, left out and failed."""
+        if trainer.is_global_zero:
+            run = read_run(self.folder)
+            assert run is not None
+            run["seconds"] += time.monotonic() - self._started
+            write_atomically(self.folder / RUN_FILE, json.dumps(run, indent=1, ensure_ascii=False).encode())
+        if self.skipped:
+            print(f"{self.skipped} bad samples were left out.")
+        rank_zero_info(f"{self.scored} samples scored into {shard_path(self.folder, '*').parent}.")
+        if self.failures:
+            first = next(iter(self.failures.values()))
+            message = f"{len(self.failures)} shards could not be scored, the others are kept. {first}"
+            # Raising on one of several ranks would end the others' work; whoever reads the table is told.
+            if trainer.world_size == 1:
+                raise InputError(message)
+            print(message)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except Exception:  # not installed as a package, e.g. run from a staged tree
+        return "unknown"

@@ -1,0 +1,186 @@
+"""Queries to unlearn and shards to score, for an UnlearningModule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from lightning_unlearn.datamodules.reading import read_samples
+from lightning_unlearn.datamodules.scoring import ScoringStream
+from lightning_unlearn.datamodules.sources import list_shards
+from lightning_unlearn.errors import InputError
+from lightning_unlearn.samples import DrawBatch, Sample, SampleBatch, draw_batches
+from lightning_unlearn.shards import ShardInfo, shard_id
+
+
+class AttributionDataModule(LightningDataModule):
+    """``fit`` gets the queries' draws, ``predict`` every sample of the training shards once.
+
+    Shards are dealt to ranks here, in each rank's own process: the full list, largest first, ``shards[rank::world_size]``;
+    only then does a rank drop those that are done. A rank without a shard has nothing to do and is no error.
+
+    Args:
+        shards: The training shards: folders, paths, brace patterns or http(s) addresses.
+        queries: The queries, in shards of the same form.
+        query_keys: Only these queries, in this order.
+        draws: (timestep, noise) pairs a query and step.
+        draw_batch_size: Draws a forward pass.
+        batch_size: Samples a batch when scoring.
+        num_workers: Processes that read shards, a rank; each reads one shard at a time.
+        on_bad_sample: Whether a sample that can't be used fails its shard (``error``) or is left out and counted (``skip``).
+        allow_pipe: Whether ``pipe:`` addresses, which run commands, are let through.
+        multiprocessing_context: How workers start; the system's default if not given.
+
+    Raises:
+        InputError: If a number is out of range.
+    """
+
+    def __init__(
+        self,
+        shards: str | list[str],
+        queries: str | list[str],
+        query_keys: list[str] | None = None,
+        draws: int = 128,
+        draw_batch_size: int = 32,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        on_bad_sample: Literal["error", "skip"] = "error",
+        allow_pipe: bool = False,
+        multiprocessing_context: Literal["fork", "spawn", "forkserver"] | None = None,
+    ) -> None:
+        super().__init__()
+        if min(draws, draw_batch_size, batch_size) < 1:
+            raise InputError("draws, draw_batch_size and batch_size must be at least 1.")
+        self.shard_patterns = shards
+        self.query_patterns = queries
+        self.query_keys = query_keys
+        self.draws = draws
+        self.draw_batch_size = draw_batch_size
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.on_bad_sample = on_bad_sample
+        self.allow_pipe = allow_pipe
+        self.multiprocessing_context = multiprocessing_context
+        self.queries: list[Sample] = []
+        self.shards: list[ShardInfo] = []
+        self._done: frozenset[str] = frozenset()
+
+    def setup(self, stage: str) -> None:
+        """Read the queries, and each own shard's first sample, so that what is wrong with them shows before long work.
+
+        Args:
+            stage: Lightning's.
+
+        Raises:
+            InputError: If there is no query, a key stands twice, or shapes differ.
+        """
+        self.shards = list_shards(self.shard_patterns, allow_pipe=self.allow_pipe)
+        self.queries = self._read_queries()
+        for shard in self._dealt():
+            if shard_id(shard.url) in self._done:
+                continue
+            for sample in read_samples(shard):
+                _check_shapes(sample, self.queries[0], shard)
+                break
+
+    def _read_queries(self) -> list[Sample]:
+        infos = list_shards(self.query_patterns, allow_pipe=self.allow_pipe)
+        found: dict[str, Sample] = {}
+        # By address, not by size: the order of the queries is for people.
+        for shard in sorted(infos, key=lambda info: info.url):
+            for sample in read_samples(shard, pictures=True):
+                if sample.key in found:
+                    raise InputError(f"The query {sample.key!r} stands twice in {self.query_patterns}; keys must be unique.")
+                found[sample.key] = sample
+        if self.query_keys is not None:
+            missing = [key for key in self.query_keys if key not in found]
+            if missing:
+                raise InputError(f"There is no query {missing[0]!r} in {self.query_patterns}; it holds {', '.join(list(found)[:5])} …")
+            found = {key: found[key] for key in self.query_keys}
+        if not found:
+            raise InputError(f"There is no query in {self.query_patterns}; make some with `lightning-unlearn prepare`.")
+        queries = list(found.values())
+        for query in queries:
+            if query.latent.shape != queries[0].latent.shape or query.text.shape[1:] != queries[0].text.shape[1:]:
+                raise InputError(f"The queries {queries[0].key!r} and {query.key!r} differ in shape; all queries of a run must have one shape.")
+        return queries
+
+    def _rank(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+    def _dealt(self) -> list[ShardInfo]:
+        rank, world_size = self._rank()
+        return self.shards[rank::world_size]
+
+    def skip_shards(self, done: frozenset[str]) -> None:
+        """Leave out shards that are scored already.
+
+        Args:
+            done: Their identifiers (:func:`~lightning_unlearn.shards.shard_id`).
+        """
+        self._done = done
+
+    def shards_to_score(self) -> list[ShardInfo]:
+        """The shards that this rank still has to score.
+
+        Returns:
+            Largest first.
+        """
+        return [shard for shard in self._dealt() if shard_id(shard.url) not in self._done]
+
+    def train_dataloader(self) -> DrawLoader:
+        """This rank's draws of all queries; an epoch is one step of the strategy.
+
+        Returns:
+            A loader of :class:`~lightning_unlearn.samples.DrawBatch`, of the same length on every rank.
+        """
+        return DrawLoader(self)
+
+    def predict_dataloader(self) -> DataLoader[SampleBatch]:
+        """This rank's samples.
+
+        Returns:
+            A loader of :class:`~lightning_unlearn.samples.SampleBatch`.
+        """
+        shards = self.shards_to_score()
+        workers = min(self.num_workers, len(shards))
+        return DataLoader(
+            ScoringStream(shards, self.batch_size, self.on_bad_sample == "skip"),
+            batch_size=None,
+            num_workers=workers,
+            multiprocessing_context=self.multiprocessing_context if workers else None,
+        )
+
+
+class DrawLoader:
+    """The draws of one step, a query after the other; each epoch has its own numbers.
+
+    Args:
+        datamodule: Whose queries they are.
+    """
+
+    def __init__(self, datamodule: AttributionDataModule) -> None:
+        self.datamodule = datamodule
+
+    def __len__(self) -> int:
+        _, world_size = self.datamodule._rank()
+        share = -(-self.datamodule.draws // world_size)
+        return len(self.datamodule.queries) * -(-share // self.datamodule.draw_batch_size)
+
+    def __iter__(self) -> Iterator[DrawBatch]:
+        data = self.datamodule
+        rank, world_size = data._rank()
+        step = data.trainer.current_epoch if data.trainer is not None else 0
+        for target, query in enumerate(data.queries):
+            yield from draw_batches(query, target, step * data.draws, data.draws, rank, world_size, data.draw_batch_size)
+
+
+def _check_shapes(sample: Sample, query: Sample, shard: ShardInfo) -> None:
+    if sample.latent.shape != query.latent.shape or sample.text.shape[1:] != query.text.shape[1:]:
+        raise InputError(
+            f"Sample {sample.key!r} in {shard.url} has latent {tuple(sample.latent.shape)} and text {tuple(sample.text.shape[1:])}, "
+            f"but the query {query.key!r} has {tuple(query.latent.shape)} and {tuple(query.text.shape[1:])}; prepare both in the same way."
+        )

@@ -1,0 +1,64 @@
+"""Shards as they are scored: each sample once, in batches that do not straddle shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch.utils.data import IterableDataset, get_worker_info
+
+from lightning_unlearn.datamodules.reading import read_fields
+from lightning_unlearn.errors import InputError
+from lightning_unlearn.samples import Sample, SampleBatch, collate_samples, decode_sample
+from lightning_unlearn.shards import ShardInfo, shard_id
+
+
+class ScoringStream(IterableDataset[SampleBatch]):
+    """One rank's shards, each read by one worker from its first sample to its last.
+
+    A shard's last batch carries the count of its samples. A shard that can't be read to its end gives a batch with the error
+    instead, so that the other shards go on.
+
+    Args:
+        shards: The shards of this rank.
+        batch_size: Samples a batch.
+        skip_bad: Whether a sample that can't be decoded is left out and counted, instead of failing its shard.
+    """
+
+    def __init__(self, shards: list[ShardInfo], batch_size: int, skip_bad: bool = False) -> None:
+        self.shards = shards
+        self.batch_size = batch_size
+        self.skip_bad = skip_bad
+
+    def __iter__(self) -> Iterator[SampleBatch]:
+        worker = get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        for shard in self.shards[number::workers]:
+            yield from self._batches(shard)
+
+    def _batches(self, shard: ShardInfo) -> Iterator[SampleBatch]:
+        name = shard_id(shard.url)
+        seen: set[str] = set()
+        pending: list[Sample] = []
+        skipped = 0
+        try:
+            for fields in read_fields(shard):
+                try:
+                    sample = decode_sample(fields)
+                except InputError:
+                    if not self.skip_bad:
+                        raise
+                    skipped += 1
+                    continue
+                if sample.key in seen:
+                    raise InputError(f"Shard {shard.url} holds the key {sample.key!r} twice; keys must be unique.")
+                seen.add(sample.key)
+                if len(pending) == self.batch_size:
+                    yield collate_samples(name, pending)
+                    pending = []
+                pending.append(sample)
+            if pending:
+                yield collate_samples(name, pending, end_of_shard=len(seen), skipped=skipped)
+            else:
+                yield SampleBatch(name, end_of_shard=0, skipped=skipped)
+        except InputError as error:
+            yield SampleBatch(name, error=str(error))

@@ -1,0 +1,258 @@
+"""Where latents and text states come from: a pipeline's VAE and text encoder, pixels, or arrays that are ready.
+
+A source of latents and a source of text are all that ``prepare`` knows of a model. Encoders run in float32, without TF32.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_unlearn.errors import InputError
+from lightning_unlearn.fingerprints import generator_for, tensors_digest
+from lightning_unlearn.records import Record
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One sample on its way to a shard.
+
+    Attributes:
+        index: Its row in the source.
+        record: What is known of it.
+        pixels: ``(channels, height, width)`` float32 in [-1, 1]; empty where latents are ready.
+    """
+
+    index: int
+    record: Record
+    pixels: Array
+
+
+class LatentSource(Protocol):
+    """Gives the latents of samples.
+
+    Attributes:
+        crop: ``(height, width)`` of the pictures it takes, ``None`` if it takes none.
+        mode: Their mode, Pillow's ``"RGB"`` or ``"L"``.
+        about: What the manifest says of it.
+        rows: How many latents there are, if they are ready.
+    """
+
+    crop: tuple[int, int] | None
+    mode: str
+    about: dict[str, Any]
+    rows: int | None
+
+    def latents(self, items: Sequence[Item], *, mirrored: bool) -> Array:
+        """Latents ``(B, C, H, W)`` of ``B`` samples' pictures, or of their mirror images."""
+        ...
+
+
+class TextSource(Protocol):
+    """Gives the text states of samples.
+
+    Attributes:
+        about: What the manifest says of it.
+        rows: How many samples it has text for, if it is ready.
+        captions: How many captions each of these has.
+    """
+
+    about: dict[str, Any]
+    rows: int | None
+    captions: int | None
+
+    def states(self, items: Sequence[Item]) -> list[Array]:
+        """Text states of ``B`` samples, each ``(captions, tokens, dim)``."""
+        ...
+
+
+class PixelLatents:
+    """The pictures themselves, for a network that works on pixels.
+
+    Args:
+        size: Side of the square pictures.
+        grey: Whether they have one channel instead of three.
+    """
+
+    rows = None
+
+    def __init__(self, size: int, grey: bool) -> None:
+        self.crop = (size, size)
+        self.mode = "L" if grey else "RGB"
+        self.about: dict[str, Any] = {"space": "pixel"}
+
+    def latents(self, items: Sequence[Item], *, mirrored: bool) -> Array:
+        """See :class:`LatentSource`."""
+        pixels = np.stack([item.pixels for item in items])
+        return pixels[..., ::-1] if mirrored else pixels
+
+
+class VaeLatents:
+    """Latents of a pipeline's VAE as its network was trained on them: shifted and scaled.
+
+    Args:
+        folder: Of the pipeline.
+        size: Side of the square pictures; by default the network's ``sample_size`` times the VAE's scale.
+        kept: Whether the mean of the VAE's distribution is kept, or a draw from it.
+        seed: Of the draws; each is a function of it, the sample's key and the flip alone.
+        device: Where the VAE runs.
+
+    Raises:
+        InputError: If the folder has no usable VAE, or the size does not suit it.
+    """
+
+    rows = None
+
+    def __init__(self, folder: Path, size: int | None, kept: str, seed: int, device: torch.device) -> None:
+        config = _config(folder / "vae")
+        if config.get("_class_name") != "AutoencoderKL":
+            raise InputError(f"{folder / 'vae'} is a {config.get('_class_name')}, but only AutoencoderKL is known; give ready `latents`.")
+        scale = 2 ** (len(config["block_out_channels"]) - 1)
+        self.crop = (size, size) if size is not None else _network_size(folder, scale)
+        if any(side % scale for side in self.crop):
+            raise InputError(f"Pictures of {self.crop} pixels don't suit the VAE in {folder}; set size to a multiple of {scale}.")
+        from diffusers import AutoencoderKL
+
+        self.vae = _load(AutoencoderKL.from_pretrained, folder / "vae", use_safetensors=True).to(device, torch.float32).eval()
+        self.mode = {1: "L", 3: "RGB"}.get(self.vae.config.in_channels, "RGB")
+        # Some VAEs normalise each channel (diffusers' latents_mean, latents_std), others have one shift for all.
+        shift = config.get("latents_mean") or [config.get("shift_factor") or 0.0]
+        spread = config.get("latents_std") or [1.0]
+        self.shift = torch.tensor(shift, device=device)[:, None, None]
+        self.factor = config.get("scaling_factor", 0.18215) / torch.tensor(spread, device=device)[:, None, None]
+        self.kept, self.seed, self.device = kept, seed, device
+        self.about: dict[str, Any] = {
+            "space": "latent",
+            "vae": f"{folder.resolve().name}/vae",
+            "vae_fingerprint": tensors_digest(self.vae.state_dict()),
+            "vae_sample": kept,
+            "shift": self.shift.flatten().tolist(),
+            "factor": self.factor.flatten().tolist(),
+            **({"seed": seed} if kept == "sample" else {}),
+        }
+
+    @torch.inference_mode()
+    def latents(self, items: Sequence[Item], *, mirrored: bool) -> Array:
+        """See :class:`LatentSource`."""
+        pixels = torch.from_numpy(np.stack([item.pixels for item in items])).to(self.device)
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            distribution = self.vae.encode(pixels.flip(-1) if mirrored else pixels).latent_dist
+        latents = distribution.mean  # (B, C, H, W)
+        if self.kept == "sample":
+            side = "mirrored" if mirrored else "picture"
+            noise = [
+                torch.randn(latents.shape[1:], generator=generator_for("prepare", self.seed, item.record.key, side)) for item in items
+            ]
+            latents = latents + distribution.std * torch.stack(noise).to(latents)
+        return _numpy((latents - self.shift) * self.factor)
+
+
+class EncodedText:
+    """Captions through a frozen text encoder.
+
+    Args:
+        encoder: Of transformers, in eval mode.
+        tokenizer: Its tokenizer.
+        tokens: Length that captions are padded or cut to.
+        masked: Whether padding is kept from the encoder and its states set to zero; Stable Diffusion's is not.
+        batch_size: Captions at a time.
+        name: What the manifest calls it.
+
+    Raises:
+        InputError: If the encoder can't encode a caption.
+    """
+
+    rows = None
+    captions = None
+
+    def __init__(self, encoder: nn.Module, tokenizer: Any, tokens: int, masked: bool, batch_size: int, name: str) -> None:
+        self.encoder, self.tokenizer, self.tokens, self.masked, self.batch_size = encoder, tokenizer, tokens, masked, batch_size
+        try:
+            dim = self._encode(["a caption"]).shape[-1]
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+            reason = (str(error).splitlines() or [""])[0][:200]
+            raise InputError(f"The text encoder {name} can't encode a caption in {tokens} tokens ({reason}); give another, or fewer `tokens`.") from None
+        self.about: dict[str, Any] = {
+            "shape": [tokens, dim],
+            "encoder": name,
+            "fingerprint": tensors_digest(encoder.state_dict()),
+            "padding": "zero" if masked else "as encoded",
+        }
+
+    @torch.inference_mode()
+    def _encode(self, captions: list[str]) -> Array:
+        device = next(self.encoder.parameters()).device
+        batch = self.tokenizer(captions, padding="max_length", truncation=True, max_length=self.tokens, return_tensors="pt").to(device)
+        if not self.masked:
+            return _numpy(self.encoder(batch["input_ids"])[0])  # (captions, tokens, dim)
+        mask = batch["attention_mask"]
+        return _numpy(self.encoder(input_ids=batch["input_ids"], attention_mask=mask)[0] * mask[..., None])
+
+    def states(self, items: Sequence[Item]) -> list[Array]:
+        """See :class:`TextSource`."""
+        captions = [caption for item in items for caption in item.record.captions]
+        parts = [self._encode(captions[start : start + self.batch_size]) for start in range(0, len(captions), self.batch_size)]
+        ends = np.cumsum([len(item.record.captions) for item in items])[:-1]
+        return np.split(np.concatenate(parts), ends)
+
+
+def pipeline_text(folder: Path, device: torch.device, batch_size: int) -> EncodedText:
+    """The text encoder of a Stable Diffusion 1 or 2 pipeline, used as its training does.
+
+    Args:
+        folder: Of the pipeline.
+        device: Where it runs.
+        batch_size: Captions at a time.
+
+    Returns:
+        The source.
+
+    Raises:
+        InputError: If the pipeline has not exactly one CLIP text encoder.
+    """
+    config = _config(folder / "text_encoder")
+    if config.get("model_type") != "clip_text_model" or (folder / "text_encoder_2").exists():
+        raise InputError(f"{folder} has not just one CLIP text encoder, as Stable Diffusion 1 and 2 have; give ready `text`, or a `text_encoder` folder.")
+    transformers = _transformers()
+    encoder = _load(transformers.CLIPTextModel.from_pretrained, folder / "text_encoder", use_safetensors=True).to(device, torch.float32).eval()
+    tokenizer = _load(transformers.AutoTokenizer.from_pretrained, folder / "tokenizer")
+    # diffusers hands the mask over only where the encoder's config says so.
+    masked = bool(config.get("use_attention_mask"))
+    if masked:
+        raise InputError(f"The text encoder of {folder} masks its padding, which Stable Diffusion's does not; give ready `text`.")
+    return EncodedText(encoder, tokenizer, tokenizer.model_max_length, False, batch_size, f"{folder.resolve().name}/text_encoder")
+
+
+def folder_text(folder: Path, tokens: int | None, device: torch.device, batch_size: int) -> EncodedText:
+    """A transformers encoder with its tokenizer in one folder; of an encoder-decoder the encoder alone.
+
+    Args:
+        folder: As ``save_pretrained`` made it.
+        tokens: Length that captions are padded or cut to; by default the tokenizer's.
+        device: Where it runs.
+        batch_size: Captions at a time.
+
+    Returns:
+        The source.
+
+    Raises:
+        InputError: If the folder can't be loaded, or the length is unknown.
+    """
+    _config(folder)
+    transformers = _transformers()
+    tokenizer = _load(transformers.AutoTokenizer.from_pretrained, folder)
+    length = tokens if tokens is not None else tokenizer.model_max_length
+    if length > 4096:
+        raise InputError(f"The tokenizer in {folder} does not say how long a caption may be; set `tokens`.")
+    encoder = _load(transformers.AutoModel.from_pretrained, folder, use_safetensors=True)
+    encoder = (encoder.get_encoder() if encoder.config.is_encoder_decoder else encoder).to(device, torch.float32).eval()
+    return EncodedText(encoder, tokenizer, length, True, batch_size, folder.resolve().name)

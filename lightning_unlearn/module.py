@@ -1,0 +1,461 @@
+"""The LightningModule: ``fit`` unlearns, ``predict`` gives deviations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_unlearn.deltas import (
+    CHECKPOINT_KEY,
+    DeltaStore,
+    NetworkLoss,
+    read_targets,
+    relative_distance,
+    target_weights,
+)
+from lightning_unlearn.errors import InputError
+from lightning_unlearn.fingerprints import settings_digest, tensors_digest
+from lightning_unlearn.fisher import Fisher, load_fisher
+from lightning_unlearn.loading import load_network
+from lightning_unlearn.objective import DenoisingObjective, Objective
+from lightning_unlearn.parameters import layer_parameters, layer_specs, select_layers
+from lightning_unlearn.samples import DrawBatch, Sample, SampleBatch, ViewBatch, draw_batches
+from lightning_unlearn.strategies import Newton, Problem, Strategy
+from lightning_unlearn.views import Stream, View, Views, draw_for_target
+
+# Views are held in memory for this many at a time, so that weights are added up once for several calls.
+VIEWS_AT_ONCE = 16
+# Relative distance of the weights from where the Fisher was taken, above which a person is told.
+FAR = 0.1
+
+
+@dataclass(frozen=True)
+class Deviations:
+    """The losses of a batch of samples under θ₀ and under each target's weights.
+
+    Attributes:
+        batch: The samples, with the markers of their shard.
+        base: ``(B, flips, captions, draws)`` losses under θ₀; NaN where a sample has no such caption.
+        unlearned: ``(Q, B, flips, captions, draws)`` losses under θ₀ + δ.
+    """
+
+    batch: SampleBatch
+    base: Tensor
+    unlearned: Tensor
+
+
+class UnlearningModule(LightningModule):
+    r"""Unlearns queries in ``fit`` and measures how the loss of training images rose in ``predict``.
+
+    .. math::
+        θ_{\hat z} = \arg\min_θ\; -L(\hat z, θ) + \tfrac{N}{2} (θ-θ_0)^T F (θ-θ_0), \qquad
+        τ(\hat z, z) = L(z, θ_{\hat z}) - L(z, θ_0)
+
+    Wang et al. (arXiv 2406.09408, Eqs. 4 to 6). The deltas :math:`θ_{\hat z} - θ_0` of all queries are the module's
+    parameters, so that gradient accumulation, their reduction over ranks and checkpoints are Lightning's. The network is
+    frozen, in eval mode, and left out of checkpoints. It needs a datamodule with ``queries``, such as
+    :class:`~lightning_unlearn.datamodules.AttributionDataModule`.
+
+    Args:
+        network: The denoiser, or the folder of a diffusers pipeline or network.
+        objective: The loss it was trained with; by default ε-prediction, or what the network's folder says.
+        fisher: A Fisher or its file; needed in ``fit``.
+        parameters: Which weights are unlearned (see :func:`~lightning_unlearn.parameters.select_layers`).
+        strategy: How deltas are found; by default one Newton step that raises a query's loss by a tenth.
+        views: The views a sample is scored on.
+        damping: Share of each layer's mean Fisher that is added to it.
+        seed: Of the unlearning draws.
+        rise_draws: Draws over which the query's loss before and after is measured.
+        weights: A file to load the network's weights from: a Lightning checkpoint, a state dict or safetensors.
+        prefix: What stands before the network's names in it, e.g. ``"model.unet."``.
+        averaged: Whether averaged weights are taken where the file has both (Lightning's ``WeightAveraging``).
+
+    Raises:
+        InputError: If parts don't fit together.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module | str,
+        objective: Objective | None = None,
+        fisher: Fisher | str | None = None,
+        parameters: str | list[str] = "text_kv",
+        strategy: Strategy | None = None,
+        views: Views | None = None,
+        damping: float = 0.1,
+        seed: int = 0,
+        rise_draws: int = 64,
+        weights: str | None = None,
+        prefix: str = "",
+        averaged: bool = True,
+    ) -> None:
+        super().__init__()
+        if rise_draws < 1:
+            raise InputError(f"rise_draws must be at least 1, but is {rise_draws}.")
+        # Run-time settings are not hyper-parameters: LightningCLI would let those of a checkpoint override the command line.
+        if objective is None:
+            objective = DenoisingObjective(network if isinstance(network, str) else None)
+        self.loss = NetworkLoss(load_network(network, weights, prefix, averaged).requires_grad_(False), objective)
+        self.layers = select_layers(self.network, parameters)
+        self.fisher_source = fisher
+        self.strategy = strategy or Newton()
+        self.views = views or Views()
+        self.damping = damping
+        self.seed = seed
+        self.rise_draws = rise_draws
+        self.parameters_selection = parameters
+        self.deltas: DeltaStore | None = None
+        self.results: dict[str, dict[str, float]] = {}
+        self._fingerprints: dict[str, str] = {}
+        self._problem: Problem | None = None
+        self._tf32: tuple[bool, bool] | None = None
+        # The checkpoint holds only the deltas.
+        self.strict_loading = False
+
+    @property
+    def network(self) -> nn.Module:
+        """The frozen denoiser."""
+        return self.loss.network
+
+    @property
+    def objective(self) -> Objective:
+        """Its loss."""
+        return self.loss.objective
+
+    @property
+    def targets(self) -> list[str]:
+        """Keys of the targets whose deltas the module holds."""
+        return self.deltas.targets if self.deltas is not None else []
+
+    def _queries(self) -> list[Sample]:
+        queries: list[Sample] | None = getattr(getattr(self.trainer, "datamodule", None), "queries", None)
+        if queries is None:
+            raise InputError("UnlearningModule needs a datamodule with queries: pass AttributionDataModule(queries=…) to trainer.fit.")
+        return queries
+
+    # ------------------------------------------------------------------ fit: unlearning
+
+    def configure_model(self) -> None:
+        """Make the deltas, one a query; Lightning calls this before it restores a checkpoint. In predict they come from the checkpoint."""
+        if self.trainer.state.fn == "fit":
+            keys = [query.key for query in self._queries()]
+            if self.targets != keys:
+                self.deltas = DeltaStore(layer_parameters(self.layers), keys)
+
+    def setup(self, stage: str) -> None:
+        """Refuse what would spoil a step, and give the Trainer the exact number of steps.
+
+        Args:
+            stage: Lightning's.
+
+        Raises:
+            InputError: If the Trainer clips gradients or scales losses, or the Fisher is missing.
+        """
+        if stage != "fit":
+            return
+        if self.trainer.gradient_clip_val is not None:
+            raise InputError("The Trainer clips gradients, which would change the unlearning step; leave gradient_clip_val out.")
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            raise InputError("16-mixed precision scales losses and may skip a step, which would leave a delta of zero; unlearn with precision 32-true.")
+        if self.fisher_source is None:
+            raise InputError("Unlearning needs a Fisher: train with FisherAccumulator or run `lightning-unlearn fisher`, and pass its file as fisher.")
+        self.trainer.fit_loop.max_epochs = self.strategy.steps
+        self.trainer.fit_loop.epoch_loop.max_steps = -1
+
+    def on_fit_start(self) -> None:
+        """Load the Fisher, see that it is this network's, and set up the problem."""
+        self._exact()
+        fisher = self._load_fisher().to(self.device)
+        fisher.finalize(self.damping)
+        assert self.deltas is not None
+        self._problem = Problem(
+            deltas=self.deltas.named(),
+            layers={name: list(spec.parameter_shapes) for name, spec in layer_specs(self.layers).items()},
+            fisher=fisher,
+            targets=self.targets,
+            losses=self._target_losses,
+        )
+
+    def _load_fisher(self) -> Fisher:
+        assert self.fisher_source is not None
+        fisher = load_fisher(self.fisher_source) if isinstance(self.fisher_source, str) else self.fisher_source
+        where = self.fisher_source if isinstance(self.fisher_source, str) else "the given Fisher"
+        for name, spec in layer_specs(self.layers).items():
+            theirs = fisher.layers.get(name)
+            if theirs != spec:
+                what = f"has {theirs.weight_shape}" if theirs else "lacks it"
+                raise InputError(f"The Fisher in {where} is of another model or selection: layer {name} is {spec.weight_shape} here, but it {what}.")
+        distance = relative_distance(layer_parameters(self.layers), fisher.weights)
+        if distance > FAR:
+            rank_zero_warn(f"The weights lie {distance:.0%} of their norm from those the Fisher in {where} was taken at; take it in the last part of training.")
+        self._fingerprints["fisher"] = tensors_digest(fisher.tensors())
+        return fisher
+
+    def on_train_start(self) -> None:
+        """Keep the network in eval mode, whatever mode fit puts the module in."""
+        self.loss.eval()
+
+    def on_train_epoch_start(self) -> None:
+        """An epoch is one step: accumulate all of its micro-batches."""
+        self.trainer.accumulate_grad_batches = int(self.trainer.num_training_batches)
+
+    def training_step(self, batch: DrawBatch, batch_idx: int) -> Tensor:
+        """Minus the mean loss of some of a target's draws.
+
+        Args:
+            batch: The draws.
+            batch_idx: Its number.
+
+        Returns:
+            A scalar. Scaled so that the gradient that reaches the optimizer is that of the sum over all draws divided by
+            their number, whatever gradient accumulation and DDP's mean divide by.
+        """
+        assert self.deltas is not None
+        weights = target_weights(layer_parameters(self.layers), self.deltas.named(), batch.target)
+        losses = self._draw_losses(batch, weights, "unlearning")
+        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / batch.total
+        return -scale * (losses * batch.weights.to(losses)).sum()
+
+    def _draw_losses(self, batch: DrawBatch, weights: dict[str, Tensor], stream: Stream) -> Tensor:
+        """Losses ``(b,)`` of a target's draws."""
+        timesteps, noise = draw_for_target(
+            stream,
+            self.seed,
+            self.targets[batch.target],
+            batch.numbers,
+            batch.total,
+            self.objective.num_timesteps,
+            batch.latents.shape[1:],
+        )
+        views = self._cast(ViewBatch(batch.latents, batch.text))
+        return self.loss.under(weights, views, timesteps.to(self.device), noise.to(views.latents))
+
+    def _cast(self, batch: ViewBatch) -> ViewBatch:
+        dtype = next(self.network.parameters()).dtype
+        return ViewBatch(batch.latents.to(self.device, dtype), batch.text.to(self.device, dtype))
+
+    @torch.no_grad()
+    def _target_losses(self, deltas: dict[str, Tensor] | None) -> Tensor:
+        """Mean losses ``(Q,)`` of all targets over the fixed draws, summed over ranks."""
+        trainer = self.trainer
+        sums = torch.zeros(len(self.targets), dtype=torch.float64)
+        for target, query in enumerate(self._queries()):
+            weights = {} if deltas is None else target_weights(layer_parameters(self.layers), deltas, target)
+            for batch in draw_batches(query, target, 0, self.rise_draws, trainer.global_rank, trainer.world_size, self.rise_draws):
+                losses = self._draw_losses(batch, weights, "rise").double().cpu()
+                sums[target] += (losses * batch.weights).sum()
+        if trainer.world_size > 1:
+            reduced = trainer.strategy.reduce(sums.to(self.device), reduce_op="sum")
+            assert isinstance(reduced, Tensor)
+            sums = reduced.cpu()
+        return sums / self.rise_draws
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The strategy's optimizer of the deltas.
+
+        Returns:
+            The optimizer.
+        """
+        return self.strategy.configure_optimizer(self._ready())
+
+    def _ready(self) -> Problem:
+        if self._problem is None:  # Lightning configures optimizers before on_fit_start
+            self.on_fit_start()
+        assert self._problem is not None
+        return self._problem
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        """One step, and what the strategy does after it; here, so that no checkpoint sees a step before its scale.
+
+        Args:
+            epoch: Number of the step, from 0.
+            batch_idx: Lightning's.
+            optimizer: The strategy's.
+            optimizer_closure: Lightning's forward and backward.
+        """
+        problem = self._ready()
+        before = {name: delta.detach().clone() for name, delta in problem.deltas.items()}
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        with torch.no_grad():
+            self.strategy.after_step(problem, before, epoch + 1)
+
+    @torch.no_grad()
+    def on_train_epoch_end(self) -> None:
+        """Log each target's loss before and after, and the Fisher penalty of its delta, ½ δᵀFδ."""
+        problem = self._ready()
+        before, after = self._target_losses(None).tolist(), self._target_losses(problem.deltas).tolist()
+        penalties = (0.5 * problem.fisher.quadratic(problem.deltas)).tolist()
+        for target, loss_before, loss_after, penalty in zip(self.targets, before, after, penalties, strict=True):
+            if not abs(loss_after) < float("inf"):
+                raise InputError(f"The loss of {target!r} is {loss_after} after unlearning; choose a smaller step, and check the model and the Fisher.")
+            result = {"loss_before": loss_before, "loss_after": loss_after, "rise": loss_after / loss_before - 1, "penalty": penalty}
+            self.results[target] = result
+            self.log_dict({f"{name}/{target}": value for name, value in result.items()}, rank_zero_only=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the frozen network out and say whose the deltas are, in plain types that load without pickle.
+
+        Args:
+            checkpoint: Lightning's.
+        """
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: value for name, value in state.items() if not name.startswith("loss.")}
+        checkpoint[CHECKPOINT_KEY] = {
+            "targets": list(self.targets),
+            "results": self.results,
+            "settings": self.unlearning_settings(),
+            "fingerprints": {name: self.fingerprints()[name] for name in ("weights", "fisher", "unlearning")},
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Make room for the deltas of a checkpoint, and refuse those of another model.
+
+        Args:
+            checkpoint: Lightning's.
+
+        Raises:
+            InputError: If it is of other weights or queries.
+        """
+        about = read_targets(checkpoint, "The checkpoint")
+        if about["fingerprints"]["weights"] != self.weights_fingerprint():
+            raise InputError("The deltas in the checkpoint were made for other weights than this network's; unlearn the queries again.")
+        if self.trainer.state.fn == "fit" and about["targets"] != self.targets:
+            raise InputError("The checkpoint was made for other queries; unlearn these anew, without ckpt_path.")
+        self.load_deltas(checkpoint)
+
+    def load_deltas(self, checkpoint: dict[str, Any]) -> None:
+        """Take the deltas of a checkpoint.
+
+        Args:
+            checkpoint: As Lightning loads it.
+
+        Raises:
+            InputError: If its deltas are of other layers.
+        """
+        about = read_targets(checkpoint, "The checkpoint")
+        store = DeltaStore(layer_parameters(self.layers), about["targets"])
+        shapes = {f"deltas.{name}": tuple(value.shape) for name, value in store.state_dict().items()}
+        theirs = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
+        if shapes != theirs:
+            raise InputError("The deltas in the checkpoint are of other layers than the chosen ones; use the parameters they were made with.")
+        store.load_state_dict({name.removeprefix("deltas."): value for name, value in checkpoint["state_dict"].items()})
+        self.deltas = store
+        self.results = {target: dict(result) for target, result in about["results"].items()}
+        self._fingerprints["fisher"] = about["fingerprints"]["fisher"]
+        self._fingerprints["unlearning"] = about["fingerprints"]["unlearning"]
+
+    # ------------------------------------------------------------------ predict: deviations
+
+    def on_predict_start(self) -> None:
+        """Refuse to score without deltas.
+
+        Raises:
+            InputError: If there are none.
+        """
+        self._exact()
+        if not self.targets:
+            raise InputError("There are no deltas to score with; run fit first, or pass its checkpoint as ckpt_path.")
+
+    def predict_step(self, batch: SampleBatch, batch_idx: int) -> Deviations:
+        """Losses of a batch under θ₀ and under each target's weights.
+
+        Args:
+            batch: ``B`` samples of one shard; may be empty.
+            batch_idx: Its number.
+
+        Returns:
+            The losses, on the CPU, float32 or wider.
+        """
+        assert self.deltas is not None
+        size = (len(batch), 1 + self.views.flips, self.views.caption_slots(batch) if len(batch) else 0, self.views.draws)
+        losses = torch.full((1 + len(self.targets), *size), torch.nan, dtype=torch.float64)
+        if len(batch):
+            parameters, deltas = layer_parameters(self.layers), self.deltas.named()
+            for views in _chunks(self.views.of(batch, self.objective.num_timesteps), VIEWS_AT_ONCE):
+                for target in range(-1, len(self.targets)):
+                    weights = {} if target < 0 else target_weights(parameters, deltas, target)
+                    for view in views:
+                        loss = self.loss.under(weights, self._cast(view.batch), view.timesteps, view.noise.to(next(self.network.parameters()).dtype))
+                        losses[1 + target, view.rows, view.flip, view.caption, view.draw] = loss.double().cpu()
+        return Deviations(batch, losses[0], losses[1:])
+
+    def _exact(self) -> None:
+        """A delta is some 1e-4 of its weight: TF32 would drown it, so it is off while this module runs."""
+        if self._tf32 is None:
+            self._tf32 = (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+    def teardown(self, stage: str) -> None:
+        """Give TF32 back as it was.
+
+        Args:
+            stage: Lightning's.
+        """
+        if self._tf32 is not None:
+            torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = self._tf32
+            self._tf32 = None
+        self._problem = None
+
+    # ------------------------------------------------------------------ what identifies a run
+
+    def unlearning_settings(self) -> dict[str, Any]:
+        """What deltas depend on besides weights, Fisher and queries.
+
+        Returns:
+            JSON-like settings.
+        """
+        return {
+            **self.strategy.settings(),
+            "parameters": self.parameters_selection,
+            "damping": self.damping,
+            "seed": self.seed,
+            "rise_draws": self.rise_draws,
+            "objective": self.objective.settings(),
+        }
+
+    def weights_fingerprint(self) -> str:
+        """Digest of the network's weights.
+
+        Returns:
+            32 hexadecimal characters.
+        """
+        if "weights" not in self._fingerprints:
+            self._fingerprints["weights"] = tensors_digest(self.network.state_dict())
+        return self._fingerprints["weights"]
+
+    def fingerprints(self) -> dict[str, str]:
+        """What scores depend on: runs with the same fingerprints may share a score table.
+
+        Returns:
+            Digests of weights, Fisher, unlearning, deltas, views and objective.
+        """
+        deltas = self.deltas.named() if self.deltas is not None else {}
+        return {
+            "weights": self.weights_fingerprint(),
+            "fisher": self._fingerprints.get("fisher", "none"),
+            "unlearning": self._fingerprints.get("unlearning", settings_digest(self.unlearning_settings())),
+            "deltas": tensors_digest({name: delta.detach() for name, delta in deltas.items()}),
+            "targets": settings_digest({"targets": self.targets}),
+            "views": settings_digest(self.views.settings()),
+            "objective": settings_digest(self.objective.settings()),
+        }
+
+
+def _chunks(views: Any, size: int) -> Any:
+    """Lists of at most ``size`` views."""
+    chunk: list[View] = []
+    for view in views:
+        chunk.append(view)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk

@@ -1,0 +1,134 @@
+"""Natural-gradient steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_unlearn.errors import InputError
+from lightning_unlearn.fisher import Fisher
+from lightning_unlearn.strategies.base import Deltas, Problem, Strategy
+from lightning_unlearn.strategies.scale import find_scales
+
+
+class NaturalGradient(torch.optim.Optimizer):
+    r"""Steps along :math:`-F^{-1} g`, one parameter group a layer.
+
+    Args:
+        groups: For each layer ``{"params": [...], "names": [...]}``: its stacked deltas and their names.
+        fisher: Finalized; it is not part of the optimizer's state.
+        step_size: What :math:`F^{-1} g` is multiplied with.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], fisher: Fisher, step_size: float) -> None:
+        super().__init__(groups, {"step_size": step_size})
+        self.fisher = fisher
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Run the closure, in which Lightning's forward and backward live, then take one step.
+
+        Args:
+            closure: Computes gradients.
+
+        Returns:
+            What the closure returns.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            for group in self.param_groups:
+                parameters = dict(zip(group["names"], group["params"], strict=True))
+                gradients = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+                for name, direction in self.fisher.precondition(gradients).items():
+                    parameters[name].sub_(direction, alpha=group["step_size"])
+        return loss
+
+
+class Newton(Strategy):
+    r"""One or many steps of :math:`θ \leftarrow θ + \frac{α}{N} F^{-1} ∇L(\hat z, θ)`.
+
+    Wang et al. (arXiv 2406.09408, Eq. 5 and Appendix A). As there, the term :math:`N F (θ - θ_0)` is left out of later steps.
+    The size of the steps is given either as in the paper (``alpha`` and ``N``), or as the relative rise of the target's own
+    loss after the last of them (``target_increase``), which, unlike α, carries over from one model to another: after
+    step ``s`` of ``S`` the rise is ``s/S`` of it.
+
+    Args:
+        steps: Number of steps.
+        target_increase: Wanted relative rise of each target's loss: 0.1 is ten per cent. Ignored if ``alpha`` is given.
+        alpha: α of the paper.
+        N: Number of training images, with ``alpha``.
+
+    Raises:
+        InputError: If a number is out of range, or only one of ``alpha`` and ``N`` is given.
+    """
+
+    def __init__(
+        self, steps: int = 1, target_increase: float = 0.1, alpha: float | None = None, N: int | None = None
+    ) -> None:
+        if (alpha is None) != (N is None):
+            raise InputError("alpha and N belong together: the step is α/N; give both, or neither and target_increase.")
+        if steps < 1 or target_increase <= 0 or (alpha is not None and alpha <= 0) or (N is not None and N < 1):
+            raise InputError("Newton needs at least one step, and target_increase, alpha and N above 0.")
+        self.steps = steps
+        self.target_increase = target_increase
+        self.alpha = alpha
+        self.N = N
+
+    def configure_optimizer(self, problem: Problem) -> NaturalGradient:
+        """The natural gradient with the step size α/N, or 1 where the scale is found after the step.
+
+        Args:
+            problem: What it works on.
+
+        Returns:
+            The optimizer.
+        """
+        step_size = 1.0 if self.alpha is None or self.N is None else self.alpha / self.N
+        groups = [
+            {"params": [problem.deltas[name] for name in names], "names": names} for names in problem.layers.values()
+        ]
+        return NaturalGradient(groups, problem.fisher, step_size)
+
+    def after_step(self, problem: Problem, before: Deltas, step: int) -> None:
+        """Scale the step of each target so that its loss has risen as wanted; nothing if α was given.
+
+        Args:
+            problem: What it works on.
+            before: The deltas before the step.
+            step: Number of the step, from 1.
+        """
+        if self.alpha is not None:
+            return
+        directions = {name: delta.detach() - before[name] for name, delta in problem.deltas.items()}
+        base = problem.losses(None)  # (Q,)
+
+        def rises(scales: Tensor) -> Tensor:
+            return problem.losses(_along(before, directions, scales)) / base - 1
+
+        # To first order the loss rises by c gᵀF⁻¹g, and with the direction d = F⁻¹g that is c dᵀFd.
+        slopes = problem.fisher.quadratic(directions).to(base) / base
+        scales = find_scales(rises, slopes, self.target_increase * step / self.steps, problem.targets)
+        for name, scaled in _along(before, directions, scales).items():
+            problem.deltas[name].detach().copy_(scaled)
+
+    def settings(self) -> dict[str, Any]:
+        """The strategy as JSON.
+
+        Returns:
+            Its arguments.
+        """
+        size = {"target_increase": self.target_increase} if self.alpha is None else {"alpha": self.alpha, "N": self.N}
+        return {"strategy": "newton", "steps": self.steps, **size}
+
+
+def _along(before: Deltas, directions: Deltas, scales: Tensor) -> Deltas:
+    """``before + scales · directions`` with one scale a target."""
+    return {
+        name: before[name] + scales.to(direction).reshape(-1, *[1] * (direction.ndim - 1)) * direction
+        for name, direction in directions.items()
+    }

@@ -1,0 +1,69 @@
+"""How far to go along a direction so that a target's loss rises as wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_unlearn.errors import InputError
+
+# The rise is found to this relative accuracy, near what float32 losses allow: the scale then depends on the losses
+# alone, not on how the search happened to get there, and any number of processes finds the same one.
+TOLERANCE = 1e-6
+MAX_EVALUATIONS = 40
+
+
+def find_scales(rises: Callable[[Tensor], Tensor], slopes: Tensor, wanted: float, targets: Sequence[str]) -> Tensor:
+    """Scales at which all targets' losses have risen by ``wanted``, by bracketing and the Illinois form of regula falsi.
+
+    All targets are searched at once, each in its own bracket; whoever is done stays where it is.
+
+    Args:
+        rises: Relative rises ``(Q,)`` of the losses at given scales ``(Q,)``.
+        slopes: ``(Q,)`` first-order rise at scale 1, from which the first guess comes.
+        wanted: The wanted rise.
+        targets: ``Q`` names, for messages.
+
+    Returns:
+        ``(Q,)`` float64.
+
+    Raises:
+        InputError: If a target's loss does not depend on the weights, or a rise can't be reached.
+
+    Example:
+        >>> scales = find_scales(lambda c: c + c**2, torch.tensor([1.0]), 2.0, ["toy"])
+        >>> torch.testing.assert_close(scales, torch.tensor([1.0], dtype=torch.float64), atol=1e-6, rtol=0)
+    """
+    slopes = slopes.double()
+    flat = [target for target, slope in zip(targets, slopes.tolist(), strict=True) if not 0 < slope < float("inf")]
+    if flat:
+        raise InputError(f"The loss of {flat[0]!r} has no finite gradient in the chosen weights, so it can't be unlearned; choose other weights, or check the model.")
+    scale = wanted / slopes
+    low, low_value = torch.zeros_like(scale), torch.full_like(scale, -wanted)  # at scale 0 nothing has risen
+    high, high_value = torch.full_like(scale, torch.inf), torch.full_like(scale, torch.nan)
+    side = torch.zeros_like(scale)  # which end moved last: +1 the upper, -1 the lower
+    done = torch.zeros_like(scale, dtype=torch.bool)
+    for _ in range(MAX_EVALUATIONS):
+        value = rises(scale).double() - wanted
+        done |= (value.abs() <= TOLERANCE * wanted) | (high - low <= 1e-9 * scale)
+        if bool(done.all()):
+            return scale
+        # A step so long that the loss is NaN went too far, however little we know of it.
+        above = (value > 0) | value.isnan()
+        value = value.nan_to_num(nan=wanted, posinf=wanted)
+        # Illinois: when the same end moves twice, halve the value at the other, or it would never move.
+        low_value = torch.where(above & (side == 1), low_value / 2, low_value)
+        high_value = torch.where(~above & (side == -1), high_value / 2, high_value)
+        high, high_value = torch.where(above, scale, high), torch.where(above, value, high_value)
+        low, low_value = torch.where(above, low, scale), torch.where(above, low_value, value)
+        side = torch.where(above, 1.0, -1.0)
+        between = (low * high_value - high * low_value) / (high_value - low_value)
+        # As long as there is no upper end, go on to twice the scale.
+        scale = torch.where(done, scale, torch.where(high.isinf(), 2 * scale, between))
+    missed = [target for target, reached in zip(targets, done.tolist(), strict=True) if not reached]
+    raise InputError(
+        f"The loss of {missed[0]!r} can't be raised by {wanted:.3g} along its natural gradient; "
+        "choose a smaller target_increase, more draws or more weights."
+    )

@@ -1,0 +1,209 @@
+"""Which views a sample is scored on, and their noise, as a pure function of a seed.
+
+A view is one evaluation of a sample's loss: a caption, a flip, a timestep and a noise. Everything is drawn on the CPU and
+keyed by names, so that batches, workers, ranks, the order of shards or a restart can't change it. Unlearning draws and scoring
+views come from streams with different names, which never meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_unlearn.errors import InputError
+from lightning_unlearn.fingerprints import generator_for
+from lightning_unlearn.samples import SampleBatch, ViewBatch
+
+Stream = Literal["unlearning", "rise"]
+
+
+@dataclass(frozen=True)
+class View:
+    """One view of all samples of a batch that have it.
+
+    Attributes:
+        flip: 0, or 1 for the mirrored picture.
+        caption: Number of the caption.
+        draw: Number of the (timestep, noise) pair.
+        rows: ``(b,)`` which samples of the batch have it.
+        batch: Their latents and texts.
+        timesteps: ``(b,)``.
+        noise: ``(b, C, H, W)``.
+    """
+
+    flip: int
+    caption: int
+    draw: int
+    rows: Tensor
+    batch: ViewBatch
+    timesteps: Tensor
+    noise: Tensor
+
+
+@dataclass(frozen=True)
+class Views:
+    """The views of every sample: strata of the schedule × noises × captions × flips.
+
+    Args:
+        timesteps: Strata of the schedule; one timestep is drawn in each, the same for all samples.
+        timestep_range: Part of the schedule that is used, as shares of its length: (0, 1) is all of it.
+        noises: (timestep, noise) draws in each stratum.
+        noise: ``"shared"``: all samples see the same draws; ``"per_sample"``: each sample its own.
+        captions: How many of a sample's captions are used, from the first; all by default.
+        flips: Whether the mirrored picture is scored too.
+        seed: Of all draws.
+
+    Raises:
+        InputError: If a number is out of range.
+    """
+
+    timesteps: int = 8
+    timestep_range: tuple[float, float] = (0.0, 1.0)
+    noises: int = 1
+    noise: Literal["shared", "per_sample"] = "shared"
+    captions: int | None = None
+    flips: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        low, high = self.timestep_range
+        if self.timesteps < 1 or self.noises < 1 or not 0 <= low < high <= 1 or (self.captions is not None and self.captions < 1):
+            raise InputError(
+                "Views need at least one timestep, noise and caption, and a timestep_range within 0 and 1 "
+                f"that is not empty; got {asdict(self)}."
+            )
+        if self.noise not in ("shared", "per_sample"):
+            raise InputError(f"noise must be 'shared' or 'per_sample', not {self.noise!r}.")
+
+    @property
+    def draws(self) -> int:
+        """(timestep, noise) pairs of each caption and flip."""
+        return self.timesteps * self.noises
+
+    def settings(self) -> dict[str, Any]:
+        """The views as JSON, for fingerprints.
+
+        Returns:
+            All fields.
+        """
+        return {**asdict(self), "timestep_range": list(self.timestep_range)}
+
+    def draw_timesteps(self, num_timesteps: int) -> Tensor:
+        """The timestep of each draw: uniform in its stratum.
+
+        Args:
+            num_timesteps: Length of the training schedule.
+
+        Returns:
+            ``(draws,)`` int64; draw ``d`` lies in stratum ``d // noises``.
+        """
+        uniform = torch.rand(self.draws, generator=generator_for("scoring-timesteps", self.seed), dtype=torch.float64)
+        strata = torch.arange(self.draws) // self.noises
+        return _place((strata + uniform) / self.timesteps, self.timestep_range, num_timesteps)
+
+    def draw_noise(self, keys: Sequence[str], shape: Sequence[int], flip: int, caption: int, draw: int) -> Tensor:
+        """The noise of one view.
+
+        Args:
+            keys: ``B`` sample keys.
+            shape: ``(C, H, W)``.
+            flip: Of the view.
+            caption: Of the view.
+            draw: Of the view.
+
+        Returns:
+            ``(B, C, H, W)`` float32 on the CPU.
+        """
+        view = ("scoring", self.seed, flip, caption, draw)
+        if self.noise == "shared":
+            return torch.randn(tuple(shape), generator=generator_for(*view)).expand(len(keys), *shape)
+        return torch.stack([torch.randn(tuple(shape), generator=generator_for(*view, key)) for key in keys])
+
+    def of(self, batch: SampleBatch, num_timesteps: int) -> Iterator[View]:
+        """The views of a batch, on the batch's device and in its dtype.
+
+        Args:
+            batch: ``B`` samples.
+            num_timesteps: Length of the training schedule.
+
+        Yields:
+            Flips, in them captions, in them draws.
+
+        Raises:
+            InputError: If flips are asked for and the batch has none.
+        """
+        if self.flips and batch.latents_flip is None:
+            raise InputError("Flips are scored, but the shards hold no latent_flip.npy; prepare them with flips, or set flips to false.")
+        timesteps = self.draw_timesteps(num_timesteps).to(batch.latents.device)
+        for flip in range(1 + self.flips):
+            latents = batch.latents_flip if flip else batch.latents
+            assert latents is not None
+            for caption in range(self.caption_slots(batch)):
+                rows = (batch.caption_counts > caption).nonzero()[:, 0].cpu()
+                keys = [batch.keys[row] for row in rows.tolist()]
+                # Indexing copies, and nearly always all samples have the caption.
+                every = len(rows) == len(batch)
+                views = ViewBatch(
+                    latents if every else latents[rows.to(latents.device)],
+                    batch.text[:, caption] if every else batch.text[rows.to(latents.device), caption],
+                )
+                for draw in range(self.draws):
+                    noise = self.draw_noise(keys, latents.shape[1:], flip, caption, draw).to(latents)
+                    yield View(flip, caption, draw, rows, views, timesteps[draw].expand(len(rows)), noise)
+
+    def caption_slots(self, batch: SampleBatch) -> int:
+        """How many captions the samples of a batch are scored on at most.
+
+        Args:
+            batch: The samples.
+
+        Returns:
+            The number; samples with fewer captions have fewer views.
+        """
+        most = batch.text.shape[1]
+        return most if self.captions is None else min(most, self.captions)
+
+
+def _place(uniform: Tensor, timestep_range: tuple[float, float], num_timesteps: int) -> Tensor:
+    """Uniform numbers in [0, 1) to timesteps in a range of the schedule."""
+    low, high = timestep_range
+    places = (low + uniform * (high - low)) * num_timesteps
+    return places.floor().long().clamp(0, num_timesteps - 1)
+
+
+def draw_for_target(
+    stream: Stream,
+    seed: int,
+    key: str,
+    numbers: Sequence[int],
+    total: int,
+    num_timesteps: int,
+    shape: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """(timestep, noise) draws of a target, each keyed by its number.
+
+    Draw ``n`` of ``total`` is uniform in the stratum ``n mod total`` of the schedule; numbers from ``total`` on belong to later steps.
+
+    Args:
+        stream: ``"unlearning"`` for gradients, ``"rise"`` for the target's loss before and after.
+        seed: Of all draws.
+        key: The target's.
+        numbers: ``B`` numbers of draws.
+        total: Draws a step.
+        num_timesteps: Length of the training schedule.
+        shape: ``(C, H, W)``.
+
+    Returns:
+        Timesteps ``(B,)`` int64 and noise ``(B, C, H, W)`` float32, on the CPU.
+    """
+    uniform, noise = [], []
+    for number in numbers:
+        generator = generator_for(stream, seed, key, number)
+        place = torch.rand((), generator=generator, dtype=torch.float64)
+        uniform.append((number % total + place) / total)
+        noise.append(torch.randn(tuple(shape), generator=generator))
+    return _place(torch.stack(uniform), (0.0, 1.0), num_timesteps), torch.stack(noise)
