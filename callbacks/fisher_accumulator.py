@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_unlearn.capture import CapturedLayer, GradientCapture
+from lightning_unlearn.capture import GradientCapture
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher import FISHERS, Fisher
 from lightning_unlearn.parameters import layer_parameters, layer_specs, select_layers

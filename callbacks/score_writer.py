@@ -84,7 +84,9 @@ class ScoreWriter(Callback):
         if stage != "predict":
             return
         if not isinstance(pl_module, UnlearningModule):
-            raise InputError(f"ScoreWriter writes the scores of an UnlearningModule, not of a {type(pl_module).__name__}.")
+            raise InputError(
+                f"ScoreWriter writes the scores of an UnlearningModule, not of a {type(pl_module).__name__}."
+            )
         # Scores go to disk; keeping all losses in memory as well would let it grow with the data.
         trainer.predict_loop.return_predictions = False
         skip = getattr(getattr(trainer, "datamodule", None), "skip_shards", None)
@@ -102,21 +104,30 @@ class ScoreWriter(Callback):
         run = read_run(self.folder)
         if run is not None and run["fingerprints"] != fingerprints:
             differing = [name for name in fingerprints if run["fingerprints"].get(name) != fingerprints[name]]
-            raise InputError(f"{self.folder} holds scores of another run (other {', '.join(differing)}); score into another folder, or remove it.")
+            raise InputError(
+                f"{self.folder} holds scores of another run (other {', '.join(differing)}); score into another folder, or remove it."
+            )
         if trainer.is_global_zero:
             self._record(trainer, pl_module, fingerprints, run or {})
 
-    def _record(self, trainer: Trainer, pl_module: UnlearningModule, fingerprints: dict[str, str], run: dict[str, Any]) -> None:
+    def _record(
+        self, trainer: Trainer, pl_module: UnlearningModule, fingerprints: dict[str, str], run: dict[str, Any]
+    ) -> None:
         datamodule = getattr(trainer, "datamodule", None)
-        shards = {shard_id(s.url): {"url": s.url, "samples": s.samples, "bytes": s.bytes} for s in getattr(datamodule, "shards", [])}
+        shards = {
+            shard_id(s.url): {"url": s.url, "samples": s.samples, "bytes": s.bytes}
+            for s in getattr(datamodule, "shards", [])
+        }
         prompts = {query.key: query.captions for query in getattr(datamodule, "queries", [])}
         content = {
             "fingerprints": fingerprints,
             "rule": self.rule,
             "views": pl_module.views.settings(),
-            "unlearning": pl_module.unlearning_settings(),
+            "unlearning": pl_module.settings,
             "precision": str(trainer.precision),
-            "targets": {key: {"captions": prompts.get(key, []), **pl_module.results.get(key, {})} for key in pl_module.targets},
+            "targets": {
+                key: {"captions": prompts.get(key, []), **pl_module.results.get(key, {})} for key in pl_module.targets
+            },
             "shards": {**run.get("shards", {}), **shards},
             "versions": {name: _version(name) for name in PACKAGES},
             "world_size": trainer.world_size,
@@ -130,7 +141,13 @@ class ScoreWriter(Callback):
 
     @override
     def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Reduce a batch, and write its shard if it was the last one."""
         assert isinstance(pl_module, UnlearningModule)
@@ -167,8 +184,12 @@ class ScoreWriter(Callback):
     def _finish(self, shard: _Open, outputs: Deviations, queries: list[str]) -> None:
         name, count = outputs.batch.shard, outputs.batch.end_of_shard
         if len(shard.keys) + shard.skipped != count:
-            raise InputError(f"Shard {name} has {count} samples, but {len(shard.keys) + shard.skipped} arrived; run the same command again.")
-        write_shard_scores(self.folder, name, shard.keys, torch.cat(shard.base), torch.cat(shard.scores), queries, self._run)
+            raise InputError(
+                f"Shard {name} has {count} samples, but {len(shard.keys) + shard.skipped} arrived; run the same command again."
+            )
+        write_shard_scores(
+            self.folder, name, shard.keys, torch.cat(shard.base), torch.cat(shard.scores), queries, self._run
+        )
         (self.folder / FAILED / f"{name}.json").unlink(missing_ok=True)
         self.scored += len(shard.keys)
         self.skipped += shard.skipped + outputs.batch.skipped

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from typing import Literal
 
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
-
 from lightning_unlearn.datamodules.reading import read_samples
 from lightning_unlearn.datamodules.scoring import ScoringStream
 from lightning_unlearn.datamodules.sources import list_shards
+from torch.utils.data import DataLoader
+
+from lightning_unlearn.draws import DrawBatch, draw_batches
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.samples import DrawBatch, Sample, SampleBatch, draw_batches
+from lightning_unlearn.samples import Sample, SampleBatch
 from lightning_unlearn.shards import ShardInfo, shard_id
 
 
@@ -93,19 +94,25 @@ class AttributionDataModule(LightningDataModule):
         for shard in sorted(infos, key=lambda info: info.url):
             for sample in read_samples(shard, pictures=True):
                 if sample.key in found:
-                    raise InputError(f"The query {sample.key!r} stands twice in {self.query_patterns}; keys must be unique.")
+                    raise InputError(
+                        f"The query {sample.key!r} stands twice in {self.query_patterns}; keys must be unique."
+                    )
                 found[sample.key] = sample
         if self.query_keys is not None:
             missing = [key for key in self.query_keys if key not in found]
             if missing:
-                raise InputError(f"There is no query {missing[0]!r} in {self.query_patterns}; it holds {', '.join(list(found)[:5])} …")
+                raise InputError(
+                    f"There is no query {missing[0]!r} in {self.query_patterns}; it holds {', '.join(list(found)[:5])} …"
+                )
             found = {key: found[key] for key in self.query_keys}
         if not found:
             raise InputError(f"There is no query in {self.query_patterns}; make some with `lightning-unlearn prepare`.")
         queries = list(found.values())
         for query in queries:
             if query.latent.shape != queries[0].latent.shape or query.text.shape[1:] != queries[0].text.shape[1:]:
-                raise InputError(f"The queries {queries[0].key!r} and {query.key!r} differ in shape; all queries of a run must have one shape.")
+                raise InputError(
+                    f"The queries {queries[0].key!r} and {query.key!r} differ in shape; all queries of a run must have one shape."
+                )
         return queries
 
     def _rank(self) -> tuple[int, int]:
@@ -135,7 +142,7 @@ class AttributionDataModule(LightningDataModule):
         """This rank's draws of all queries; an epoch is one step of the strategy.
 
         Returns:
-            A loader of :class:`~lightning_unlearn.samples.DrawBatch`, of the same length on every rank.
+            A loader of :class:`~lightning_unlearn.draws.DrawBatch`, of the same length on every rank.
         """
         return DrawLoader(self)
 
@@ -175,7 +182,9 @@ class DrawLoader:
         rank, world_size = data._rank()
         step = data.trainer.current_epoch if data.trainer is not None else 0
         for target, query in enumerate(data.queries):
-            yield from draw_batches(query, target, step * data.draws, data.draws, rank, world_size, data.draw_batch_size)
+            yield from draw_batches(
+                query, target, step * data.draws, data.draws, rank, world_size, data.draw_batch_size
+            )
 
 
 def _check_shapes(sample: Sample, query: Sample, shard: ShardInfo) -> None:

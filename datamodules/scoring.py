@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from lightning_unlearn.datamodules.reading import read_fields
 from torch.utils.data import IterableDataset, get_worker_info
 
-from lightning_unlearn.datamodules.reading import read_fields
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.samples import Sample, SampleBatch, collate_samples, decode_sample
 from lightning_unlearn.shards import ShardInfo, shard_id

@@ -1,8 +1,8 @@
 """Per-sample gradients of chosen layers out of one ordinary backward pass, by hooks on inputs and output gradients.
 
-A sample's gradient of a Linear weight is ``Σ_t g_t a_tᵀ`` over its positions ``t``, with the layer's input ``a (B, T, i)``
-and the gradient ``g (B, T, o)`` at its output; a Conv2d is the same over its patches. The mean gradient that a training step
-leaves in ``.grad`` can't give this: ``(mean g)² ≠ mean g²``.
+A sample's gradient of a Linear weight is ``Σ_t g_t a_tᵀ`` over its positions ``t``, with the layer's input
+``a (B, T, i)`` and the gradient ``g (B, T, o)`` at its output; a Conv2d is the same over its patches. The mean gradient
+that a training step leaves in ``.grad`` can't give this: ``(mean g)² ≠ mean g²``.
 """
 
 from __future__ import annotations
@@ -67,8 +67,9 @@ class GradientCapture:
     """Watches layers during backward passes; use as a context manager, or call :meth:`attach` and :meth:`detach`.
 
     Nothing of the computation is changed. Forward passes without gradient are not seen. A layer that is used several
-    times in one forward pass gives the sum of its uses (positions are put one after the other). When gradient checkpointing
-    runs a layer again, only the run through which the gradient flows counts, since capture happens on gradients.
+    times in one forward pass gives the sum of its uses (positions are put one after the other). When gradient
+    checkpointing runs a layer again, only the run through which the gradient flows counts, since capture happens on
+    gradients.
 
     Args:
         layers: Layer name to Linear or Conv2d; the batch is the first dimension of their inputs.
@@ -90,14 +91,23 @@ class GradientCapture:
     def attach(self) -> None:
         """Put the hooks on the layers."""
         for name, layer in self.layers.items():
-            self._handles.append(layer.register_forward_hook(self._forward_hook(name)))
+            self._handles.append(layer.register_forward_hook(self._forward_hook(name), with_kwargs=True))
+
+    @property
+    def pending(self) -> bool:
+        """Whether gradients were captured that nobody took."""
+        return bool(self._captured)
+
+    def clear(self) -> None:
+        """Forget what was captured."""
+        self._captured = {}
 
     def detach(self) -> None:
         """Take the hooks off and forget what was captured."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._captured.clear()
+        self.clear()
 
     def __enter__(self) -> GradientCapture:
         self.attach()
@@ -110,10 +120,10 @@ class GradientCapture:
         self._handles.clear()
 
     def _forward_hook(self, name: str) -> Any:
-        def hook(layer: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        def hook(layer: nn.Module, arguments: tuple[Tensor, ...], keywords: dict[str, Tensor], output: Tensor) -> None:
             if not (self.enabled and output.requires_grad):
                 return
-            inputs = arguments[0].detach()
+            inputs = (arguments[0] if arguments else keywords["input"]).detach()
 
             def on_gradient(gradient: Tensor) -> None:
                 self._captured.setdefault(name, []).append((inputs, gradient.detach()))
@@ -154,12 +164,22 @@ def _join(layer: nn.Module, uses: list[tuple[Tensor, Tensor]]) -> CapturedLayer:
 
 
 def _positions(layer: nn.Module, inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
-    """Bring a layer's input and output gradient to ``(B, T, i)`` and ``(B, T, o)``, float32 or wider."""
+    """Bring a layer's input and output gradient to one form, float32 or wider.
+
+    Args:
+        layer: Linear or Conv2d.
+        inputs: What it was called with, the batch first.
+        gradients: The gradient at its output.
+
+    Returns:
+        ``(B, T, i)`` and ``(B, T, o)``.
+    """
     inputs = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
     gradients = gradients.to(torch.promote_types(gradients.dtype, inputs.dtype))
     inputs = inputs.to(gradients.dtype)
     if isinstance(layer, nn.Conv2d):
         assert not isinstance(layer.padding, str)
-        patches = nn.functional.unfold(inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # (B, i, T)
+        # (B, i, T)
+        patches = nn.functional.unfold(inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
         return patches.mT, gradients.flatten(2).mT
     return inputs.reshape(len(inputs), -1, inputs.shape[-1]), gradients.reshape(len(gradients), -1, gradients.shape[-1])

@@ -29,7 +29,9 @@ class DeltaStore(nn.Module):
         self.targets = list(targets)
         self._names = {name: name.replace(".", "/") for name in parameters}  # a parameter's name must not hold dots
         for name, parameter in parameters.items():
-            self.register_parameter(self._names[name], nn.Parameter(parameter.new_zeros(len(targets), *parameter.shape)))
+            self.register_parameter(
+                self._names[name], nn.Parameter(parameter.new_zeros(len(targets), *parameter.shape))
+            )
 
     def named(self) -> dict[str, Tensor]:
         """The stacked deltas.
@@ -102,7 +104,9 @@ def read_targets(checkpoint: Mapping[str, Any], where: str) -> dict[str, Any]:
         InputError: If it is not one of an ``UnlearningModule``.
     """
     if CHECKPOINT_KEY not in checkpoint:
-        raise InputError(f"{where} holds no deltas; unlearn the queries first, with `lightning-unlearn fit` or `attribute`.")
+        raise InputError(
+            f"{where} holds no deltas; unlearn the queries first, with `lightning-unlearn fit` or `attribute`."
+        )
     about: dict[str, Any] = checkpoint[CHECKPOINT_KEY]
     return about
 
@@ -118,6 +122,8 @@ def relative_distance(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) 
         The distance, 0 if they share none.
     """
     shared = [name for name in ours if name in theirs]
-    difference = sum(float((ours[name].detach().cpu().double() - theirs[name].double()).square().sum()) for name in shared)
+    difference = sum(
+        float((ours[name].detach().cpu().double() - theirs[name].double()).square().sum()) for name in shared
+    )
     norm = sum(float(theirs[name].double().square().sum()) for name in shared)
     return float(torch.tensor(difference / norm).sqrt()) if norm else 0.0

@@ -1,15 +1,14 @@
-"""Where latents and text states come from: a pipeline's VAE and text encoder, pixels, or arrays that are ready.
+"""The encoders of ``prepare``: a pipeline's VAE, a pipeline's text encoder, a text encoder of its own.
 
-A source of latents and a source of text are all that ``prepare`` knows of a model. Encoders run in float32, without TF32.
+All are read from local folders, from safetensors alone, and run in float32, without TF32.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,83 +16,7 @@ from torch import Tensor, nn
 
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import generator_for, tensors_digest
-from lightning_unlearn.records import Record
-
-Array = np.ndarray[Any, Any]
-
-
-@dataclass(frozen=True)
-class Item:
-    """One sample on its way to a shard.
-
-    Attributes:
-        index: Its row in the source.
-        record: What is known of it.
-        pixels: ``(channels, height, width)`` float32 in [-1, 1]; empty where latents are ready.
-    """
-
-    index: int
-    record: Record
-    pixels: Array
-
-
-class LatentSource(Protocol):
-    """Gives the latents of samples.
-
-    Attributes:
-        crop: ``(height, width)`` of the pictures it takes, ``None`` if it takes none.
-        mode: Their mode, Pillow's ``"RGB"`` or ``"L"``.
-        about: What the manifest says of it.
-        rows: How many latents there are, if they are ready.
-    """
-
-    crop: tuple[int, int] | None
-    mode: str
-    about: dict[str, Any]
-    rows: int | None
-
-    def latents(self, items: Sequence[Item], *, mirrored: bool) -> Array:
-        """Latents ``(B, C, H, W)`` of ``B`` samples' pictures, or of their mirror images."""
-        ...
-
-
-class TextSource(Protocol):
-    """Gives the text states of samples.
-
-    Attributes:
-        about: What the manifest says of it.
-        rows: How many samples it has text for, if it is ready.
-        captions: How many captions each of these has.
-    """
-
-    about: dict[str, Any]
-    rows: int | None
-    captions: int | None
-
-    def states(self, items: Sequence[Item]) -> list[Array]:
-        """Text states of ``B`` samples, each ``(captions, tokens, dim)``."""
-        ...
-
-
-class PixelLatents:
-    """The pictures themselves, for a network that works on pixels.
-
-    Args:
-        size: Side of the square pictures.
-        grey: Whether they have one channel instead of three.
-    """
-
-    rows = None
-
-    def __init__(self, size: int, grey: bool) -> None:
-        self.crop = (size, size)
-        self.mode = "L" if grey else "RGB"
-        self.about: dict[str, Any] = {"space": "pixel"}
-
-    def latents(self, items: Sequence[Item], *, mirrored: bool) -> Array:
-        """See :class:`LatentSource`."""
-        pixels = np.stack([item.pixels for item in items])
-        return pixels[..., ::-1] if mirrored else pixels
+from lightning_unlearn.inputs import Array, Item, stack_pixels
 
 
 class VaeLatents:
@@ -110,14 +33,13 @@ class VaeLatents:
         InputError: If the folder has no usable VAE, or the size does not suit it.
     """
 
-    rows = None
-
     def __init__(self, folder: Path, size: int | None, kept: str, seed: int, device: torch.device) -> None:
         config = _config(folder / "vae")
         if config.get("_class_name") != "AutoencoderKL":
             raise InputError(f"{folder / 'vae'} is a {config.get('_class_name')}, but only AutoencoderKL is known; give ready `latents`.")
         scale = 2 ** (len(config["block_out_channels"]) - 1)
-        self.crop = (size, size) if size is not None else _network_size(folder, scale)
+        self.rows: int | None = None
+        self.crop: tuple[int, int] | None = (size, size) if size is not None else _network_size(folder, scale)
         if any(side % scale for side in self.crop):
             raise InputError(f"Pictures of {self.crop} pixels don't suit the VAE in {folder}; set size to a multiple of {scale}.")
         from diffusers import AutoencoderKL
@@ -143,9 +65,9 @@ class VaeLatents:
     @torch.inference_mode()
     def latents(self, items: Sequence[Item], *, mirrored: bool) -> Array:
         """See :class:`LatentSource`."""
-        pixels = torch.from_numpy(np.stack([item.pixels for item in items])).to(self.device)
+        pixels = torch.from_numpy(stack_pixels(items, mirrored=mirrored)).to(self.device)
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-            distribution = self.vae.encode(pixels.flip(-1) if mirrored else pixels).latent_dist
+            distribution = self.vae.encode(pixels).latent_dist
         latents = distribution.mean  # (B, C, H, W)
         if self.kept == "sample":
             side = "mirrored" if mirrored else "picture"
@@ -171,10 +93,9 @@ class EncodedText:
         InputError: If the encoder can't encode a caption.
     """
 
-    rows = None
-    captions = None
-
     def __init__(self, encoder: nn.Module, tokenizer: Any, tokens: int, masked: bool, batch_size: int, name: str) -> None:
+        self.rows: int | None = None
+        self.captions: int | None = None
         self.encoder, self.tokenizer, self.tokens, self.masked, self.batch_size = encoder, tokenizer, tokens, masked, batch_size
         try:
             dim = self._encode(["a caption"]).shape[-1]
@@ -220,15 +141,13 @@ def pipeline_text(folder: Path, device: torch.device, batch_size: int) -> Encode
         InputError: If the pipeline has not exactly one CLIP text encoder.
     """
     config = _config(folder / "text_encoder")
-    if config.get("model_type") != "clip_text_model" or (folder / "text_encoder_2").exists():
+    # diffusers hands the encoder a mask of the padding where its config says so; Stable Diffusion's does not.
+    plain = config.get("model_type") == "clip_text_model" and not config.get("use_attention_mask")
+    if not plain or (folder / "text_encoder_2").exists():
         raise InputError(f"{folder} has not just one CLIP text encoder, as Stable Diffusion 1 and 2 have; give ready `text`, or a `text_encoder` folder.")
     transformers = _transformers()
     encoder = _load(transformers.CLIPTextModel.from_pretrained, folder / "text_encoder", use_safetensors=True).to(device, torch.float32).eval()
     tokenizer = _load(transformers.AutoTokenizer.from_pretrained, folder / "tokenizer")
-    # diffusers hands the mask over only where the encoder's config says so.
-    masked = bool(config.get("use_attention_mask"))
-    if masked:
-        raise InputError(f"The text encoder of {folder} masks its padding, which Stable Diffusion's does not; give ready `text`.")
     return EncodedText(encoder, tokenizer, tokenizer.model_max_length, False, batch_size, f"{folder.resolve().name}/text_encoder")
 
 
@@ -256,3 +175,51 @@ def folder_text(folder: Path, tokens: int | None, device: torch.device, batch_si
     encoder = _load(transformers.AutoModel.from_pretrained, folder, use_safetensors=True)
     encoder = (encoder.get_encoder() if encoder.config.is_encoder_decoder else encoder).to(device, torch.float32).eval()
     return EncodedText(encoder, tokenizer, length, True, batch_size, folder.resolve().name)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"There is no {path}; name a folder that save_pretrained of diffusers or transformers made.")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise InputError(f"{path} is not a config; save the model again with save_pretrained.")
+    return config
+
+
+def _network_size(folder: Path, scale: int) -> tuple[int, int]:
+    """``(height, width)`` in pixels that a pipeline's network was trained on."""
+    for name in ("unet", "transformer"):
+        if (folder / name / "config.json").is_file():
+            match _config(folder / name).get("sample_size"):
+                case int(side):
+                    return side * scale, side * scale
+                case [int(height), int(width)]:
+                    return height * scale, width * scale
+    raise InputError(f"{folder} has no unet or transformer that says its sample_size; set size, in pixels.")
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise InputError("Text encoders need transformers; install it with `pip install lightning-unlearn[text]`.") from None
+    return transformers
+
+
+def _load(loader: Callable[..., Any], folder: Path, **settings: Any) -> Any:
+    if not folder.is_dir():
+        raise InputError(f"There is no folder {folder}; name one that save_pretrained of diffusers or transformers made.")
+    try:
+        return loader(str(folder), local_files_only=True, **settings)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise InputError(f"{folder} can't be loaded ({reason}); save it again with save_pretrained, in safetensors.") from None
+
+
+def _numpy(tensor: Tensor) -> Array:
+    array: Array = tensor.float().cpu().numpy()
+    return array

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,8 @@ def load_weights(network: nn.Module, path: str, prefix: str = "", averaged: bool
         network: The network; every weight of it must be in the file. Weights are cast to its dtype.
         path: A Lightning ``.ckpt``, a PyTorch state dict, or safetensors.
         prefix: What stands before the network's names in the file, e.g. ``"model.unet."`` or ``"unet_ema."``.
-        averaged: For a checkpoint made under Lightning's ``WeightAveraging`` or ``EMAWeightAveraging``: whether to take the
-            averaged weights, which it keeps as the state dict, or those that were being trained.
+        averaged: For a checkpoint made under Lightning's ``WeightAveraging`` or ``EMAWeightAveraging``: whether to take
+            the averaged weights, which it keeps as the state dict, or those that were being trained.
 
     Raises:
         InputError: If the file is missing or unsafe, or lacks weights of the network.
@@ -31,10 +33,10 @@ def load_weights(network: nn.Module, path: str, prefix: str = "", averaged: bool
     wanted = network.state_dict()
     missing = [name for name in wanted if name not in chosen]
     if missing:
-        heads = ", ".join(sorted({name.rsplit(missing[0], 1)[0] for name in state if name.endswith(missing[0])})) or "none"
+        heads = sorted({name.removesuffix(missing[0]) for name in state if f".{name}".endswith(f".{missing[0]}")})
         raise InputError(
             f"{path} lacks {len(missing)} of the network's {len(wanted)} weights under the prefix {prefix!r} "
-            f"(e.g. {missing[0]}); prefixes that hold it: {heads}."
+            f"(e.g. {missing[0]}); prefixes that hold it: {', '.join(map(repr, heads)) or 'none'}."
         )
     differing = [name for name in wanted if chosen[name].shape != wanted[name].shape]
     if differing:
@@ -70,11 +72,14 @@ def read_state(path: str, averaged: bool = True) -> dict[str, Tensor]:
         except safetensors.SafetensorError as error:
             raise InputError(f"{path} is not a safetensors file ({error}); fetch it again.") from None
     checkpoint = read_checkpoint(path)
-    if "state_dict" not in checkpoint:
-        return {name: value for name, value in checkpoint.items() if isinstance(value, Tensor)}
-    raw = checkpoint.get("current_model_state")
-    state: dict[str, Tensor] = raw if raw is not None and not averaged else checkpoint["state_dict"]
-    return state
+    trained = checkpoint.get("current_model_state")
+    state = trained if trained is not None and not averaged else checkpoint.get("state_dict", checkpoint)
+    if not isinstance(state, dict):
+        raise InputError(
+            f"{path} holds a {type(state).__name__} as its state_dict; save the network's state_dict again."
+        )
+    # A state dict may hold a module's extra state, which need not be a tensor.
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def read_checkpoint(path: str) -> dict[str, Any]:
@@ -89,14 +94,14 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     Raises:
         InputError: If it can't be loaded so.
     """
-    import pickle
-
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        # Files in the form from before PyTorch 1.6 are no archives, and can't be mapped.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # a damaged file makes the unpickler raise nearly anything
+        reason = f"{type(error).__name__}: {_first_line(str(error).split('WeightsUnpickler error:')[-1])}"
         raise InputError(
-            f"{path} can't be loaded without running code ({reason}); save its state_dict alone, with torch.save or safetensors."
+            f"{path} is damaged, or can't be loaded without running code ({reason}); "
+            "fetch it again, or save its state_dict alone, with torch.save or safetensors."
         ) from None
     if not isinstance(checkpoint, dict):
         raise InputError(f"{path} holds a {type(checkpoint).__name__}, not a state dict.")
@@ -118,17 +123,39 @@ def load_network(
         The network, in eval mode.
 
     Raises:
-        InputError: If a folder holds no network.
+        InputError: If a folder holds no network, or only part of its weights.
     """
     if isinstance(network, str):
         folder = Path(network)
         parts = [folder / name for name in ("unet", "transformer") if (folder / name / "config.json").is_file()]
         if not parts and not (folder / "config.json").is_file():
-            raise InputError(f"{folder} is no folder of a diffusers pipeline or network; it needs a unet/ or a config.json.")
-        from diffusers import AutoModel
-
-        network = AutoModel.from_pretrained(str(parts[0] if parts else folder), local_files_only=True)
-        assert isinstance(network, nn.Module)
+            raise InputError(
+                f"{folder} is no folder of a diffusers pipeline or network; it needs a unet/ or a config.json."
+            )
+        network = _from_diffusers(parts[0] if parts else folder)
     if weights is not None:
         load_weights(network, weights, prefix, averaged)
     return network.eval()
+
+
+def _from_diffusers(folder: Path) -> nn.Module:
+    import diffusers
+
+    try:
+        name = json.loads((folder / "config.json").read_bytes())["_class_name"]
+        # Not AutoModel, which can't say what was missing (diffusers 0.42).
+        network_class: Any = getattr(diffusers, name)
+        network, found = network_class.from_pretrained(str(folder), local_files_only=True, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {_first_line(str(error))}"
+        raise InputError(f"{folder} holds no network that diffusers can load ({reason}); save it again.") from None
+    # diffusers fills what is missing with random weights.
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise InputError(f"{folder} lacks {len(missing)} weights of its network (e.g. {missing[0]}); save it again.")
+    assert isinstance(network, nn.Module)
+    return network
+
+
+def _first_line(text: str) -> str:
+    return text.strip().partition("\n")[0][:200]

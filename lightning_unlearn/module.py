@@ -7,27 +7,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_unlearn.deltas import (
-    CHECKPOINT_KEY,
-    DeltaStore,
-    NetworkLoss,
-    read_targets,
-    relative_distance,
-    target_weights,
-)
+from lightning_unlearn.deltas import DeltaStore, relative_distance, target_weights
+from lightning_unlearn.draws import DrawBatch, Stream, draw_batches, draw_for_target
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.fingerprints import settings_digest, tensors_digest
+from lightning_unlearn.fingerprints import digest, settings_digest, tensors_digest
 from lightning_unlearn.fisher import Fisher, load_fisher
+from lightning_unlearn.frozen import FrozenModule
 from lightning_unlearn.loading import load_network
 from lightning_unlearn.objective import DenoisingObjective, Objective
-from lightning_unlearn.parameters import layer_parameters, layer_specs, select_layers
-from lightning_unlearn.samples import DrawBatch, Sample, SampleBatch, ViewBatch, draw_batches
+from lightning_unlearn.parameters import layer_parameters, layer_specs
+from lightning_unlearn.samples import Sample, SampleBatch, ViewBatch
 from lightning_unlearn.strategies import Newton, Problem, Strategy
-from lightning_unlearn.views import Stream, View, Views, draw_for_target
+from lightning_unlearn.views import View, Views
 
 # Views are held in memory for this many at a time, so that weights are added up once for several calls.
 VIEWS_AT_ONCE = 16
@@ -50,7 +44,7 @@ class Deviations:
     unlearned: Tensor
 
 
-class UnlearningModule(LightningModule):
+class UnlearningModule(FrozenModule):
     r"""Unlearns queries in ``fit`` and measures how the loss of training images rose in ``predict``.
 
     .. math::
@@ -95,14 +89,12 @@ class UnlearningModule(LightningModule):
         prefix: str = "",
         averaged: bool = True,
     ) -> None:
-        super().__init__()
         if rise_draws < 1:
             raise InputError(f"rise_draws must be at least 1, but is {rise_draws}.")
         # Run-time settings are not hyper-parameters: LightningCLI would let those of a checkpoint override the command line.
         if objective is None:
             objective = DenoisingObjective(network if isinstance(network, str) else None)
-        self.loss = NetworkLoss(load_network(network, weights, prefix, averaged).requires_grad_(False), objective)
-        self.layers = select_layers(self.network, parameters)
+        super().__init__(load_network(network, weights, prefix, averaged), objective, parameters)
         self.fisher_source = fisher
         self.strategy = strategy or Newton()
         self.views = views or Views()
@@ -110,33 +102,14 @@ class UnlearningModule(LightningModule):
         self.seed = seed
         self.rise_draws = rise_draws
         self.parameters_selection = parameters
-        self.deltas: DeltaStore | None = None
-        self.results: dict[str, dict[str, float]] = {}
-        self._fingerprints: dict[str, str] = {}
         self._problem: Problem | None = None
-        self._tf32: tuple[bool, bool] | None = None
-        # The checkpoint holds only the deltas.
-        self.strict_loading = False
-
-    @property
-    def network(self) -> nn.Module:
-        """The frozen denoiser."""
-        return self.loss.network
-
-    @property
-    def objective(self) -> Objective:
-        """Its loss."""
-        return self.loss.objective
-
-    @property
-    def targets(self) -> list[str]:
-        """Keys of the targets whose deltas the module holds."""
-        return self.deltas.targets if self.deltas is not None else []
 
     def _queries(self) -> list[Sample]:
         queries: list[Sample] | None = getattr(getattr(self.trainer, "datamodule", None), "queries", None)
         if queries is None:
-            raise InputError("UnlearningModule needs a datamodule with queries: pass AttributionDataModule(queries=…) to trainer.fit.")
+            raise InputError(
+                "UnlearningModule needs a datamodule with queries: pass AttributionDataModule(queries=…) to trainer.fit."
+            )
         return queries
 
     # ------------------------------------------------------------------ fit: unlearning
@@ -160,11 +133,17 @@ class UnlearningModule(LightningModule):
         if stage != "fit":
             return
         if self.trainer.gradient_clip_val is not None:
-            raise InputError("The Trainer clips gradients, which would change the unlearning step; leave gradient_clip_val out.")
+            raise InputError(
+                "The Trainer clips gradients, which would change the unlearning step; leave gradient_clip_val out."
+            )
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
-            raise InputError("16-mixed precision scales losses and may skip a step, which would leave a delta of zero; unlearn with precision 32-true.")
+            raise InputError(
+                "16-mixed precision scales losses and may skip a step, which would leave a delta of zero; unlearn with precision 32-true."
+            )
         if self.fisher_source is None:
-            raise InputError("Unlearning needs a Fisher: train with FisherAccumulator or run `lightning-unlearn fisher`, and pass its file as fisher.")
+            raise InputError(
+                "Unlearning needs a Fisher: train with FisherAccumulator or run `lightning-unlearn fisher`, and pass its file as fisher."
+            )
         self.trainer.fit_loop.max_epochs = self.strategy.steps
         self.trainer.fit_loop.epoch_loop.max_steps = -1
 
@@ -173,6 +152,9 @@ class UnlearningModule(LightningModule):
         self._exact()
         fisher = self._load_fisher().to(self.device)
         fisher.finalize(self.damping)
+        self.settings = self.unlearning_settings()
+        self._fingerprints["fisher"] = tensors_digest(fisher.tensors())
+        self._fingerprints["unlearning"] = self.unlearning_fingerprint(self.trainer.datamodule)
         assert self.deltas is not None
         self._problem = Problem(
             deltas=self.deltas.named(),
@@ -190,11 +172,14 @@ class UnlearningModule(LightningModule):
             theirs = fisher.layers.get(name)
             if theirs != spec:
                 what = f"has {theirs.weight_shape}" if theirs else "lacks it"
-                raise InputError(f"The Fisher in {where} is of another model or selection: layer {name} is {spec.weight_shape} here, but it {what}.")
+                raise InputError(
+                    f"The Fisher in {where} is of another model or selection: layer {name} is {spec.weight_shape} here, but it {what}."
+                )
         distance = relative_distance(layer_parameters(self.layers), fisher.weights)
         if distance > FAR:
-            rank_zero_warn(f"The weights lie {distance:.0%} of their norm from those the Fisher in {where} was taken at; take it in the last part of training.")
-        self._fingerprints["fisher"] = tensors_digest(fisher.tensors())
+            rank_zero_warn(
+                f"The weights lie {distance:.0%} of their norm from those the Fisher in {where} was taken at; take it in the last part of training."
+            )
         return fisher
 
     def on_train_start(self) -> None:
@@ -236,10 +221,6 @@ class UnlearningModule(LightningModule):
         views = self._cast(ViewBatch(batch.latents, batch.text))
         return self.loss.under(weights, views, timesteps.to(self.device), noise.to(views.latents))
 
-    def _cast(self, batch: ViewBatch) -> ViewBatch:
-        dtype = next(self.network.parameters()).dtype
-        return ViewBatch(batch.latents.to(self.device, dtype), batch.text.to(self.device, dtype))
-
     @torch.no_grad()
     def _target_losses(self, deltas: dict[str, Tensor] | None) -> Tensor:
         """Mean losses ``(Q,)`` of all targets over the fixed draws, summed over ranks."""
@@ -247,7 +228,9 @@ class UnlearningModule(LightningModule):
         sums = torch.zeros(len(self.targets), dtype=torch.float64)
         for target, query in enumerate(self._queries()):
             weights = {} if deltas is None else target_weights(layer_parameters(self.layers), deltas, target)
-            for batch in draw_batches(query, target, 0, self.rise_draws, trainer.global_rank, trainer.world_size, self.rise_draws):
+            for batch in draw_batches(
+                query, target, 0, self.rise_draws, trainer.global_rank, trainer.world_size, self.rise_draws
+            ):
                 losses = self._draw_losses(batch, weights, "rise").double().cpu()
                 sums[target] += (losses * batch.weights).sum()
         if trainer.world_size > 1:
@@ -295,62 +278,17 @@ class UnlearningModule(LightningModule):
         penalties = (0.5 * problem.fisher.quadratic(problem.deltas)).tolist()
         for target, loss_before, loss_after, penalty in zip(self.targets, before, after, penalties, strict=True):
             if not abs(loss_after) < float("inf"):
-                raise InputError(f"The loss of {target!r} is {loss_after} after unlearning; choose a smaller step, and check the model and the Fisher.")
-            result = {"loss_before": loss_before, "loss_after": loss_after, "rise": loss_after / loss_before - 1, "penalty": penalty}
+                raise InputError(
+                    f"The loss of {target!r} is {loss_after} after unlearning; choose a smaller step, and check the model and the Fisher."
+                )
+            result = {
+                "loss_before": loss_before,
+                "loss_after": loss_after,
+                "rise": loss_after / loss_before - 1,
+                "penalty": penalty,
+            }
             self.results[target] = result
             self.log_dict({f"{name}/{target}": value for name, value in result.items()}, rank_zero_only=True)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the frozen network out and say whose the deltas are, in plain types that load without pickle.
-
-        Args:
-            checkpoint: Lightning's.
-        """
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: value for name, value in state.items() if not name.startswith("loss.")}
-        checkpoint[CHECKPOINT_KEY] = {
-            "targets": list(self.targets),
-            "results": self.results,
-            "settings": self.unlearning_settings(),
-            "fingerprints": {name: self.fingerprints()[name] for name in ("weights", "fisher", "unlearning")},
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Make room for the deltas of a checkpoint, and refuse those of another model.
-
-        Args:
-            checkpoint: Lightning's.
-
-        Raises:
-            InputError: If it is of other weights or queries.
-        """
-        about = read_targets(checkpoint, "The checkpoint")
-        if about["fingerprints"]["weights"] != self.weights_fingerprint():
-            raise InputError("The deltas in the checkpoint were made for other weights than this network's; unlearn the queries again.")
-        if self.trainer.state.fn == "fit" and about["targets"] != self.targets:
-            raise InputError("The checkpoint was made for other queries; unlearn these anew, without ckpt_path.")
-        self.load_deltas(checkpoint)
-
-    def load_deltas(self, checkpoint: dict[str, Any]) -> None:
-        """Take the deltas of a checkpoint.
-
-        Args:
-            checkpoint: As Lightning loads it.
-
-        Raises:
-            InputError: If its deltas are of other layers.
-        """
-        about = read_targets(checkpoint, "The checkpoint")
-        store = DeltaStore(layer_parameters(self.layers), about["targets"])
-        shapes = {f"deltas.{name}": tuple(value.shape) for name, value in store.state_dict().items()}
-        theirs = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
-        if shapes != theirs:
-            raise InputError("The deltas in the checkpoint are of other layers than the chosen ones; use the parameters they were made with.")
-        store.load_state_dict({name.removeprefix("deltas."): value for name, value in checkpoint["state_dict"].items()})
-        self.deltas = store
-        self.results = {target: dict(result) for target, result in about["results"].items()}
-        self._fingerprints["fisher"] = about["fingerprints"]["fisher"]
-        self._fingerprints["unlearning"] = about["fingerprints"]["unlearning"]
 
     # ------------------------------------------------------------------ predict: deviations
 
@@ -375,7 +313,12 @@ class UnlearningModule(LightningModule):
             The losses, on the CPU, float32 or wider.
         """
         assert self.deltas is not None
-        size = (len(batch), 1 + self.views.flips, self.views.caption_slots(batch) if len(batch) else 0, self.views.draws)
+        size = (
+            len(batch),
+            1 + self.views.flips,
+            self.views.caption_slots(batch) if len(batch) else 0,
+            self.views.draws,
+        )
         losses = torch.full((1 + len(self.targets), *size), torch.nan, dtype=torch.float64)
         if len(batch):
             parameters, deltas = layer_parameters(self.layers), self.deltas.named()
@@ -383,28 +326,14 @@ class UnlearningModule(LightningModule):
                 for target in range(-1, len(self.targets)):
                     weights = {} if target < 0 else target_weights(parameters, deltas, target)
                     for view in views:
-                        loss = self.loss.under(weights, self._cast(view.batch), view.timesteps, view.noise.to(next(self.network.parameters()).dtype))
+                        loss = self.loss.under(
+                            weights,
+                            self._cast(view.batch),
+                            view.timesteps,
+                            view.noise.to(next(self.network.parameters()).dtype),
+                        )
                         losses[1 + target, view.rows, view.flip, view.caption, view.draw] = loss.double().cpu()
         return Deviations(batch, losses[0], losses[1:])
-
-    def _exact(self) -> None:
-        """A delta is some 1e-4 of its weight: TF32 would drown it, so it is off while this module runs."""
-        if self._tf32 is None:
-            self._tf32 = (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-
-    def teardown(self, stage: str) -> None:
-        """Give TF32 back as it was.
-
-        Args:
-            stage: Lightning's.
-        """
-        if self._tf32 is not None:
-            torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = self._tf32
-            self._tf32 = None
-        self._problem = None
-
-    # ------------------------------------------------------------------ what identifies a run
 
     def unlearning_settings(self) -> dict[str, Any]:
         """What deltas depend on besides weights, Fisher and queries.
@@ -421,32 +350,29 @@ class UnlearningModule(LightningModule):
             "objective": self.objective.settings(),
         }
 
-    def weights_fingerprint(self) -> str:
-        """Digest of the network's weights.
+    def unlearning_fingerprint(self, datamodule: Any) -> str:
+        """Digest of what deltas depend on besides weights and Fisher: settings, queries and their draws.
+
+        Args:
+            datamodule: With ``queries`` and ``draws``, as in ``fit``.
 
         Returns:
             32 hexadecimal characters.
         """
-        if "weights" not in self._fingerprints:
-            self._fingerprints["weights"] = tensors_digest(self.network.state_dict())
-        return self._fingerprints["weights"]
+        tensors = {
+            f"{query.key}/{name}": getattr(query, name) for query in datamodule.queries for name in ("latent", "text")
+        }
+        order = [query.key for query in datamodule.queries]
+        settings = {**self.unlearning_settings(), "draws": datamodule.draws, "queries": order}
+        return digest(settings_digest(settings), tensors_digest(tensors))
 
     def fingerprints(self) -> dict[str, str]:
         """What scores depend on: runs with the same fingerprints may share a score table.
 
         Returns:
-            Digests of weights, Fisher, unlearning, deltas, views and objective.
+            Digests of the deltas and what they come from, and of the views.
         """
-        deltas = self.deltas.named() if self.deltas is not None else {}
-        return {
-            "weights": self.weights_fingerprint(),
-            "fisher": self._fingerprints.get("fisher", "none"),
-            "unlearning": self._fingerprints.get("unlearning", settings_digest(self.unlearning_settings())),
-            "deltas": tensors_digest({name: delta.detach() for name, delta in deltas.items()}),
-            "targets": settings_digest({"targets": self.targets}),
-            "views": settings_digest(self.views.settings()),
-            "objective": settings_digest(self.objective.settings()),
-        }
+        return {**super().fingerprints(), "views": settings_digest(self.views.settings())}
 
 
 def _chunks(views: Any, size: int) -> Any:

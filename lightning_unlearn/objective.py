@@ -60,14 +60,15 @@ class Objective(ABC):
 class DenoisingObjective(Objective):
     r"""Mean squared error of a noise (ε), velocity (v) or image (x₀) prediction.
 
-    With :math:`x_t = \sqrt{\bar α_t}\, x_0 + \sqrt{1-\bar α_t}\, ε` the target is :math:`ε`,
-    :math:`\sqrt{\bar α_t}\, ε - \sqrt{1-\bar α_t}\, x_0`, or :math:`x_0`, as the scheduler's ``prediction_type`` has it
-    (Ho et al., arXiv 2006.11239, Eq. 14; Salimans and Ho, arXiv 2202.00512, Section 4 and Appendix D).
+    With :math:`x_t = \sqrt{\bar\alpha_t}\, x_0 + \sqrt{1-\bar\alpha_t}\, ε` the target is :math:`ε`,
+    :math:`\sqrt{\bar\alpha_t}\, ε - \sqrt{1-\bar\alpha_t}\, x_0`, or :math:`x_0`, as the scheduler's
+    ``prediction_type`` has it (Ho et al., arXiv 2006.11239, Eq. 14; Salimans and Ho, arXiv 2202.00512, Section 4 and
+    Appendix D).
 
     Args:
         scheduler: Settings of ``diffusers.DDPMScheduler``, or the folder of a saved scheduler or pipeline.
         prediction_type: Overrides the scheduler's.
-        snr_gamma: Weigh the loss at each timestep by Min-SNR-γ (Hang et al., arXiv 2303.09556, Section 3.4);
+        snr_gamma: The clipping point of Min-SNR weighting of timesteps (Hang et al., arXiv 2303.09556, Section 3.4);
             ``None`` for no weighting.
 
     Raises:
@@ -118,7 +119,7 @@ class DenoisingObjective(Objective):
         snr = alphas_cumprod / (1 - alphas_cumprod)
         clipped = snr.clamp(max=self.snr_gamma)
         if self.prediction_type == "epsilon":
-            # min(SNR, γ) / SNR, written so that SNR = 0 (a schedule rescaled to zero terminal SNR) gives 1, not NaN.
+            # min(SNR, gamma) / SNR, written so that SNR = 0 (a schedule rescaled to zero terminal SNR) gives 1, no NaN.
             return (self.snr_gamma / snr).clamp(max=1.0)
         return clipped / (snr + 1) if self.prediction_type == "v_prediction" else clipped
 
@@ -175,7 +176,7 @@ def load_scheduler(scheduler: str | dict[str, Any] | None, prediction_type: str 
         raise InputError(f"The scheduler's settings don't make a noise schedule ({error}); correct them.") from None
     if built.config.prediction_type not in ("epsilon", "v_prediction", "sample"):
         raise InputError(
-            f"The scheduler's prediction_type {built.config.prediction_type!r} is none of epsilon, v_prediction, sample; "
-            "give the one that the model was trained with."
+            f"The scheduler's prediction_type {built.config.prediction_type!r} is none of epsilon, v_prediction and "
+            "sample; give the one that the model was trained with."
         )
     return built

@@ -77,10 +77,13 @@ def select_layers(network: nn.Module, selection: str | Sequence[str]) -> dict[st
         >>> list(select_layers(nn.Sequential(nn.Linear(1, 2), nn.ReLU(), nn.Linear(2, 1)), ["2"]))
         ['2']
     """
-    if any(name.endswith((".to_qkv", ".to_kv")) for name, _ in network.named_modules()):
+    # Other networks than diffusers' may have layers of these names that were never anything else.
+    fused = any(name.endswith((".to_qkv", ".to_kv")) for name, _ in network.named_modules())
+    if fused and any(hasattr(module, "unfuse_qkv_projections") for module in network.modules()):
         raise InputError("The network's attention projections are fused; call unfuse_qkv_projections() on it first.")
     if isinstance(selection, str) and selection not in SELECTIONS:
-        raise InputError(f"Unknown selection {selection!r}; choose {', '.join(SELECTIONS)}, or give a list of patterns.")
+        known = ", ".join(SELECTIONS)
+        raise InputError(f"Unknown selection {selection!r}; choose {known}, or give a list of patterns.")
     if selection == "all":
         patterns: Sequence[str] = (".*",)
     elif isinstance(selection, str):
@@ -88,9 +91,12 @@ def select_layers(network: nn.Module, selection: str | Sequence[str]) -> dict[st
     else:
         patterns = selection
     covered = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
-    chosen = {
-        name: module for name, module in covered.items() if any(re.fullmatch(pattern, name) for pattern in patterns)
-    }
+    try:
+        chosen = {
+            name: module for name, module in covered.items() if any(re.fullmatch(pattern, name) for pattern in patterns)
+        }
+    except re.error as error:
+        raise InputError(f"A pattern in {selection!r} is not a regular expression ({error}); correct it.") from None
     if not chosen:
         examples = ", ".join(list(covered)[:5]) or "none"
         raise InputError(
@@ -103,9 +109,12 @@ def select_layers(network: nn.Module, selection: str | Sequence[str]) -> dict[st
 def _refuse_uncovered(layers: dict[str, nn.Module]) -> None:
     owners: dict[int, str] = {}
     for name, layer in layers.items():
-        if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
+        if isinstance(layer, nn.Conv2d) and (
+            layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str)
+        ):
             raise InputError(
-                f"Layer {name} is a grouped or specially padded convolution, which has no per-sample gradient here; leave it out by patterns."
+                f"Layer {name} is a grouped or specially padded convolution, which has no per-sample gradient here; "
+                "leave it out by patterns."
             )
         for parameter in layer.parameters(recurse=False):
             owner = owners.setdefault(id(parameter), name)

@@ -113,14 +113,18 @@ class SampleBatch:
 
 def _array(fields: Mapping[str, Any], name: str, dimensions: int, where: str) -> Tensor:
     try:
-        array = np.load(io.BytesIO(fields[name]), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"{where}: {name} is not a plain NumPy array ({error}); write it with numpy.save.") from None
+        # Not numpy.load, which also takes archives.
+        array = np.lib.format.read_array(io.BytesIO(fields[name]), allow_pickle=False)
+    except Exception as error:  # a damaged header makes NumPy raise nearly anything, MemoryError and TokenError among it
+        reason = str(error).split("\n")[0][:160]
+        raise InputError(f"{where}: {name} is not a plain NumPy array ({reason}); write it with numpy.save.") from None
     if array.dtype not in (np.float16, np.float32) or array.ndim != dimensions:
         raise InputError(
             f"{where}: {name} is {array.dtype} with {array.ndim} dimensions, but must be float16 or float32 with "
             f"{dimensions}; make the shard again with `lightning-unlearn prepare`."
         )
+    if array.size == 0:
+        raise InputError(f"{where}: {name} is empty, {array.shape}; make this sample again or leave it out.")
     if not np.isfinite(array).all():
         raise InputError(f"{where}: {name} holds NaN or infinity; make this sample again or leave it out.")
     return torch.from_numpy(array.astype(np.float32))
@@ -146,7 +150,7 @@ def decode_sample(fields: Mapping[str, Any]) -> Sample:
         )
     try:
         metadata = json.loads(fields["json"])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: its json can't be read ({error}); make the shard again.") from None
     captions = metadata.get("captions") if isinstance(metadata, dict) else None
     if not isinstance(captions, list) or not captions or not all(isinstance(text, str) for text in captions):
@@ -204,77 +208,3 @@ def collate_samples(shard: str, samples: Sequence[Sample], **markers: Any) -> Sa
         latents_flip=torch.stack(flips) if flips else None,
         **markers,
     )
-
-
-@dataclass(frozen=True)
-class DrawBatch:
-    """Some (timestep, noise) draws of one target, by their numbers.
-
-    Attributes:
-        target: Number of the target in the run.
-        latents: ``(b, C, H, W)``.
-        text: ``(b, tokens, dim)``.
-        numbers: ``b`` numbers of draws.
-        weights: ``(b,)`` 1, or 0 for draws that only fill up a rank's share.
-        total: Draws a step, over all ranks.
-    """
-
-    target: int
-    latents: Tensor
-    text: Tensor
-    numbers: list[int]
-    weights: Tensor
-    total: int
-
-    def to(self, device: torch.device) -> DrawBatch:
-        """The batch with its tensors on ``device``; Lightning calls this.
-
-        Args:
-            device: Where to.
-
-        Returns:
-            A new batch.
-        """
-        return replace(
-            self, latents=self.latents.to(device), text=self.text.to(device), weights=self.weights.to(device)
-        )
-
-
-def draw_batches(
-    sample: Sample, target: int, first: int, total: int, rank: int, world_size: int, batch_size: int
-) -> list[DrawBatch]:
-    """One rank's share of a step's draws of a target, in batches; the same number of batches on every rank.
-
-    Rank ``r`` takes the draws ``first + r``, ``first + r + world_size``, … Draw ``n`` takes caption ``n`` modulo their number.
-
-    Args:
-        sample: The target's picture.
-        target: Its number.
-        first: Number of the step's first draw.
-        total: Draws of the step.
-        rank: This process.
-        world_size: How many there are.
-        batch_size: Draws a batch.
-
-    Returns:
-        The batches; the last draws of a rank with too few of them have weight 0.
-    """
-    share = -(-total // world_size)
-    places = [rank + world_size * turn for turn in range(share)]
-    numbers = [first + place if place < total else first for place in places]
-    weights = torch.tensor([float(place < total) for place in places])
-    batches = []
-    for start in range(0, share, batch_size):
-        chunk = numbers[start : start + batch_size]
-        captions = [number % len(sample.text) for number in chunk]
-        batches.append(
-            DrawBatch(
-                target=target,
-                latents=sample.latent.expand(len(chunk), *sample.latent.shape),
-                text=sample.text[captions],
-                numbers=chunk,
-                weights=weights[start : start + batch_size],
-                total=total,
-            )
-        )
-    return batches

@@ -157,7 +157,9 @@ def write_shard_scores(
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, stream.getvalue())
     except OSError as error:
-        raise InputError(f"The scores of shard {shard} can't be written to {path} ({error.strerror}); free the disk and run again: finished shards are kept.") from None
+        raise InputError(
+            f"The scores of shard {shard} can't be written to {path} ({error.strerror}); free the disk and run again: finished shards are kept."
+        ) from None
 
 
 def done_shards(folder: Path) -> frozenset[str]:
@@ -191,7 +193,9 @@ def read_run(folder: str | Path) -> dict[str, Any] | None:
         run: dict[str, Any] = json.loads(path.read_bytes())
         run["fingerprints"]
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is not the record of a run ({type(error).__name__}); score into another folder.") from None
+        raise InputError(
+            f"{path} is not the record of a run ({type(error).__name__}); score into another folder."
+        ) from None
     return run
 
 
@@ -228,13 +232,17 @@ def read_scores(folder: str | Path, *, partial: bool = False) -> ScoreTable:
     if missing and not partial:
         reasons = [json.loads(path.read_bytes())["error"] for path in sorted((folder / FAILED).glob("*.json"))]
         why = f" ({reasons[0]})" if reasons else ""
-        raise InputError(f"{len(missing)} of {len(run['shards'])} shards are not scored yet, e.g. {missing[0]}{why}; run the same command again.")
+        raise InputError(
+            f"{len(missing)} of {len(run['shards'])} shards are not scored yet, e.g. {missing[0]}{why}; run the same command again."
+        )
     digest = run_digest(run["fingerprints"]).encode()
     tables = []
     for shard in sorted(done_shards(folder) & set(run["shards"])):
         table = pq.read_table(shard_path(folder, shard))
         if (table.schema.metadata or {}).get(b"run") != digest:
-            raise InputError(f"The scores of {shard} in {folder} are of another run; remove them, or score into another folder.")
+            raise InputError(
+                f"The scores of {shard} in {folder} are of another run; remove them, or score into another folder."
+            )
         tables.append(table)
     if not tables:
         raise InputError(f"No shard in {folder} is scored yet; run the same command again.")
@@ -244,7 +252,9 @@ def read_scores(folder: str | Path, *, partial: bool = False) -> ScoreTable:
     shards = joined.column("shard").to_pylist()
     for first, second in zip(order, order[1:], strict=False):
         if keys[first] == keys[second]:
-            raise InputError(f"The key {keys[first]!r} stands in {shards[first]} and in {shards[second]}; keys must be unique over all shards.")
+            raise InputError(
+                f"The key {keys[first]!r} stands in {shards[first]} and in {shards[second]}; keys must be unique over all shards."
+            )
     queries = [name.removeprefix(PREFIX) for name in joined.column_names if name.startswith(PREFIX)]
     scores = np.stack([joined.column(PREFIX + query).to_numpy() for query in queries], 1)
     return ScoreTable(

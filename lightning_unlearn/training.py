@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
+from lightning_unlearn.errors import InputError
 from lightning_unlearn.loading import load_network
 from lightning_unlearn.objective import DenoisingObjective, Objective
 from lightning_unlearn.samples import SampleBatch, ViewBatch
@@ -63,13 +64,15 @@ class DiffusionModule(LightningModule):
         return loss
 
     def _draw(self, batch: SampleBatch) -> tuple[ViewBatch, Tensor, Tensor]:
-        """A random view of each sample, from the global random state as in any training."""
+        # A random view of each sample, from the global random state as in any training.
         rows = torch.arange(len(batch))
         captions = (torch.rand(len(batch)) * batch.caption_counts).long()  # (B,)
         latents = batch.latents
         if self.flips:
             if batch.latents_flip is None:
-                raise ValueError("These shards hold no latent_flip.npy; prepare them with flips, or train without.")
+                raise InputError(
+                    "These shards hold no latent_flip.npy; prepare them with flips, or set flips to false."
+                )
             mirrored = torch.rand(len(batch), device=self.device) < 0.5
             latents = torch.where(mirrored[:, None, None, None], batch.latents_flip, latents)
         timesteps = torch.randint(0, self.objective.num_timesteps, (len(batch),), device=self.device)

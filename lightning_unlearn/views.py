@@ -18,8 +18,6 @@ from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import generator_for
 from lightning_unlearn.samples import SampleBatch, ViewBatch
 
-Stream = Literal["unlearning", "rise"]
-
 
 @dataclass(frozen=True)
 class View:
@@ -71,7 +69,12 @@ class Views:
 
     def __post_init__(self) -> None:
         low, high = self.timestep_range
-        if self.timesteps < 1 or self.noises < 1 or not 0 <= low < high <= 1 or (self.captions is not None and self.captions < 1):
+        if (
+            self.timesteps < 1
+            or self.noises < 1
+            or not 0 <= low < high <= 1
+            or (self.captions is not None and self.captions < 1)
+        ):
             raise InputError(
                 "Views need at least one timestep, noise and caption, and a timestep_range within 0 and 1 "
                 f"that is not empty; got {asdict(self)}."
@@ -103,7 +106,7 @@ class Views:
         """
         uniform = torch.rand(self.draws, generator=generator_for("scoring-timesteps", self.seed), dtype=torch.float64)
         strata = torch.arange(self.draws) // self.noises
-        return _place((strata + uniform) / self.timesteps, self.timestep_range, num_timesteps)
+        return place_timesteps((strata + uniform) / self.timesteps, self.timestep_range, num_timesteps)
 
     def draw_noise(self, keys: Sequence[str], shape: Sequence[int], flip: int, caption: int, draw: int) -> Tensor:
         """The noise of one view.
@@ -137,7 +140,9 @@ class Views:
             InputError: If flips are asked for and the batch has none.
         """
         if self.flips and batch.latents_flip is None:
-            raise InputError("Flips are scored, but the shards hold no latent_flip.npy; prepare them with flips, or set flips to false.")
+            raise InputError(
+                "Flips are scored, but the shards hold no latent_flip.npy; prepare them with flips, or set flips to false."
+            )
         timesteps = self.draw_timesteps(num_timesteps).to(batch.latents.device)
         for flip in range(1 + self.flips):
             latents = batch.latents_flip if flip else batch.latents
@@ -168,42 +173,17 @@ class Views:
         return most if self.captions is None else min(most, self.captions)
 
 
-def _place(uniform: Tensor, timestep_range: tuple[float, float], num_timesteps: int) -> Tensor:
-    """Uniform numbers in [0, 1) to timesteps in a range of the schedule."""
+def place_timesteps(uniform: Tensor, timestep_range: tuple[float, float], num_timesteps: int) -> Tensor:
+    """Uniform numbers to timesteps in a range of the schedule.
+
+    Args:
+        uniform: Numbers in [0, 1), of any shape.
+        timestep_range: Shares of the schedule's length.
+        num_timesteps: Its length.
+
+    Returns:
+        int64 timesteps of the same shape.
+    """
     low, high = timestep_range
     places = (low + uniform * (high - low)) * num_timesteps
     return places.floor().long().clamp(0, num_timesteps - 1)
-
-
-def draw_for_target(
-    stream: Stream,
-    seed: int,
-    key: str,
-    numbers: Sequence[int],
-    total: int,
-    num_timesteps: int,
-    shape: Sequence[int],
-) -> tuple[Tensor, Tensor]:
-    """(timestep, noise) draws of a target, each keyed by its number.
-
-    Draw ``n`` of ``total`` is uniform in the stratum ``n mod total`` of the schedule; numbers from ``total`` on belong to later steps.
-
-    Args:
-        stream: ``"unlearning"`` for gradients, ``"rise"`` for the target's loss before and after.
-        seed: Of all draws.
-        key: The target's.
-        numbers: ``B`` numbers of draws.
-        total: Draws a step.
-        num_timesteps: Length of the training schedule.
-        shape: ``(C, H, W)``.
-
-    Returns:
-        Timesteps ``(B,)`` int64 and noise ``(B, C, H, W)`` float32, on the CPU.
-    """
-    uniform, noise = [], []
-    for number in numbers:
-        generator = generator_for(stream, seed, key, number)
-        place = torch.rand((), generator=generator, dtype=torch.float64)
-        uniform.append((number % total + place) / total)
-        noise.append(torch.randn(tuple(shape), generator=generator))
-    return _place(torch.stack(uniform), (0.0, 1.0), num_timesteps), torch.stack(noise)

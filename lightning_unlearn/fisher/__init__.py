@@ -1,4 +1,4 @@
-"""Fisher information, which holds everything else in place while a target is unlearned; one file a kind, one entry here."""
+"""Fisher information holds everything else in place while a target is unlearned; one file a kind, one entry here."""
 
 from __future__ import annotations
 
@@ -27,5 +27,8 @@ def load_fisher(path: str | os.PathLike[str]) -> Fisher:
     """
     kind = Fisher.read_about(path)["kind"]
     if kind not in FISHERS:
-        raise InputError(f"{path} holds a Fisher of kind {kind!r}, which this version does not know ({', '.join(FISHERS)}).")
+        raise InputError(
+            f"{path} holds a Fisher of kind {kind!r}, which this version does not know ({', '.join(FISHERS)}); "
+            "make it again."
+        )
     return FISHERS[kind].load(path)

@@ -106,7 +106,10 @@ class Fisher(ABC):
             InputError: If kinds or layers differ.
         """
         if other.kind != self.kind or other.layers != self.layers:
-            raise InputError(f"A {other.kind} Fisher of {len(other.layers)} layers can't be added to a {self.kind} one of {len(self.layers)}: kinds and layers must agree.")
+            raise InputError(
+                f"A {other.kind} Fisher of {len(other.layers)} layers can't be added to a {self.kind} one of "
+                f"{len(self.layers)}: kinds and layers must agree, so make both with the same parameters."
+            )
         theirs = other.tensors()
         self.load_tensors({name: tensor + theirs[name].to(tensor) for name, tensor in self.tensors().items()})
         self.count += other.count
@@ -156,7 +159,9 @@ class Fisher(ABC):
         """
         layers = {fields["name"]: LayerSpec.from_json(fields) for fields in state["layers"]}
         if state["kind"] != self.kind or layers != self.layers:
-            raise InputError("The checkpoint holds a Fisher of other layers; use the parameters it was started with, or start anew.")
+            raise InputError(
+                "The checkpoint holds a Fisher of other layers; use the parameters it was started with, or start anew."
+            )
         self.load_tensors(state["tensors"])
         self.count = int(state["count"])
 
@@ -193,12 +198,17 @@ class Fisher(ABC):
             InputError: If it is missing or not a Fisher.
         """
         if not Path(path).is_file():
-            raise InputError(f"There is no Fisher at {path}; train with FisherAccumulator or run `lightning-unlearn fisher` to make one.")
+            raise InputError(
+                f"There is no Fisher at {path}; train with FisherAccumulator, or run `lightning-unlearn fisher`, "
+                "to make one."
+            )
         try:
             with safetensors.safe_open(path, "pt") as file:
                 about = json.loads((file.metadata() or {})["lightning_unlearn"])
         except (safetensors.SafetensorError, KeyError, ValueError) as error:
-            raise InputError(f"{path} is not a Fisher of this package ({type(error).__name__}: {error}); make it again.") from None
+            raise InputError(
+                f"{path} is not a Fisher of this package ({type(error).__name__}: {error}); make it again."
+            ) from None
         if about.get("format") != FORMAT:
             raise InputError(f"{path} has format {about.get('format')}, this version reads {FORMAT}; make it again.")
         return dict(about)
@@ -221,8 +231,12 @@ class Fisher(ABC):
             raise InputError(f"{path} holds a {about['kind']} Fisher, not a {cls.kind} one.")
         fisher = cls({fields["name"]: LayerSpec.from_json(fields) for fields in about["layers"]})
         tensors = safetensors.torch.load_file(path)
-        fisher.load_tensors({name.removeprefix("fisher/"): tensor for name, tensor in tensors.items() if name.startswith("fisher/")})
-        fisher.weights = {name.removeprefix("weights/"): tensor for name, tensor in tensors.items() if name.startswith("weights/")}
+        fisher.load_tensors(_under("fisher/", tensors))
+        fisher.weights = _under("weights/", tensors)
         fisher.count = int(about["count"])
         fisher.provenance = about["provenance"]
         return fisher
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -109,7 +109,9 @@ class DiagonalFisher(Fisher):
             if not layer_mean < float("inf"):
                 raise InputError(f"The Fisher of layer {spec.name} is not finite; make it again.")
             if layer_mean == 0:
-                warnings.warn(f"The Fisher of layer {spec.name} is all zero: no gradient reached it, and it is not unlearned.")
+                warnings.warn(
+                    f"The Fisher of layer {spec.name} is all zero: no gradient reached it, and it is not unlearned."
+                )
             for name, mean in means.items():
                 damped = mean + damping * layer_mean
                 # Without a Fisher nothing holds a weight in place, so it must not move at all: 1/∞ = 0.
@@ -151,7 +153,14 @@ class DiagonalFisher(Fisher):
 
 
 def _sum_of_squares(layer: CapturedLayer) -> Tensor:
-    """``Σ_s (Σ_t g_t a_tᵀ)²`` over samples, ``(o, i)``."""
+    """Squared gradients of a layer's weight, summed over samples: ``Σ_s (Σ_t g_t a_tᵀ)²``.
+
+    Args:
+        layer: Its captured gradients.
+
+    Returns:
+        ``(o, i)``.
+    """
     if layer.inputs.shape[1] == 1:
         # One position: the square of an outer product is the outer product of squares.
         return layer.output_gradients[:, 0].square().mT @ layer.inputs[:, 0].square()

@@ -43,7 +43,9 @@ class NaturalGradient(torch.optim.Optimizer):
         with torch.no_grad():
             for group in self.param_groups:
                 parameters = dict(zip(group["names"], group["params"], strict=True))
-                gradients = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+                gradients = {
+                    name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None
+                }
                 for name, direction in self.fisher.precondition(gradients).items():
                     parameters[name].sub_(direction, alpha=group["step_size"])
         return loss

@@ -39,7 +39,9 @@ def find_scales(rises: Callable[[Tensor], Tensor], slopes: Tensor, wanted: float
     slopes = slopes.double()
     flat = [target for target, slope in zip(targets, slopes.tolist(), strict=True) if not 0 < slope < float("inf")]
     if flat:
-        raise InputError(f"The loss of {flat[0]!r} has no finite gradient in the chosen weights, so it can't be unlearned; choose other weights, or check the model.")
+        raise InputError(
+            f"The loss of {flat[0]!r} has no finite gradient in the chosen weights, so it can't be unlearned; choose other weights, or check the model."
+        )
     scale = wanted / slopes
     low, low_value = torch.zeros_like(scale), torch.full_like(scale, -wanted)  # at scale 0 nothing has risen
     high, high_value = torch.full_like(scale, torch.inf), torch.full_like(scale, torch.nan)

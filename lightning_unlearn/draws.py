@@ -1,0 +1,124 @@
+"""The (timestep, noise) draws that a target is unlearned with, dealt to ranks by their numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_unlearn.fingerprints import generator_for
+from lightning_unlearn.samples import Sample
+from lightning_unlearn.views import place_timesteps
+
+Stream = Literal["unlearning", "rise"]
+
+
+@dataclass(frozen=True)
+class DrawBatch:
+    """Some (timestep, noise) draws of one target, by their numbers.
+
+    Attributes:
+        target: Number of the target in the run.
+        latents: ``(b, C, H, W)``.
+        text: ``(b, tokens, dim)``.
+        numbers: ``b`` numbers of draws.
+        weights: ``(b,)`` 1, or 0 for draws that only fill up a rank's share.
+        total: Draws a step, over all ranks.
+    """
+
+    target: int
+    latents: Tensor
+    text: Tensor
+    numbers: list[int]
+    weights: Tensor
+    total: int
+
+    def to(self, device: torch.device) -> DrawBatch:
+        """The batch with its tensors on ``device``; Lightning calls this.
+
+        Args:
+            device: Where to.
+
+        Returns:
+            A new batch.
+        """
+        return replace(
+            self, latents=self.latents.to(device), text=self.text.to(device), weights=self.weights.to(device)
+        )
+
+
+def draw_batches(
+    sample: Sample, target: int, first: int, total: int, rank: int, world_size: int, batch_size: int
+) -> list[DrawBatch]:
+    """One rank's share of a step's draws of a target, in batches; the same number of batches on every rank.
+
+    Rank ``r`` takes the draws ``first + r``, ``first + r + world_size``, … Draw ``n`` takes caption ``n`` modulo their number.
+
+    Args:
+        sample: The target's picture.
+        target: Its number.
+        first: Number of the step's first draw.
+        total: Draws of the step.
+        rank: This process.
+        world_size: How many there are.
+        batch_size: Draws a batch.
+
+    Returns:
+        The batches; the last draws of a rank with too few of them have weight 0.
+    """
+    share = -(-total // world_size)
+    places = [rank + world_size * turn for turn in range(share)]
+    numbers = [first + place if place < total else first for place in places]
+    weights = torch.tensor([float(place < total) for place in places])
+    batches = []
+    for start in range(0, share, batch_size):
+        chunk = numbers[start : start + batch_size]
+        captions = [number % len(sample.text) for number in chunk]
+        batches.append(
+            DrawBatch(
+                target=target,
+                latents=sample.latent.expand(len(chunk), *sample.latent.shape),
+                text=sample.text[captions],
+                numbers=chunk,
+                weights=weights[start : start + batch_size],
+                total=total,
+            )
+        )
+    return batches
+
+
+def draw_for_target(
+    stream: Stream,
+    seed: int,
+    key: str,
+    numbers: Sequence[int],
+    total: int,
+    num_timesteps: int,
+    shape: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """(timestep, noise) draws of a target, each keyed by its number.
+
+    Draw ``n`` of ``total`` is uniform in the stratum ``n mod total`` of the schedule; numbers from ``total`` on belong to later steps.
+
+    Args:
+        stream: ``"unlearning"`` for gradients, ``"rise"`` for the target's loss before and after.
+        seed: Of all draws.
+        key: The target's.
+        numbers: ``B`` numbers of draws.
+        total: Draws a step.
+        num_timesteps: Length of the training schedule.
+        shape: ``(C, H, W)``.
+
+    Returns:
+        Timesteps ``(B,)`` int64 and noise ``(B, C, H, W)`` float32, on the CPU.
+    """
+    uniform, noise = [], []
+    for number in numbers:
+        generator = generator_for(stream, seed, key, number)
+        place = torch.rand((), generator=generator, dtype=torch.float64)
+        uniform.append((number % total + place) / total)
+        noise.append(torch.randn(tuple(shape), generator=generator))
+    return place_timesteps(torch.stack(uniform), (0.0, 1.0), num_timesteps), torch.stack(noise)

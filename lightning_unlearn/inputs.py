@@ -1,0 +1,162 @@
+"""What ``prepare`` knows of a model: a source of latents and a source of text; pixels and ready arrays are such sources."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from lightning_unlearn.errors import InputError
+from lightning_unlearn.records import Record
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One sample on its way to a shard.
+
+    Attributes:
+        index: Its row in the source, from 0.
+        record: What is known of it.
+        pixels: ``(channels, height, width)`` float32 in [-1, 1]; ``None`` where latents are ready.
+        preview: An encoded picture for people to look at, if there is one.
+    """
+
+    index: int
+    record: Record
+    pixels: Array | None = None
+    preview: bytes | None = None
+
+
+class LatentSource(Protocol):
+    """Gives the latents of samples.
+
+    Attributes:
+        crop: ``(height, width)`` of the pictures it takes, ``None`` if it takes none.
+        mode: Their mode, Pillow's ``"RGB"`` or ``"L"``.
+        rows: How many latents there are, if they are ready.
+        about: What the manifest says of it.
+    """
+
+    crop: tuple[int, int] | None
+    mode: str
+    rows: int | None
+    about: dict[str, Any]
+
+    def latents(self, items: Sequence[Item], *, mirrored: bool) -> Array:
+        """Latents ``(B, C, H, W)`` of ``B`` samples' pictures, or of their mirror images."""
+        ...
+
+
+class TextSource(Protocol):
+    """Gives the text states of samples.
+
+    Attributes:
+        rows: How many samples it has text for, if it is ready.
+        captions: How many captions each of these has.
+        about: What the manifest says of it.
+    """
+
+    rows: int | None
+    captions: int | None
+    about: dict[str, Any]
+
+    def states(self, items: Sequence[Item]) -> list[Array]:
+        """Text states of ``B`` samples, each ``(captions, tokens, dim)``."""
+        ...
+
+
+def stack_pixels(items: Sequence[Item], *, mirrored: bool) -> Array:
+    """The pictures of samples as a batch.
+
+    Args:
+        items: ``B`` samples with pixels.
+        mirrored: Whether left and right change places.
+
+    Returns:
+        ``(B, channels, height, width)`` float32 in [-1, 1].
+    """
+    pixels = np.stack([item.pixels for item in items if item.pixels is not None])
+    return np.ascontiguousarray(pixels[..., ::-1]) if mirrored else pixels
+
+
+class PixelLatents:
+    """The pictures themselves, for a network that works on pixels.
+
+    Args:
+        size: Side of the square pictures.
+        grey: Whether they have one channel instead of three.
+    """
+
+    def __init__(self, size: int, grey: bool) -> None:
+        self.crop: tuple[int, int] | None = (size, size)
+        self.mode = "L" if grey else "RGB"
+        self.rows: int | None = None
+        self.about: dict[str, Any] = {"space": "pixel"}
+
+    def latents(self, items: Sequence[Item], *, mirrored: bool) -> Array:
+        """See :class:`LatentSource`."""
+        return stack_pixels(items, mirrored=mirrored)
+
+
+class ReadyLatents:
+    """Latents that someone made before, read from the disk as they are needed.
+
+    Args:
+        path: An ``.npy`` file ``(N, C, H, W)``.
+        path_flip: Those of the mirrored pictures.
+
+    Raises:
+        InputError: If a file can't be read, or they differ in shape.
+    """
+
+    def __init__(self, path: str, path_flip: str | None) -> None:
+        self.sides = {False: _open_array(path, (4,), "(N, C, H, W)")}
+        if path_flip is not None:
+            self.sides[True] = _open_array(path_flip, (4,), "(N, C, H, W)")
+            if self.sides[True].shape != self.sides[False].shape:
+                raise InputError(f"{path_flip} {self.sides[True].shape} and {path} {self.sides[False].shape} differ in shape; one is of other pictures.")
+        self.crop: tuple[int, int] | None = None
+        self.mode = "RGB"
+        self.rows: int | None = len(self.sides[False])
+        self.about: dict[str, Any] = {"space": "latent", "vae": "ready array"}
+
+    def latents(self, items: Sequence[Item], *, mirrored: bool) -> Array:
+        """See :class:`LatentSource`."""
+        return np.stack([self.sides[mirrored][item.index] for item in items])
+
+
+class ReadyText:
+    """Text states that someone made before, read from the disk as they are needed.
+
+    Args:
+        path: An ``.npy`` file ``(N, captions, tokens, dim)``, or ``(N, tokens, dim)`` for one caption each.
+
+    Raises:
+        InputError: If it can't be read.
+    """
+
+    def __init__(self, path: str) -> None:
+        array = _open_array(path, (3, 4), "(N, captions, tokens, dim) or (N, tokens, dim)")
+        self.array = array if array.ndim == 4 else array[:, None]  # (N, captions, tokens, dim)
+        self.rows: int | None = len(array)
+        self.captions: int | None = self.array.shape[1]
+        self.about: dict[str, Any] = {"encoder": "ready array"}
+
+    def states(self, items: Sequence[Item]) -> list[Array]:
+        """See :class:`TextSource`."""
+        return [self.array[item.index] for item in items]
+
+
+def _open_array(path: str, dimensions: tuple[int, ...], form: str) -> Array:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path} can't be read as a plain NumPy array ({str(error).splitlines()[0]}); write it with numpy.save.") from None
+    if not isinstance(array, np.ndarray) or array.ndim not in dimensions or not np.issubdtype(array.dtype, np.floating):
+        what = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else "several arrays"
+        raise InputError(f"{path} holds {what}, but must be {form} of floating point numbers; write it so with numpy.save.")
+    return array
