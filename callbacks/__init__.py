@@ -2,5 +2,6 @@
 
 from lightning_unlearn.callbacks.fisher_accumulator import FisherAccumulator
 from lightning_unlearn.callbacks.score_writer import ScoreWriter
+from lightning_unlearn.callbacks.scoring_progress import ScoringProgress
 
-__all__ = ["FisherAccumulator", "ScoreWriter"]
+__all__ = ["FisherAccumulator", "ScoreWriter", "ScoringProgress"]

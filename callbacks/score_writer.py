@@ -129,6 +129,7 @@ class ScoreWriter(Callback):
                 key: {"captions": prompts.get(key, []), **pl_module.results.get(key, {})} for key in pl_module.targets
             },
             "shards": {**run.get("shards", {}), **shards},
+            "query_shards": getattr(datamodule, "query_patterns", None),
             "versions": {name: _version(name) for name in PACKAGES},
             "world_size": trainer.world_size,
             "seconds": run.get("seconds", 0.0),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from contextlib import suppress
+from typing import Any, BinaryIO, cast
 
-from webdataset import tariterators
+from typing_extensions import override
+from webdataset import gopen, tariterators
 
+from lightning_unlearn.datamodules.remote import RemoteFile
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.samples import PICTURE_FIELDS, Sample, decode_sample
 from lightning_unlearn.shards import ShardInfo
@@ -29,18 +31,21 @@ def read_fields(shard: ShardInfo, *, pictures: bool = False) -> Iterator[dict[st
     Raises:
         InputError: If the shard can't be read to its end.
     """
-    _check_end(shard)
     wanted = FIELDS | set(PICTURE_FIELDS) if pictures else FIELDS
     count = 0
     try:
-        files = tariterators.tar_file_expander(tariterators.url_opener([{"url": shard.url}]))
-        for fields in tariterators.group_by_keys(files):
+        for fields in tariterators.group_by_keys(_read_files(shard.url)):
             count += 1
             yield {name: value for name, value in fields.items() if name in wanted or name.startswith("__")}
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        raise InputError(f"Shard {shard.url} can't be read past its sample {count} ({_first_line(error)}); fetch or make it again.") from None
+        raise InputError(
+            f"Shard {shard.url} can't be read past its sample {count} ({_first_line(error)}); fetch or make it again."
+        ) from None
     if shard.samples is not None and count != shard.samples:
-        raise InputError(f"Shard {shard.url} holds {count} samples, but its manifest says {shard.samples}; it may be cut off: fetch or make it again.")
+        raise InputError(
+            f"Shard {shard.url} holds {count} samples, but its manifest says {shard.samples}; "
+            "it may be cut off: fetch or make it again."
+        )
 
 
 def read_samples(shard: ShardInfo, *, pictures: bool = False) -> Iterator[Sample]:
@@ -57,21 +62,47 @@ def read_samples(shard: ShardInfo, *, pictures: bool = False) -> Iterator[Sample
         yield decode_sample(fields)
 
 
-def _check_end(shard: ShardInfo) -> None:
-    """A tar file ends with two blocks of zeros; one cut off between two files would otherwise just look shorter."""
-    path = Path(shard.url.removeprefix("file:"))
-    if "://" in shard.url or shard.url.startswith("pipe:") or path.suffix != ".tar":
-        return
-    if not path.is_file():
-        raise InputError(f"There is no shard at {path}; check the path, or the folder you run from.")
-    with path.open("rb") as file:
-        start = file.read(512)
-        file.seek(-min(1024, path.stat().st_size), 2)
-        if file.read() != bytes(1024):
-            what = "is cut off" if start[257:262] == b"ustar" else "is not a tar file"
-            raise InputError(f"Shard {path} {what}; fetch or make it again.")
+class _StrictTarInfo(tarfile.TarInfo):
+    # A damaged or missing header is an error. tarfile takes either for the end of the archive.
+
+    @classmethod
+    @override
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _StrictTarInfo:
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if len(buf) == tarfile.BLOCKSIZE and not any(buf):  # a block of zeros is how a tar file ends
+                raise
+            what = "it is no tar file, or damaged here" if len(buf) == tarfile.BLOCKSIZE else "it is cut off here"
+            raise tarfile.ReadError(f"{what}: {error}") from None
+
+
+def _read_files(url: str) -> Iterator[dict[str, Any]]:
+    # As WebDataset's tariterators, but for shards that are cut off between two files, or damaged.
+    stream = _open(url)
+    try:
+        with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo) as archive:
+            while (member := archive.next()) is not None:
+                content = archive.extractfile(member) if member.isreg() else None
+                if content is not None:
+                    yield {"fname": member.name, "data": content.read(), "__url__": url}
+                # It would keep the headers of all files.
+                archive.members = []  # type: ignore[attr-defined]
+        while stream.read(2**20):  # a command that fails shows it after its last byte
+            pass
+        stream.close()
+    finally:
+        with suppress(OSError):  # a command that is still writing when nobody reads on
+            stream.close()
+
+
+def _open(url: str) -> BinaryIO:
+    if url.startswith("pipe:"):
+        return cast(BinaryIO, gopen.gopen(url))
+    if url.startswith(("http://", "https://")):
+        return cast(BinaryIO, RemoteFile(url))
+    return open(url, "rb")
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error.args[0]) if error.args else ""
-    return (text.splitlines() or [type(error).__name__])[0][:200]
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from lightning.pytorch import LightningDataModule
@@ -21,8 +22,9 @@ from lightning_unlearn.shards import ShardInfo
 class TrainingStream(IterableDataset[SampleBatch]):
     """One rank's endless shuffled samples, cut to a number of batches.
 
-    Shards are dealt over ranks and workers where there are enough of them; otherwise every one reads all shards and keeps
-    its own share of their samples. Who runs out of samples before the epoch ends starts over.
+    Shards are dealt over ranks and workers where there are enough of them; otherwise every one reads all shards and
+    keeps its own share of their samples. Who runs out of samples before the epoch ends starts over. What can't be read
+    gives a batch with the error: an exception would leave a worker process with its whole stack trace for a message.
 
     Args:
         shards: All shards.
@@ -60,17 +62,17 @@ class TrainingStream(IterableDataset[SampleBatch]):
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         steps = self.steps // workers + (number < self.steps % workers)
-        pending: list[Sample] = []
         samples = self._samples(self.rank * workers + number, self.world_size * workers)
-        for _ in range(steps):
-            while len(pending) < self.batch_size:
-                pending.append(next(samples))
-            yield collate_samples("training", pending)
-            pending = []
+        try:
+            for _ in range(steps):
+                yield collate_samples("training", list(islice(samples, self.batch_size)))
+        except InputError as error:
+            yield SampleBatch("training", error=str(error))
 
     def _samples(self, slot: int, slots: int) -> Iterator[Sample]:
-        """Endless samples of one of ``slots`` readers."""
+        # Endless samples of one of ``slots`` readers.
         by_shard = len(self.shards) >= slots
+        without: set[str] = set()  # shards read since the last sample
         turn = 0
         while True:
             # All readers must agree on the order of the shards, so their number is not in this seed.
@@ -80,12 +82,16 @@ class TrainingStream(IterableDataset[SampleBatch]):
             mine = shards[slot::slots] if by_shard else shards
             raw = self._chosen(mine, slot, 1 if by_shard else slots)
             rng = random.Random(seed_of("training-samples", self.seed, self.epoch, turn, slot))
-            empty = True
+            without.update(shard.url for shard in mine)
             for sample in shuffle_buffer(self.shuffle, initial=self.shuffle, rng=rng)(raw):
-                empty = False
+                without.clear()
                 yield sample
-            if empty:
-                raise InputError("A reader found no sample to train on; name keys that the shards hold, or use fewer workers or ranks.")
+            # With chosen keys, the shards of one turn may hold none of them, and those of the next do.
+            if len(without) == len(shards):
+                raise InputError(
+                    "A reader found no sample to train on; name keys that the shards hold, or use fewer workers or "
+                    "ranks."
+                )
             turn += 1
 
     def _chosen(self, shards: list[ShardInfo], slot: int, slots: int) -> Iterator[Sample]:
@@ -113,7 +119,10 @@ class _EpochLoader:
     def __iter__(self) -> Iterator[SampleBatch]:
         trainer = self.datamodule.trainer
         self.stream.epoch = trainer.current_epoch if trainer is not None else self.stream.epoch + 1
-        return iter(self.loader)
+        for batch in self.loader:
+            if batch.error is not None:
+                raise InputError(batch.error)
+            yield batch
 
 
 class TrainingDataModule(LightningDataModule):
@@ -171,12 +180,17 @@ class TrainingDataModule(LightningDataModule):
         if total is None:
             counts = [shard.samples for shard in shards if shard.samples is not None]
             if len(counts) < len(shards):
-                raise InputError("These shards have no manifest, so the length of an epoch is unknown; set samples_per_epoch.")
+                raise InputError(
+                    "These shards have no manifest, so the length of an epoch is unknown; set samples_per_epoch."
+                )
             total = sum(counts)
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
         steps = total // (self.batch_size * world_size)
-        if steps == 0:
-            raise InputError(f"{total} samples are too few for one batch of {self.batch_size} on each of {world_size} ranks; use a smaller batch_size.")
+        if steps < 1:
+            raise InputError(
+                f"{total} samples are too few for one batch of {self.batch_size} on each of {world_size} ranks; "
+                "use a smaller batch_size."
+            )
         stream = TrainingStream(shards, rank, world_size, self.batch_size, steps, self.seed, keys, self.shuffle)
         return _EpochLoader(DataLoader(stream, batch_size=None, num_workers=self.num_workers), stream, self)
 

@@ -142,7 +142,7 @@ class GradientCapture:
             InputError: If layers saw different numbers of rows, so that rows can't be samples.
         """
         captured, self._captured = self._captured, {}
-        taken = {name: _join(self.layers[name], uses) for name, uses in captured.items()}
+        taken = {name: _join(name, self.layers[name], uses) for name, uses in captured.items()}
         rows = {len(layer) for layer in taken.values()}
         if len(rows) > 1:
             example = {len(layer): name for name, layer in taken.items()}
@@ -154,12 +154,15 @@ class GradientCapture:
         return taken
 
 
-def _join(layer: nn.Module, uses: list[tuple[Tensor, Tensor]]) -> CapturedLayer:
+def _join(name: str, layer: nn.Module, uses: list[tuple[Tensor, Tensor]]) -> CapturedLayer:
     pairs = [_positions(layer, inputs, gradients) for inputs, gradients in uses]
     if len(pairs) == 1:
         return CapturedLayer(*pairs[0])
     if len({len(inputs) for inputs, _ in pairs}) > 1:
-        raise InputError("A layer was used on different numbers of rows in one backward pass; rows can't be samples.")
+        raise InputError(
+            f"Layer {name} was used on different numbers of rows in one backward pass, so a row is not a sample; "
+            "leave it out by patterns."
+        )
     return CapturedLayer(torch.cat([pair[0] for pair in pairs], 1), torch.cat([pair[1] for pair in pairs], 1))
 
 

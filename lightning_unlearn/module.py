@@ -43,6 +43,17 @@ class Deviations:
     base: Tensor
     unlearned: Tensor
 
+    def to(self, device: torch.device) -> Deviations:
+        """The losses on ``device``; Lightning calls this for what ``predict`` returns where no ScoreWriter takes it.
+
+        Args:
+            device: Where to.
+
+        Returns:
+            New deviations.
+        """
+        return Deviations(self.batch.to(device), self.base.to(device), self.unlearned.to(device))
+
 
 class UnlearningModule(FrozenModule):
     r"""Unlearns queries in ``fit`` and measures how the loss of training images rose in ``predict``.
@@ -349,6 +360,14 @@ class UnlearningModule(FrozenModule):
             "rise_draws": self.rise_draws,
             "objective": self.objective.settings(),
         }
+
+    def fisher_fingerprint(self) -> str:
+        """Digest of the Fisher that ``fit`` uses.
+
+        Returns:
+            32 hexadecimal characters.
+        """
+        return tensors_digest(self._load_fisher().tensors())
 
     def unlearning_fingerprint(self, datamodule: Any) -> str:
         """Digest of what deltas depend on besides weights and Fisher: settings, queries and their draws.

@@ -115,7 +115,9 @@ def _array(fields: Mapping[str, Any], name: str, dimensions: int, where: str) ->
     try:
         # Not numpy.load, which also takes archives.
         array = np.lib.format.read_array(io.BytesIO(fields[name]), allow_pickle=False)
-    except Exception as error:  # a damaged header makes NumPy raise nearly anything, MemoryError and TokenError among it
+    except (
+        Exception
+    ) as error:  # a damaged header makes NumPy raise nearly anything, MemoryError and TokenError among it
         reason = str(error).split("\n")[0][:160]
         raise InputError(f"{where}: {name} is not a plain NumPy array ({reason}); write it with numpy.save.") from None
     if array.dtype not in (np.float16, np.float32) or array.ndim != dimensions:
@@ -146,7 +148,8 @@ def decode_sample(fields: Mapping[str, Any]) -> Sample:
     missing = [name for name in ("latent.npy", "text.npy", "json") if name not in fields]
     if missing:
         raise InputError(
-            f"{where} lacks {', '.join(missing)}; the shard may be cut off, or was not made by `lightning-unlearn prepare`."
+            f"{where} lacks {', '.join(missing)}; the shard may be cut off, or was not made by "
+            "`lightning-unlearn prepare`."
         )
     try:
         metadata = json.loads(fields["json"])
@@ -163,7 +166,9 @@ def decode_sample(fields: Mapping[str, Any]) -> Sample:
         )
     flip = _array(fields, "latent_flip.npy", 3, where) if "latent_flip.npy" in fields else None
     if flip is not None and flip.shape != latent.shape:
-        raise InputError(f"{where}: latent_flip.npy {tuple(flip.shape)} and latent.npy {tuple(latent.shape)} differ in shape.")
+        raise InputError(
+            f"{where}: latent_flip.npy {tuple(flip.shape)} and latent.npy {tuple(latent.shape)} differ in shape."
+        )
     picture = next((fields[name] for name in PICTURE_FIELDS if name in fields), None)
     return Sample(fields["__key__"], latent, text, metadata, flip, picture)
 
@@ -186,13 +191,14 @@ def collate_samples(shard: str, samples: Sequence[Sample], **markers: Any) -> Sa
     for sample in samples:
         if sample.latent.shape != first.latent.shape or sample.text.shape[1:] != first.text.shape[1:]:
             raise InputError(
-                f"Sample {sample.key!r} has latent {tuple(sample.latent.shape)} and text {tuple(sample.text.shape[1:])}, "
-                f"but {first.key!r} has {tuple(first.latent.shape)} and {tuple(first.text.shape[1:])}; "
+                f"Sample {sample.key!r} has latent {tuple(sample.latent.shape)} and text {tuple(sample.text.shape[1:])}"
+                f", but {first.key!r} has {tuple(first.latent.shape)} and {tuple(first.text.shape[1:])}; "
                 "all samples of a run must have one shape."
             )
         if (sample.latent_flip is None) != (first.latent_flip is None):
             raise InputError(
-                f"Only one of the samples {first.key!r} and {sample.key!r} has latent_flip.npy; prepare all with flips or none."
+                f"Only one of the samples {first.key!r} and {sample.key!r} has latent_flip.npy; prepare all with flips "
+                "or none."
             )
     counts = torch.tensor([len(sample.text) for sample in samples])
     text = first.text.new_zeros(len(samples), int(counts.max()), *first.text.shape[1:])  # (B, captions, tokens, dim)

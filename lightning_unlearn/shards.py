@@ -89,7 +89,7 @@ def encode_sample(
     picture: bytes | None = None,
     picture_format: str = "png",
 ) -> dict[str, Any]:
-    """The fields of one sample as :func:`write_shards` takes them; see :mod:`lightning_unlearn.samples` for their meaning.
+    """The fields of one sample as :func:`write_shards` takes them (their meaning: :mod:`lightning_unlearn.samples`).
 
     Args:
         key: Unique name; a dot in it would end it in a tar file, so dots become underscores.

@@ -10,8 +10,10 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from lightning_unlearn.errors import InputError
+from lightning_unlearn.fingerprints import seed_of
 from lightning_unlearn.loading import load_network
 from lightning_unlearn.objective import DenoisingObjective, Objective
+from lightning_unlearn.parameters import select_layers
 from lightning_unlearn.samples import SampleBatch, ViewBatch
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -78,7 +80,7 @@ class DiffusionModule(LightningModule):
         timesteps = torch.randint(0, self.objective.num_timesteps, (len(batch),), device=self.device)
         return ViewBatch(latents, batch.text[rows, captions]), timesteps, torch.randn_like(latents)
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+    def configure_optimizers(self) -> torch.optim.Optimizer | OptimizerLRSchedulerConfig:
         """The optimizer over all weights, and the schedule.
 
         Returns:
@@ -86,5 +88,51 @@ class DiffusionModule(LightningModule):
         """
         optimizer = self.optimizer(self.network.parameters())
         if self.lr_scheduler is None:
-            return {"optimizer": optimizer}
+            return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
+
+
+class FisherPass(DiffusionModule):
+    """Passes over the shards with frozen weights, for a Fisher of a model that was trained without FisherAccumulator.
+
+    It is run with Trainer.fit and a :class:`~lightning_unlearn.callbacks.FisherAccumulator`, so that gradients take the same
+    way as in a training. Frozen means that no optimizer steps: the chosen weights require gradients, or none would arrive at
+    layers that are fed by text.
+
+    Args:
+        network: The denoiser.
+        objective: Its loss.
+        parameters: The chosen weights.
+        seed: Of captions, timesteps and noise.
+    """
+
+    def __init__(self, network: nn.Module, objective: Objective, parameters: str | list[str], seed: int = 0) -> None:
+        super().__init__(network, objective)
+        self.automatic_optimization = False
+        self.network.requires_grad_(False).eval()
+        for layer in select_layers(self.network, parameters).values():
+            layer.requires_grad_(True)
+        self.seed = seed
+
+    def on_train_start(self) -> None:
+        """Give every rank its own noise, and keep the network in eval mode."""
+        torch.manual_seed(seed_of("fisher", self.seed, self.global_rank))
+        self.network.eval()
+
+    def training_step(self, batch: SampleBatch, batch_idx: int) -> Tensor:
+        """A backward pass, whose gradients the callback takes, and no step.
+
+        Args:
+            batch: ``B`` samples.
+            batch_idx: Its number.
+
+        Returns:
+            The mean loss.
+        """
+        loss = super().training_step(batch, batch_idx)
+        self.manual_backward(loss)
+        self.zero_grad()
+        return loss.detach()
+
+    def configure_optimizers(self) -> None:  # type: ignore[override]
+        """No optimizer."""

@@ -15,16 +15,21 @@ def per_sample_gradients(
     rows = []
     for sample in range(samples):
         found = torch.autograd.grad(loss_of(sample), list(parameters.values()), allow_unused=True)
-        rows.append([
-            torch.zeros_like(parameter) if gradient is None else gradient
-            for gradient, parameter in zip(found, parameters.values(), strict=True)
-        ])
+        rows.append(
+            [
+                torch.zeros_like(parameter) if gradient is None else gradient
+                for gradient, parameter in zip(found, parameters.values(), strict=True)
+            ]
+        )
     return {name: torch.stack([row[column] for row in rows]) for column, name in enumerate(parameters)}
 
 
 def sums_of_squares(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """``Σ_s g_s²`` of ``(samples, *parameter)``."""
-    return {name: sum((row.square() for row in gradient), torch.zeros_like(gradient[0])) for name, gradient in gradients.items()}
+    return {
+        name: sum((row.square() for row in gradient), torch.zeros_like(gradient[0]))
+        for name, gradient in gradients.items()
+    }
 
 
 def diagonal_fisher(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:

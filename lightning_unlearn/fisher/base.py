@@ -111,7 +111,7 @@ class Fisher(ABC):
                 f"{len(self.layers)}: kinds and layers must agree, so make both with the same parameters."
             )
         theirs = other.tensors()
-        self.load_tensors({name: tensor + theirs[name].to(tensor) for name, tensor in self.tensors().items()})
+        self.load_tensors({name: tensor + theirs[name].to(tensor.device) for name, tensor in self.tensors().items()})
         self.count += other.count
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Fisher:
@@ -162,7 +162,8 @@ class Fisher(ABC):
             raise InputError(
                 "The checkpoint holds a Fisher of other layers; use the parameters it was started with, or start anew."
             )
-        self.load_tensors(state["tensors"])
+        # Copies, since update() adds in place.
+        self.load_tensors({name: tensor.clone() for name, tensor in state["tensors"].items()})
         self.count = int(state["count"])
 
     def save(self, path: str | os.PathLike[str]) -> None:

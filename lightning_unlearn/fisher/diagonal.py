@@ -62,8 +62,9 @@ class DiagonalFisher(Fisher):
 
     def _add(self, name: str, squares: Tensor) -> None:
         total = self.sums[name]
-        if total.device != squares.device or total.dtype != squares.dtype:
-            total = self.sums[name] = total.to(squares)
+        wide = torch.promote_types(total.dtype, squares.dtype)
+        if total.device != squares.device or total.dtype != wide:
+            total = self.sums[name] = total.to(squares.device, wide)
         total += squares
 
     def tensors(self) -> dict[str, Tensor]:

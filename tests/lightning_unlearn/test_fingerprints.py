@@ -14,7 +14,9 @@ PARTS = st.lists(st.one_of(st.text(max_size=4), st.integers(-9, 9), st.floats(al
 
 @given(PARTS, PARTS)
 @settings(max_examples=100, deadline=None)
-def test_digests_are_equal_only_for_equal_parts(first: list[str | int | float], second: list[str | int | float]) -> None:
+def test_digests_are_equal_only_for_equal_parts(
+    first: list[str | int | float], second: list[str | int | float]
+) -> None:
     same = [(type(part), repr(part)) for part in first] == [(type(part), repr(part)) for part in second]
     assert (digest(*first) == digest(*second)) is same
 

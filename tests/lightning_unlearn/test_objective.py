@@ -65,7 +65,10 @@ def test_min_snr_weights_are_the_papers_on_both_sides_of_gamma(prediction_type: 
     network = tiny_unet().double()
     expected = torch.tensor([min_snr_weight(float(alpha), 5.0, prediction_type) for alpha in alphas]).double()
     torch.testing.assert_close(
-        weighted(network, batch, timesteps, noise), plain(network, batch, timesteps, noise) * expected, rtol=1e-6, atol=0
+        weighted(network, batch, timesteps, noise),
+        plain(network, batch, timesteps, noise) * expected,
+        rtol=1e-6,
+        atol=0,
     )
 
 

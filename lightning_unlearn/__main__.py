@@ -1,0 +1,8 @@
+"""``python -m lightning_unlearn``: the command line, in the form in which Lightning's launcher can start it again for each process."""
+
+import sys
+
+from lightning_unlearn.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""Generating with a network, so that a query can be made, and made again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_unlearn.families import family_of
+from lightning_unlearn.fingerprints import generator_for
+from lightning_unlearn.objective import DenoisingObjective
+from lightning_unlearn.samples import ViewBatch
+
+
+@torch.inference_mode()
+def generate(
+    network: nn.Module,
+    objective: DenoisingObjective,
+    text: Tensor,
+    shape: Sequence[int],
+    seeds: Sequence[int],
+    steps: int = 40,
+) -> Tensor:
+    """Generate latents by DDIM without noise of its own (Song et al., arXiv 2010.02502, Eq. 12 with σ = 0) and without guidance.
+
+    Args:
+        network: A network of a known family.
+        objective: Whose schedule and prediction type it was trained with.
+        text: ``(B, tokens, dim)``.
+        shape: ``(C, H, W)``.
+        seeds: ``B`` seeds of the starting noise; a picture depends on its own seed and text only.
+        steps: Steps of the sampler.
+
+    Returns:
+        ``(B, C, H, W)`` latents, not clipped; what they depend on is said by :func:`how_generated`.
+    """
+    from diffusers import DDIMScheduler
+
+    parameter = next(network.parameters())
+    scheduler = DDIMScheduler.from_config(objective.scheduler.config, clip_sample=False, set_alpha_to_one=False)
+    scheduler.set_timesteps(steps, device=parameter.device)
+    noise = [torch.randn(tuple(shape), generator=generator_for("sampling", seed)) for seed in seeds]
+    latents = torch.stack(noise).to(parameter) * scheduler.init_noise_sigma
+    views = ViewBatch(latents, text.to(parameter))
+    for timestep in scheduler.timesteps:
+        prediction = family_of(network).predict(network, latents, timestep.expand(len(latents)), views)
+        latents = scheduler.step(prediction, timestep, latents).prev_sample
+    return latents
+
+
+def how_generated(seed: int, steps: int) -> dict[str, Any]:
+    """What a query's json says of how :func:`generate` made it.
+
+    Args:
+        seed: Of its noise.
+        steps: Of the sampler.
+
+    Returns:
+        JSON-like facts.
+    """
+    return {"seed": seed, "scheduler": "DDIMScheduler", "steps": steps, "guidance": 1.0}
