@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
@@ -17,24 +18,29 @@ from typing_extensions import override
 from lightning_unlearn.capture import GradientCapture
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher import FISHERS, Fisher
+from lightning_unlearn.objective import Objective
 from lightning_unlearn.parameters import layer_parameters, layer_specs, select_layers
 
 
 class FisherAccumulator(Callback):
-    """Collects the Fisher information of chosen weights during any LightningModule's ``fit``, out of its own backward passes.
+    """Collects the Fisher information of chosen weights during any LightningModule's ``fit``, out of its backward passes.
 
     Per-sample gradients are taken by hooks, so nothing of the training changes, not a bit of its numbers or its random
-    state. The mean of the loss over the batch, gradient accumulation and a GradScaler are undone. Batches with a gradient
-    that is not finite are left out and counted. With several ranks, each sees its own samples and sums are added.
+    state. The mean of the loss over the batch, gradient accumulation and a GradScaler are undone. Batches with a
+    gradient that is not finite are left out and counted. With several ranks, each sees its own samples and sums are
+    added. A second ``fit`` with the same Trainer, or one that resumes a checkpoint, goes on with the sums; another
+    Trainer starts anew.
 
-    Since weights move while it accumulates, let it wait for the last part of training (``start_step``, ``start_epoch``).
+    Since weights move while it accumulates, let it wait for the last part of training (``start_step``,
+    ``start_epoch``).
 
     Args:
         target: Dotted name of the network in the LightningModule, e.g. ``"unet"``; ``""`` for the module itself.
-        parameters: Which of its weights: ``text_kv``, ``cross_attention``, ``attention``, ``all``, or patterns of layer names
-            (see :func:`lightning_unlearn.parameters.select_layers`).
+        parameters: Which of its weights: ``text_kv``, ``cross_attention``, ``attention``, ``all``, or patterns of layer
+            names (see :func:`lightning_unlearn.parameters.select_layers`).
         fisher: The kind of Fisher.
-        path: Where the Fisher is written at the end of training, as safetensors; relative to ``trainer.default_root_dir``.
+        path: Where the Fisher is written at the end of training, as safetensors; relative to
+            ``trainer.default_root_dir``.
         start_step: Optimizer step at which it starts.
         start_epoch: Epoch at which it starts; both must be reached.
         every_n_batches: Take every n-th batch of an epoch.
@@ -42,8 +48,8 @@ class FisherAccumulator(Callback):
         loss_scale: A constant that the training loss is multiplied with, to be undone.
         sample_weights: Dotted name of an attribute of the LightningModule that holds each sample's weight ``(B,)`` in
             the last loss, to be undone; samples of weight 0 are left out.
-        save_in_checkpoint: Keep the sums in every checkpoint, so that a resumed training goes on with them. If false they
-            are kept in a file beside ``path`` instead, one for each checkpoint's step.
+        save_in_checkpoint: Keep the sums in every checkpoint, so that a resumed training goes on with them. If false
+            they are kept in a file beside ``path`` instead, one for each checkpoint's step.
 
     Raises:
         InputError: If an argument is out of range.
@@ -72,8 +78,8 @@ class FisherAccumulator(Callback):
     ) -> None:
         if every_n_batches < 1 or loss_scale == 0 or reduction not in ("mean", "sum") or fisher not in FISHERS:
             raise InputError(
-                "FisherAccumulator needs every_n_batches of at least 1, a loss_scale that is not 0, reduction 'mean' or 'sum', "
-                f"and a fisher among {', '.join(FISHERS)}."
+                "FisherAccumulator needs every_n_batches of at least 1, a loss_scale that is not 0, reduction 'mean' or "
+                f"'sum', and a fisher among {', '.join(FISHERS)}."
             )
         self.target = target
         self.parameters = parameters
@@ -88,15 +94,17 @@ class FisherAccumulator(Callback):
         self.save_in_checkpoint = save_in_checkpoint
 
         self.skipped_batches = 0
-        # Sums of this rank since the start or the last resume; what a resume brought is kept apart, so that it is
-        # counted once however many ranks there are.
+        # Sums of this rank in this fit; what a resume or an earlier fit brought is over all ranks already and kept
+        # apart, so that it is counted once however many ranks there are.
         self._local: Fisher | None = None
         self._restored: dict[str, Any] | None = None
         self._capture: GradientCapture | None = None
         self._trainer: Trainer | None = None
+        self._running = False
         self._failed = False
         self._steps: list[int] = []  # first and last optimizer step seen
-        self._saw_gradient = False
+        self._saw_backward = False  # in this batch
+        self._watched = self._saw_gradient = False  # in this fit
 
     @property
     @override
@@ -107,6 +115,13 @@ class FisherAccumulator(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Keep the Trainer; a LightningModule may build its network only later."""
+        if stage != "fit":
+            return
+        for other in _callbacks(trainer):
+            if isinstance(other, FisherAccumulator) and other is not self and other.path == self.path:
+                raise InputError(f"Two FisherAccumulators would write {self.path}; give each a path of its own.")
+        if self._trainer is not None and self._trainer is not trainer:
+            self._restored, self._local, self._steps, self.skipped_batches = None, None, [], 0
         self._trainer = trainer
         self._failed = False
 
@@ -120,22 +135,28 @@ class FisherAccumulator(Callback):
                 f"{len(frozen)} of the chosen layers are frozen (e.g. {frozen[0]}), so no gradient reaches them; "
                 "choose layers that are trained, or run `lightning-unlearn fisher` afterwards."
             )
-        self._local = FISHERS[self.fisher](layer_specs(layers))
         if self._restored is not None:
-            FISHERS[self.fisher](layer_specs(layers)).load_state(self._restored)  # refuses another selection at once
+            FISHERS[self.fisher](layer_specs(layers)).load_state(self._restored)  # refuses other layers at once
+        # All ranks start with one type on one kind of device: one that takes no batch must still be able to add its zeros.
+        dtypes = [parameter.dtype for parameter in layer_parameters(layers).values()]
+        self._local = FISHERS[self.fisher](layer_specs(layers))
+        self._local.to(pl_module.device, reduce(torch.promote_types, dtypes, torch.float32))
+        self._running = True
         self._capture = GradientCapture(layers)
         self._capture.enabled = False
         self._capture.attach()
-        self._saw_gradient = False
+        self._watched = self._saw_gradient = False
 
     def _network(self, pl_module: LightningModule) -> nn.Module:
         try:
             network = attrgetter(self.target)(pl_module) if self.target else pl_module
         except AttributeError:
             names = ", ".join(name for name, _ in pl_module.named_children())
-            raise InputError(f"{type(pl_module).__name__} has no {self.target!r}; its parts are: {names}.") from None
+            raise InputError(f"{type(pl_module).__name__} has no {self.target!r}; set the target to one of its parts: {names}.") from None
         if not isinstance(network, nn.Module):
-            raise InputError(f"{self.target!r} of {type(pl_module).__name__} is a {type(network).__name__}, not a module.")
+            raise InputError(
+                f"{self.target!r} of {type(pl_module).__name__} is a {type(network).__name__}, not a module; name the network."
+            )
         return network
 
     def should_capture(self, step: int, epoch: int, batch_idx: int) -> bool:
@@ -156,6 +177,15 @@ class FisherAccumulator(Callback):
         """Watch this batch if it is to be taken."""
         assert self._capture is not None
         self._capture.enabled = self.should_capture(trainer.global_step, trainer.current_epoch, batch_idx)
+        self._capture.clear()
+        self._saw_backward = False
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Forget gradients that the training step took for purposes of its own with ``torch.autograd.grad``."""
+        self._saw_backward = True
+        if self._capture is not None:
+            self._capture.clear()
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -169,7 +199,9 @@ class FisherAccumulator(Callback):
         rows = len(next(iter(captured.values())))
         factor = self._factor(trainer, pl_module, rows)
         captured = {name: layer.scaled(factor) for name, layer in captured.items()}
-        if not all(layer.output_gradients.isfinite().all() for layer in captured.values()):
+        if not all(
+            tensor.isfinite().all() for layer in captured.values() for tensor in (layer.inputs, layer.output_gradients)
+        ):
             self.skipped_batches += 1  # the GradScaler skips this step too
             return
         assert self._local is not None
@@ -190,35 +222,61 @@ class FisherAccumulator(Callback):
             factor /= float(scaler.get_scale())
         if self.sample_weights is None:
             return factor
-        weights = torch.as_tensor(attrgetter(self.sample_weights)(pl_module)).detach()
+        try:
+            weights = torch.as_tensor(attrgetter(self.sample_weights)(pl_module)).detach()
+        except AttributeError:
+            raise InputError(
+                f"{type(pl_module).__name__} has no {self.sample_weights!r}; set it to each sample's weight in training_step."
+            ) from None
         if weights.shape != (rows,):
-            raise InputError(f"{self.sample_weights!r} has shape {tuple(weights.shape)}, but the batch has {rows} samples; it must hold one weight a sample.")
+            raise InputError(
+                f"{self.sample_weights!r} has shape {tuple(weights.shape)}, but the batch has {rows} samples; "
+                "it must hold one weight a sample."
+            )
         return torch.where(weights == 0, 0.0, factor / weights)
 
     @override
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Stop watching until the next batch; validation in between is not seen."""
         assert self._capture is not None
-        if self._capture.enabled and not self._saw_gradient:
-            raise InputError(
-                f"No gradient reached any chosen layer of {self.target!r} in the first batch that was to be taken; "
-                "is the network compiled, or not used in the loss?"
-            )
+        if self._capture.pending and not self._saw_backward:
+            raise InputError("loss.backward() in training_step can't be followed; call self.manual_backward(loss) instead.")
+        if self._capture.enabled and self._saw_backward:
+            self._watched = True
+            if pl_module.automatic_optimization:
+                self._refuse_silence()
         self._capture.enabled = False
 
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """With manual optimization other networks may have their turn first, but not for a whole epoch."""
+        self._refuse_silence()
+
+    def _refuse_silence(self) -> None:
+        if self._watched and not self._saw_gradient:
+            raise InputError(
+                f"No gradient reached any chosen layer of {self.target!r} in the batches that were to be taken; "
+                "use the network in the loss, and don't compile it."
+            )
+
     def total(self) -> Fisher:
-        """The sums over all ranks and earlier runs; every rank must call it.
+        """The sums over all ranks and earlier runs; during training, every rank must call it.
 
         Returns:
             A new Fisher.
+
+        Raises:
+            InputError: If there was no training yet.
         """
-        assert self._local is not None
+        if self._local is None:
+            raise InputError("FisherAccumulator has no sums before training; call total() during fit or after it.")
         total = FISHERS[self.fisher](self._local.layers)
         total.load_tensors({name: tensor.clone() for name, tensor in self._local.tensors().items()})
         count = torch.tensor(float(self._local.count), dtype=torch.float64)
-        if self._trainer is not None and self._trainer.world_size > 1:
+        if self._running and self._trainer is not None and self._trainer.world_size > 1:
             device = self._trainer.strategy.root_device
-            # A rank that took no batch yet still holds its sums on the CPU.
             total.load_tensors({name: self._sum(tensor.to(device)) for name, tensor in total.tensors().items()})
             count = self._sum(count.to(device))
         total.count = round(float(count))
@@ -238,8 +296,15 @@ class FisherAccumulator(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add up the ranks and write the file."""
         total = self.total()
+        # A checkpoint may be written after training, and fit may be called again.
+        self._restored = total.state()
+        self._local = FISHERS[self.fisher](total.layers)
+        self._running = False
         if total.count == 0:
-            rank_zero_warn("FisherAccumulator took no batch: start_step or start_epoch lies past the end of training. No Fisher is written.")
+            rank_zero_warn(
+                "FisherAccumulator took no batch: start_step or start_epoch lies past the end of training, or no gradient "
+                "was finite. No Fisher is written."
+            )
             return
         layers = select_layers(self._network(pl_module), self.parameters)
         total.weights = {name: parameter.detach() for name, parameter in layer_parameters(layers).items()}
@@ -251,7 +316,7 @@ class FisherAccumulator(Callback):
             "skipped_batches": self.skipped_batches,
         }
         objective = getattr(pl_module, "objective", None)
-        if hasattr(objective, "settings"):
+        if isinstance(objective, Objective):
             total.provenance["objective"] = objective.settings()
         path = Path(trainer.default_root_dir) / self.path
         if trainer.is_global_zero:
@@ -263,6 +328,9 @@ class FisherAccumulator(Callback):
         """The sums so far, over all ranks and earlier runs.
 
         After a failure on one rank there must be no collective, so what is kept then is the last resume's.
+
+        Returns:
+            Numbers, strings and tensors only, so that it loads with ``weights_only=True``.
         """
         if self._local is None or (self._failed and self._trainer is not None and self._trainer.world_size > 1):
             return {"fisher": self._restored, "steps": self._steps, "skipped_batches": self.skipped_batches}
@@ -282,7 +350,9 @@ class FisherAccumulator(Callback):
         """Go on from a checkpoint; its sums are kept apart from those of this run."""
         self._steps = list(state_dict["steps"])
         self.skipped_batches = int(state_dict["skipped_batches"])
-        self._restored = FISHERS[self.fisher].load(state_dict["file"]).state() if "file" in state_dict else state_dict["fisher"]
+        self._restored = (
+            FISHERS[self.fisher].load(state_dict["file"]).state() if "file" in state_dict else state_dict["fisher"]
+        )
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -292,9 +362,8 @@ class FisherAccumulator(Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take the hooks off and forget the Trainer."""
+        """Take the hooks off."""
         self._detach()
-        self._trainer = None
 
     def _detach(self) -> None:
         if self._capture is not None:

@@ -91,6 +91,6 @@ class ScoringProgress(TQDMProgressBar):
         bar = self.predict_progress_bar
         if bar.disable:
             return
-        bar.n += 1
-        if (batch_idx + 1) % self.refresh_rate == 0 or bar.n == bar.total:
+        bar.n += len(batch)
+        if (batch_idx + 1) % self.refresh_rate == 0:  # closing the bar shows the last count
             bar.refresh()

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, BinaryIO, cast
 
+from lightning_unlearn.datamodules.remote import RemoteFile
 from typing_extensions import override
 from webdataset import gopen, tariterators
 
-from lightning_unlearn.datamodules.remote import RemoteFile
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.samples import PICTURE_FIELDS, Sample, decode_sample
 from lightning_unlearn.shards import ShardInfo
@@ -105,4 +105,6 @@ def _open(url: str) -> BinaryIO:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    # WebDataset appends arguments of its own to a ValueError.
+    text = str(error.args[0]) if type(error) is ValueError and error.args else str(error)
+    return (text.splitlines() or [type(error).__name__])[0][:200]

@@ -16,7 +16,8 @@ from lightning_unlearn.views import place_timesteps
 Stream = Literal["unlearning", "rise"]
 
 
-@dataclass(frozen=True)
+# Not frozen: a Trainer's precision plugin may only convert the tensors of a dataclass that isn't.
+@dataclass
 class DrawBatch:
     """Some (timestep, noise) draws of one target, by their numbers.
 
@@ -120,5 +121,5 @@ def draw_for_target(
         generator = generator_for(stream, seed, key, number)
         place = torch.rand((), generator=generator, dtype=torch.float64)
         uniform.append((number % total + place) / total)
-        noise.append(torch.randn(tuple(shape), generator=generator))
+        noise.append(torch.randn(tuple(shape), generator=generator, dtype=torch.float32))
     return place_timesteps(torch.stack(uniform), (0.0, 1.0), num_timesteps), torch.stack(noise)

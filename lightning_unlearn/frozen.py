@@ -116,7 +116,12 @@ class FrozenModule(LightningModule):
         self._fingerprints |= about["fingerprints"]
 
     def _exact(self) -> None:
-        """A delta is some 1e-4 of its weight: TF32 would drown it, so it is off while this module runs."""
+        """A delta is some 1e-4 of its weight: half precision would lose and TF32 drown it; the one is refused, the other off."""
+        for name, parameter in layer_parameters(self.layers).items():
+            if torch.promote_types(parameter.dtype, torch.float32) != parameter.dtype:
+                raise InputError(
+                    f"{name} is {parameter.dtype}, in which a delta would be lost; load the network in float32 and use precision 32-true."
+                )
         if self._tf32 is None:
             self._tf32 = (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False

@@ -128,9 +128,7 @@ class UnlearningModule(FrozenModule):
     def configure_model(self) -> None:
         """Make the deltas, one a query; Lightning calls this before it restores a checkpoint. In predict they come from the checkpoint."""
         if self.trainer.state.fn == "fit":
-            keys = [query.key for query in self._queries()]
-            if self.targets != keys:
-                self.deltas = DeltaStore(layer_parameters(self.layers), keys)
+            self.deltas = DeltaStore(layer_parameters(self.layers), [query.key for query in self._queries()])
 
     def setup(self, stage: str) -> None:
         """Refuse what would spoil a step, and give the Trainer the exact number of steps.
@@ -155,17 +153,37 @@ class UnlearningModule(FrozenModule):
             raise InputError(
                 "Unlearning needs a Fisher: train with FisherAccumulator or run `lightning-unlearn fisher`, and pass its file as fisher."
             )
+        if self.trainer.current_epoch > 0:
+            raise InputError(
+                "This Trainer has run fit before and would count its epochs as steps of the unlearning; make a new Trainer."
+            )
+        # What an earlier fit of this module left; a checkpoint, if there is one, is loaded after this.
+        self._problem, self.results = None, {}
+        self._fingerprints = {name: value for name, value in self._fingerprints.items() if name == "weights"}
         self.trainer.fit_loop.max_epochs = self.strategy.steps
         self.trainer.fit_loop.epoch_loop.max_steps = -1
 
     def on_fit_start(self) -> None:
-        """Load the Fisher, see that it is this network's, and set up the problem."""
+        """Load the Fisher, see that it is this network's, and set up the problem.
+
+        Raises:
+            InputError: If the Fisher is of another model, or fit goes on from a checkpoint that was made in another way.
+        """
+        if self._problem is not None:
+            return
         self._exact()
         fisher = self._load_fisher().to(self.device)
         fisher.finalize(self.damping)
+        made = {
+            "fisher": tensors_digest(fisher.tensors()),
+            "unlearning": self.unlearning_fingerprint(self.trainer.datamodule),
+        }
+        if any(self._fingerprints.get(name, value) != value for name, value in made.items()):
+            raise InputError(
+                "The checkpoint's deltas were made with another Fisher, other queries, draws or settings; unlearn anew, without ckpt_path."
+            )
+        self._fingerprints |= made
         self.settings = self.unlearning_settings()
-        self._fingerprints["fisher"] = tensors_digest(fisher.tensors())
-        self._fingerprints["unlearning"] = self.unlearning_fingerprint(self.trainer.datamodule)
         assert self.deltas is not None
         self._problem = Problem(
             deltas=self.deltas.named(),
@@ -198,8 +216,17 @@ class UnlearningModule(FrozenModule):
         self.loss.eval()
 
     def on_train_epoch_start(self) -> None:
-        """An epoch is one step: accumulate all of its micro-batches."""
-        self.trainer.accumulate_grad_batches = int(self.trainer.num_training_batches)
+        """An epoch is one step: accumulate all of its micro-batches.
+
+        Raises:
+            InputError: If the Trainer would leave some of them out.
+        """
+        batches = int(self.trainer.num_training_batches)
+        if batches < len(self.trainer.datamodule.train_dataloader()):
+            raise InputError(
+                "The Trainer leaves draws out, so the step would be wrong; don't use limit_train_batches, overfit_batches or fast_dev_run, but fewer draws."
+            )
+        self.trainer.accumulate_grad_batches = batches
 
     def training_step(self, batch: DrawBatch, batch_idx: int) -> Tensor:
         """Minus the mean loss of some of a target's draws.
@@ -216,7 +243,9 @@ class UnlearningModule(FrozenModule):
         weights = target_weights(layer_parameters(self.layers), self.deltas.named(), batch.target)
         losses = self._draw_losses(batch, weights, "unlearning")
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / batch.total
-        return -scale * (losses * batch.weights.to(losses)).sum()
+        # DDP waits for a gradient of every delta: layers that the loss does not reach get one of zero.
+        reached = 0 * torch.stack([weight.flatten()[0] for weight in weights.values()]).sum()
+        return -scale * (losses * batch.weights.to(losses)).sum() + reached
 
     def _draw_losses(self, batch: DrawBatch, weights: dict[str, Tensor], stream: Stream) -> Tensor:
         """Losses ``(b,)`` of a target's draws."""

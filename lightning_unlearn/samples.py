@@ -72,7 +72,8 @@ class ViewBatch:
     text: Tensor
 
 
-@dataclass(frozen=True)
+# Not frozen: a Trainer's precision plugin may only convert the tensors of a dataclass that isn't.
+@dataclass
 class SampleBatch:
     """Samples of one shard, stacked.
 

@@ -39,7 +39,7 @@ def generate(
     from diffusers import DDIMScheduler
 
     parameter = next(network.parameters())
-    scheduler = DDIMScheduler.from_config(objective.scheduler.config, clip_sample=False, set_alpha_to_one=False)
+    scheduler = DDIMScheduler.from_config(objective.scheduler.config)
     scheduler.set_timesteps(steps, device=parameter.device)
     noise = [torch.randn(tuple(shape), generator=generator_for("sampling", seed)) for seed in seeds]
     latents = torch.stack(noise).to(parameter) * scheduler.init_noise_sigma

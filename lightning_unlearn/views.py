@@ -123,8 +123,8 @@ class Views:
         """
         view = ("scoring", self.seed, flip, caption, draw)
         if self.noise == "shared":
-            return torch.randn(tuple(shape), generator=generator_for(*view)).expand(len(keys), *shape)
-        return torch.stack([torch.randn(tuple(shape), generator=generator_for(*view, key)) for key in keys])
+            return _normal(shape, *view).expand(len(keys), *shape)
+        return torch.stack([_normal(shape, *view, key) for key in keys])
 
     def of(self, batch: SampleBatch, num_timesteps: int) -> Iterator[View]:
         """The views of a batch, on the batch's device and in its dtype.
@@ -171,6 +171,11 @@ class Views:
         """
         most = batch.text.shape[1]
         return most if self.captions is None else min(most, self.captions)
+
+
+def _normal(shape: Sequence[int], *names: str | int) -> Tensor:
+    # A Trainer's precision changes the default dtype while it predicts; the draws must not follow it.
+    return torch.randn(tuple(shape), generator=generator_for(*names), dtype=torch.float32)
 
 
 def place_timesteps(uniform: Tensor, timestep_range: tuple[float, float], num_timesteps: int) -> Tensor:

@@ -11,13 +11,14 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning_unlearn.callbacks import ScoreWriter, ScoringProgress
 from lightning_unlearn.datamodules import AttributionDataModule
+from torch.utils.data import DataLoader
+from toys import tiny_unet, toy_shards
+
 from lightning_unlearn.deltas import DeltaStore
 from lightning_unlearn.module import UnlearningModule
 from lightning_unlearn.parameters import layer_parameters
 from lightning_unlearn.shards import MANIFEST
 from lightning_unlearn.views import Views
-from torch.utils.data import DataLoader
-from toys import tiny_unet, toy_shards
 
 
 class WatchedProgress(ScoringProgress):
