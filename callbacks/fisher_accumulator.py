@@ -152,7 +152,9 @@ class FisherAccumulator(Callback):
             network = attrgetter(self.target)(pl_module) if self.target else pl_module
         except AttributeError:
             names = ", ".join(name for name, _ in pl_module.named_children())
-            raise InputError(f"{type(pl_module).__name__} has no {self.target!r}; set the target to one of its parts: {names}.") from None
+            raise InputError(
+                f"{type(pl_module).__name__} has no {self.target!r}; set the target to one of its parts: {names}."
+            ) from None
         if not isinstance(network, nn.Module):
             raise InputError(
                 f"{self.target!r} of {type(pl_module).__name__} is a {type(network).__name__}, not a module; name the network."
@@ -242,7 +244,9 @@ class FisherAccumulator(Callback):
         """Stop watching until the next batch; validation in between is not seen."""
         assert self._capture is not None
         if self._capture.pending and not self._saw_backward:
-            raise InputError("loss.backward() in training_step can't be followed; call self.manual_backward(loss) instead.")
+            raise InputError(
+                "loss.backward() in training_step can't be followed; call self.manual_backward(loss) instead."
+            )
         if self._capture.enabled and self._saw_backward:
             self._watched = True
             if pl_module.automatic_optimization:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from dataclasses import dataclass, field
@@ -13,10 +14,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torchmetrics.functional import spearman_corrcoef
 from typing_extensions import override
 
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.module import Deviations, UnlearningModule
+from lightning_unlearn.module import UnlearningModule
 from lightning_unlearn.scores import (
     FAILED,
     RULES,
@@ -28,6 +30,7 @@ from lightning_unlearn.scores import (
     shard_path,
     write_shard_scores,
 )
+from lightning_unlearn.scoring import Deviations
 from lightning_unlearn.shards import shard_id, write_atomically
 
 PACKAGES = ("lightning-unlearn", "torch", "lightning", "diffusers", "webdataset")
@@ -75,8 +78,11 @@ class ScoreWriter(Callback):
         self.scored = 0
         self.skipped = 0
         self._open: dict[str, _Open] = {}
+        # Mean rank correlation over queries of the first batch's scores with those in float32, in lower precision.
+        self.agreement: float | None = None
         self._run = ""
         self._started = 0.0
+        self._changed: frozenset[str] = frozenset()
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -89,9 +95,17 @@ class ScoreWriter(Callback):
             )
         # Scores go to disk; keeping all losses in memory as well would let it grow with the data.
         trainer.predict_loop.return_predictions = False
-        skip = getattr(getattr(trainer, "datamodule", None), "skip_shards", None)
+        datamodule = getattr(trainer, "datamodule", None)
+        skip = getattr(datamodule, "skip_shards", None)
+        self._changed = self._changed_shards(datamodule)
         if skip is not None:
-            skip(done_shards(self.folder))
+            skip(done_shards(self.folder) - self._changed)
+
+    def _changed_shards(self, datamodule: Any) -> frozenset[str]:
+        """The shards whose size is not the one that ``run.json`` has: they hold other samples than those that were scored."""
+        recorded = (read_run(self.folder) or {}).get("shards", {})
+        sizes = {shard_id(shard.url): shard.bytes for shard in getattr(datamodule, "shards", [])}
+        return frozenset(name for name in sizes.keys() & recorded.keys() if sizes[name] != recorded[name]["bytes"])
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -107,6 +121,12 @@ class ScoreWriter(Callback):
             raise InputError(
                 f"{self.folder} holds scores of another run (other {', '.join(differing)}); score into another folder, or remove it."
             )
+        # What an earlier run left of this rank's shards: scores of other samples, and notes of failures.
+        to_score = getattr(getattr(trainer, "datamodule", None), "shards_to_score", list)
+        for name in (shard_id(shard.url) for shard in to_score()):
+            (self.folder / FAILED / f"{name}.json").unlink(missing_ok=True)
+            if name in self._changed:
+                shard_path(self.folder, name).unlink(missing_ok=True)
         if trainer.is_global_zero:
             self._record(trainer, pl_module, fingerprints, run or {})
 
@@ -134,11 +154,19 @@ class ScoreWriter(Callback):
             "world_size": trainer.world_size,
             "seconds": run.get("seconds", 0.0),
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.folder / RUN_FILE, json.dumps(content, indent=1, ensure_ascii=False).encode())
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write_run(content)
+        except OSError as error:
+            raise InputError(
+                f"The run can't be recorded in {self.folder} ({error.strerror}); free the disk, or score into another folder."
+            ) from None
         done = len(done_shards(self.folder) & set(content["shards"]))
         if done:
             rank_zero_info(f"{done} of {len(content['shards'])} shards are scored already.")
+
+    def _write_run(self, content: dict[str, Any]) -> None:
+        write_atomically(self.folder / RUN_FILE, json.dumps(content, indent=1, ensure_ascii=False).encode())
 
     @override
     def on_predict_batch_end(
@@ -153,6 +181,8 @@ class ScoreWriter(Callback):
         """Reduce a batch, and write its shard if it was the last one."""
         assert isinstance(pl_module, UnlearningModule)
         assert isinstance(outputs, Deviations)
+        if outputs.batch.shard in self.failures:
+            return  # what is left of a shard that failed
         shard = self._open.setdefault(outputs.batch.shard, _Open())
         shard.failed = shard.failed or outputs.batch.error
         if shard.failed is None:
@@ -169,8 +199,15 @@ class ScoreWriter(Callback):
 
     def _reduce(self, shard: _Open, outputs: Deviations) -> None:
         base, scores = reduce_losses(outputs.base, outputs.unlearned, self.rule)
+        if outputs.exact is not None and len(scores) > 2:
+            _, exact = reduce_losses(outputs.exact[0], outputs.exact[1:], self.rule)
+            self.agreement = _agreement(scores, exact)
         keys = outputs.batch.keys
-        good = base.isfinite() & scores.isfinite().all(-1)
+        # A rule leaves out NaN, which stands for captions that a sample lacks; a loss that is NaN must not slip through so.
+        slots = torch.arange(outputs.base.shape[-2])
+        absent = (slots >= outputs.batch.caption_counts.cpu()[:, None])[:, None, :, None]  # (B, 1, captions, 1)
+        losses = torch.cat([outputs.base[None], outputs.unlearned])  # (1 + Q, B, flips, captions, draws)
+        good = (losses.isfinite() | absent).transpose(0, 1).flatten(1).all(1) & scores.isfinite().all(-1)
         if not good.all():
             bad = [key for key, fine in zip(keys, good.tolist(), strict=True) if not fine]
             if self.on_bad_sample == "error":
@@ -191,14 +228,15 @@ class ScoreWriter(Callback):
         write_shard_scores(
             self.folder, name, shard.keys, torch.cat(shard.base), torch.cat(shard.scores), queries, self._run
         )
-        (self.folder / FAILED / f"{name}.json").unlink(missing_ok=True)
         self.scored += len(shard.keys)
         self.skipped += shard.skipped + outputs.batch.skipped
 
     def _fail(self, shard: str, error: str) -> None:
         self.failures[shard] = error
-        (self.folder / FAILED).mkdir(parents=True, exist_ok=True)
-        write_atomically(self.folder / FAILED / f"{shard}.json", json.dumps({"error": error}).encode())
+        # Where the disk is full there is no room for a note either; the message at the end has it.
+        with contextlib.suppress(OSError):
+            (self.folder / FAILED).mkdir(parents=True, exist_ok=True)
+            write_atomically(self.folder / FAILED / f"{shard}.json", json.dumps({"error": error}).encode())
 
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -207,7 +245,11 @@ class ScoreWriter(Callback):
             run = read_run(self.folder)
             assert run is not None
             run["seconds"] += time.monotonic() - self._started
-            write_atomically(self.folder / RUN_FILE, json.dumps(run, indent=1, ensure_ascii=False).encode())
+            if self.agreement is not None:
+                run["rank_correlation_with_float32"] = self.agreement
+                rank_zero_info(f"Scores in {trainer.precision} rank the first batch as float32 does with a correlation of {self.agreement:.3f}.")
+            with contextlib.suppress(OSError):  # a full disk: the earlier run.json is as good but for the seconds
+                self._write_run(run)
         if self.skipped:
             print(f"{self.skipped} bad samples were left out.")
         rank_zero_info(f"{self.scored} samples scored into {shard_path(self.folder, '*').parent}.")
@@ -218,6 +260,13 @@ class ScoreWriter(Callback):
             if trainer.world_size == 1:
                 raise InputError(message)
             print(message)
+
+
+def _agreement(scores: Tensor, exact: Tensor) -> float:
+    """Mean over queries of the Spearman correlation over samples, both ``(B, Q)``."""
+    good = (scores.isfinite() & exact.isfinite()).all(1)
+    correlations = spearman_corrcoef(scores[good].double(), exact[good].double())  # (Q,) or a scalar
+    return float(correlations.mean())
 
 
 def _version(package: str) -> str:

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from typing import Literal
 
 from lightning.pytorch import LightningDataModule
-from lightning_unlearn.datamodules.reading import read_samples
-from lightning_unlearn.datamodules.scoring import ScoringStream
+from lightning_unlearn.datamodules.reading import read_fields, read_samples
+from lightning_unlearn.datamodules.scoring import ScoringStream, check_shapes
 from lightning_unlearn.datamodules.sources import list_shards
 from torch.utils.data import DataLoader
 
 from lightning_unlearn.draws import DrawBatch, draw_batches
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.samples import Sample, SampleBatch
+from lightning_unlearn.samples import Sample, SampleBatch, decode_sample
 from lightning_unlearn.shards import ShardInfo, shard_id
 
 
@@ -83,8 +83,13 @@ class AttributionDataModule(LightningDataModule):
         for shard in self._dealt():
             if shard_id(shard.url) in self._done:
                 continue
-            for sample in read_samples(shard):
-                _check_shapes(sample, self.queries[0], shard)
+            for fields in read_fields(shard):
+                try:
+                    check_shapes(decode_sample(fields), self.queries[0], shard.url)
+                except InputError:
+                    if self.on_bad_sample == "error":
+                        raise
+                    continue
                 break
 
     def _read_queries(self) -> list[Sample]:
@@ -155,7 +160,7 @@ class AttributionDataModule(LightningDataModule):
         shards = self.shards_to_score()
         workers = min(self.num_workers, len(shards))
         return DataLoader(
-            ScoringStream(shards, self.batch_size, self.on_bad_sample == "skip"),
+            ScoringStream(shards, self.batch_size, self.queries[0], self.on_bad_sample == "skip"),
             batch_size=None,
             num_workers=workers,
             multiprocessing_context=self.multiprocessing_context if workers else None,
@@ -185,11 +190,3 @@ class DrawLoader:
             yield from draw_batches(
                 query, target, step * data.draws, data.draws, rank, world_size, data.draw_batch_size
             )
-
-
-def _check_shapes(sample: Sample, query: Sample, shard: ShardInfo) -> None:
-    if sample.latent.shape != query.latent.shape or sample.text.shape[1:] != query.text.shape[1:]:
-        raise InputError(
-            f"Sample {sample.key!r} in {shard.url} has latent {tuple(sample.latent.shape)} and text {tuple(sample.text.shape[1:])}, "
-            f"but the query {query.key!r} has {tuple(query.latent.shape)} and {tuple(query.text.shape[1:])}; prepare both in the same way."
-        )

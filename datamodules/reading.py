@@ -9,7 +9,8 @@ from typing import Any, BinaryIO, cast
 
 from lightning_unlearn.datamodules.remote import RemoteFile
 from typing_extensions import override
-from webdataset import gopen, tariterators
+from webdataset import tariterators
+from webdataset.gopen import gopen
 
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.samples import PICTURE_FIELDS, Sample, decode_sample
@@ -98,7 +99,7 @@ def _read_files(url: str) -> Iterator[dict[str, Any]]:
 
 def _open(url: str) -> BinaryIO:
     if url.startswith("pipe:"):
-        return cast(BinaryIO, gopen.gopen(url))
+        return cast(BinaryIO, gopen(url))
     if url.startswith(("http://", "https://")):
         return cast(BinaryIO, RemoteFile(url))
     return open(url, "rb")

@@ -48,6 +48,8 @@ class RemoteFile:
                 return self._read(size)
             except (OSError, http.client.HTTPException) as error:
                 self.close()
+                if isinstance(error, urllib.error.HTTPError):
+                    error.close()  # it holds the connection
                 wait = next(waits, None)
                 if wait is None or not _is_transient(error):
                     raise OSError(str(error) or type(error).__name__) from error
@@ -90,4 +92,6 @@ class RemoteFile:
 def _is_transient(error: Exception) -> bool:
     if isinstance(error, urllib.error.HTTPError):
         return error.code in TRANSIENT
+    if isinstance(error, urllib.error.URLError):
+        return isinstance(error.reason, OSError)  # otherwise it is a sentence about the address
     return not isinstance(error, http.client.InvalidURL)

@@ -21,11 +21,13 @@ class ScoringStream(IterableDataset[SampleBatch]):
     Args:
         shards: The shards of this rank.
         batch_size: Samples a batch.
-        skip_bad: Whether a sample that can't be decoded is left out and counted, instead of failing its shard.
+        query: The samples must have its shapes.
+        skip_bad: Whether a sample that can't be used is left out and counted, instead of failing its shard.
     """
 
-    def __init__(self, shards: list[ShardInfo], batch_size: int, skip_bad: bool = False) -> None:
+    def __init__(self, shards: list[ShardInfo], batch_size: int, query: Sample, skip_bad: bool = False) -> None:
         self.shards = shards
+        self.query = query
         self.batch_size = batch_size
         self.skip_bad = skip_bad
 
@@ -44,6 +46,7 @@ class ScoringStream(IterableDataset[SampleBatch]):
             for fields in read_fields(shard):
                 try:
                     sample = decode_sample(fields)
+                    check_shapes(sample, self.query, shard.url)
                 except InputError:
                     if not self.skip_bad:
                         raise
@@ -62,3 +65,21 @@ class ScoringStream(IterableDataset[SampleBatch]):
                 yield SampleBatch(name, end_of_shard=0, skipped=skipped)
         except InputError as error:
             yield SampleBatch(name, error=str(error))
+
+
+def check_shapes(sample: Sample, query: Sample, url: str) -> None:
+    """Refuse a sample that is not of the queries' shapes.
+
+    Args:
+        sample: Of a training shard.
+        query: Any query.
+        url: The sample's shard.
+
+    Raises:
+        InputError: If latents or texts differ in shape.
+    """
+    if sample.latent.shape != query.latent.shape or sample.text.shape[1:] != query.text.shape[1:]:
+        raise InputError(
+            f"Sample {sample.key!r} in {url} has latent {tuple(sample.latent.shape)} and text {tuple(sample.text.shape[1:])}, "
+            f"but the query {query.key!r} has {tuple(query.latent.shape)} and {tuple(query.text.shape[1:])}; prepare both in the same way."
+        )

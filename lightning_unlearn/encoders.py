@@ -36,15 +36,21 @@ class VaeLatents:
     def __init__(self, folder: Path, size: int | None, kept: str, seed: int, device: torch.device) -> None:
         config = _config(folder / "vae")
         if config.get("_class_name") != "AutoencoderKL":
-            raise InputError(f"{folder / 'vae'} is a {config.get('_class_name')}, but only AutoencoderKL is known; give ready `latents`.")
+            raise InputError(
+                f"{folder / 'vae'} is a {config.get('_class_name')}, but only AutoencoderKL is known; give ready `latents`."
+            )
         scale = 2 ** (len(config["block_out_channels"]) - 1)
         self.rows: int | None = None
         self.crop: tuple[int, int] | None = (size, size) if size is not None else _network_size(folder, scale)
         if any(side % scale for side in self.crop):
-            raise InputError(f"Pictures of {self.crop} pixels don't suit the VAE in {folder}; set size to a multiple of {scale}.")
+            raise InputError(
+                f"Pictures of {self.crop} pixels don't suit the VAE in {folder}; set size to a multiple of {scale}."
+            )
         from diffusers import AutoencoderKL
 
-        self.vae = _load(AutoencoderKL.from_pretrained, folder / "vae", use_safetensors=True).to(device, torch.float32).eval()
+        self.vae = (
+            _load(AutoencoderKL.from_pretrained, folder / "vae", use_safetensors=True).to(device, torch.float32).eval()
+        )
         self.mode = {1: "L", 3: "RGB"}.get(self.vae.config.in_channels, "RGB")
         # Some VAEs normalise each channel (diffusers' latents_mean, latents_std), others have one shift for all.
         shift = config.get("latents_mean") or [config.get("shift_factor") or 0.0]
@@ -72,7 +78,8 @@ class VaeLatents:
         if self.kept == "sample":
             side = "mirrored" if mirrored else "picture"
             noise = [
-                torch.randn(latents.shape[1:], generator=generator_for("prepare", self.seed, item.record.key, side)) for item in items
+                torch.randn(latents.shape[1:], generator=generator_for("prepare", self.seed, item.record.key, side))
+                for item in items
             ]
             latents = latents + distribution.std * torch.stack(noise).to(latents)
         return _numpy((latents - self.shift) * self.factor)
@@ -93,15 +100,25 @@ class EncodedText:
         InputError: If the encoder can't encode a caption.
     """
 
-    def __init__(self, encoder: nn.Module, tokenizer: Any, tokens: int, masked: bool, batch_size: int, name: str) -> None:
+    def __init__(
+        self, encoder: nn.Module, tokenizer: Any, tokens: int, masked: bool, batch_size: int, name: str
+    ) -> None:
         self.rows: int | None = None
         self.captions: int | None = None
-        self.encoder, self.tokenizer, self.tokens, self.masked, self.batch_size = encoder, tokenizer, tokens, masked, batch_size
+        self.encoder, self.tokenizer, self.tokens, self.masked, self.batch_size = (
+            encoder,
+            tokenizer,
+            tokens,
+            masked,
+            batch_size,
+        )
         try:
             dim = self._encode(["a caption"]).shape[-1]
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
             reason = (str(error).splitlines() or [""])[0][:200]
-            raise InputError(f"The text encoder {name} can't encode a caption in {tokens} tokens ({reason}); give another, or fewer `tokens`.") from None
+            raise InputError(
+                f"The text encoder {name} can't encode a caption in {tokens} tokens ({reason}); give another, or fewer `tokens`."
+            ) from None
         self.about: dict[str, Any] = {
             "shape": [tokens, dim],
             "encoder": name,
@@ -112,7 +129,9 @@ class EncodedText:
     @torch.inference_mode()
     def _encode(self, captions: list[str]) -> Array:
         device = next(self.encoder.parameters()).device
-        batch = self.tokenizer(captions, padding="max_length", truncation=True, max_length=self.tokens, return_tensors="pt").to(device)
+        batch = self.tokenizer(
+            captions, padding="max_length", truncation=True, max_length=self.tokens, return_tensors="pt"
+        ).to(device)
         if not self.masked:
             return _numpy(self.encoder(batch["input_ids"])[0])  # (captions, tokens, dim)
         mask = batch["attention_mask"]
@@ -121,7 +140,10 @@ class EncodedText:
     def states(self, items: Sequence[Item]) -> list[Array]:
         """See :class:`TextSource`."""
         captions = [caption for item in items for caption in item.record.captions]
-        parts = [self._encode(captions[start : start + self.batch_size]) for start in range(0, len(captions), self.batch_size)]
+        parts = [
+            self._encode(captions[start : start + self.batch_size])
+            for start in range(0, len(captions), self.batch_size)
+        ]
         ends = np.cumsum([len(item.record.captions) for item in items])[:-1]
         return np.split(np.concatenate(parts), ends)
 
@@ -144,11 +166,19 @@ def pipeline_text(folder: Path, device: torch.device, batch_size: int) -> Encode
     # diffusers hands the encoder a mask of the padding where its config says so; Stable Diffusion's does not.
     plain = config.get("model_type") == "clip_text_model" and not config.get("use_attention_mask")
     if not plain or (folder / "text_encoder_2").exists():
-        raise InputError(f"{folder} has not just one CLIP text encoder, as Stable Diffusion 1 and 2 have; give ready `text`, or a `text_encoder` folder.")
+        raise InputError(
+            f"{folder} has not just one CLIP text encoder, as Stable Diffusion 1 and 2 have; give ready `text`, or a `text_encoder` folder."
+        )
     transformers = _transformers()
-    encoder = _load(transformers.CLIPTextModel.from_pretrained, folder / "text_encoder", use_safetensors=True).to(device, torch.float32).eval()
+    encoder = (
+        _load(transformers.CLIPTextModel.from_pretrained, folder / "text_encoder", use_safetensors=True)
+        .to(device, torch.float32)
+        .eval()
+    )
     tokenizer = _load(transformers.AutoTokenizer.from_pretrained, folder / "tokenizer")
-    return EncodedText(encoder, tokenizer, tokenizer.model_max_length, False, batch_size, f"{folder.resolve().name}/text_encoder")
+    return EncodedText(
+        encoder, tokenizer, tokenizer.model_max_length, False, batch_size, f"{folder.resolve().name}/text_encoder"
+    )
 
 
 def folder_text(folder: Path, tokens: int | None, device: torch.device, batch_size: int) -> EncodedText:
@@ -206,18 +236,24 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError:
-        raise InputError("Text encoders need transformers; install it with `pip install lightning-unlearn[text]`.") from None
+        raise InputError(
+            "Text encoders need transformers; install it with `pip install lightning-unlearn[text]`."
+        ) from None
     return transformers
 
 
 def _load(loader: Callable[..., Any], folder: Path, **settings: Any) -> Any:
     if not folder.is_dir():
-        raise InputError(f"There is no folder {folder}; name one that save_pretrained of diffusers or transformers made.")
+        raise InputError(
+            f"There is no folder {folder}; name one that save_pretrained of diffusers or transformers made."
+        )
     try:
         return loader(str(folder), local_files_only=True, **settings)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = (str(error).splitlines() or [""])[0][:200]
-        raise InputError(f"{folder} can't be loaded ({reason}); save it again with save_pretrained, in safetensors.") from None
+        raise InputError(
+            f"{folder} can't be loaded ({reason}); save it again with save_pretrained, in safetensors."
+        ) from None
 
 
 def _numpy(tensor: Tensor) -> Array:

@@ -118,7 +118,9 @@ class ReadyLatents:
         if path_flip is not None:
             self.sides[True] = _open_array(path_flip, (4,), "(N, C, H, W)")
             if self.sides[True].shape != self.sides[False].shape:
-                raise InputError(f"{path_flip} {self.sides[True].shape} and {path} {self.sides[False].shape} differ in shape; one is of other pictures.")
+                raise InputError(
+                    f"{path_flip} {self.sides[True].shape} and {path} {self.sides[False].shape} differ in shape; one is of other pictures."
+                )
         self.crop: tuple[int, int] | None = None
         self.mode = "RGB"
         self.rows: int | None = len(self.sides[False])
@@ -155,8 +157,12 @@ def _open_array(path: str, dimensions: tuple[int, ...], form: str) -> Array:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path} can't be read as a plain NumPy array ({str(error).splitlines()[0]}); write it with numpy.save.") from None
+        raise InputError(
+            f"{path} can't be read as a plain NumPy array ({str(error).splitlines()[0]}); write it with numpy.save."
+        ) from None
     if not isinstance(array, np.ndarray) or array.ndim not in dimensions or not np.issubdtype(array.dtype, np.floating):
         what = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else "several arrays"
-        raise InputError(f"{path} holds {what}, but must be {form} of floating point numbers; write it so with numpy.save.")
+        raise InputError(
+            f"{path} holds {what}, but must be {form} of floating point numbers; write it so with numpy.save."
+        )
     return array

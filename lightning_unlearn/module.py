@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,39 +20,12 @@ from lightning_unlearn.loading import load_network
 from lightning_unlearn.objective import DenoisingObjective, Objective
 from lightning_unlearn.parameters import layer_parameters, layer_specs
 from lightning_unlearn.samples import Sample, SampleBatch, ViewBatch
+from lightning_unlearn.scoring import Deviations, deviations
 from lightning_unlearn.strategies import Newton, Problem, Strategy
-from lightning_unlearn.views import View, Views
+from lightning_unlearn.views import Views
 
-# Views are held in memory for this many at a time, so that weights are added up once for several calls.
-VIEWS_AT_ONCE = 16
 # Relative distance of the weights from where the Fisher was taken, above which a person is told.
 FAR = 0.1
-
-
-@dataclass(frozen=True)
-class Deviations:
-    """The losses of a batch of samples under θ₀ and under each target's weights.
-
-    Attributes:
-        batch: The samples, with the markers of their shard.
-        base: ``(B, flips, captions, draws)`` losses under θ₀; NaN where a sample has no such caption.
-        unlearned: ``(Q, B, flips, captions, draws)`` losses under θ₀ + δ.
-    """
-
-    batch: SampleBatch
-    base: Tensor
-    unlearned: Tensor
-
-    def to(self, device: torch.device) -> Deviations:
-        """The losses on ``device``; Lightning calls this for what ``predict`` returns where no ScoreWriter takes it.
-
-        Args:
-            device: Where to.
-
-        Returns:
-            New deviations.
-        """
-        return Deviations(self.batch.to(device), self.base.to(device), self.unlearned.to(device))
 
 
 class UnlearningModule(FrozenModule):
@@ -137,17 +110,23 @@ class UnlearningModule(FrozenModule):
             stage: Lightning's.
 
         Raises:
-            InputError: If the Trainer clips gradients or scales losses, or the Fisher is missing.
+            InputError: If the Trainer clips gradients, scales losses or was used before, or the Fisher is missing.
         """
+        if self.trainer.precision in ("16-true", "bf16-true", "transformer-engine"):
+            raise InputError(
+                f"Precision {self.trainer.precision} would round the deltas away; use 32-true, or bf16-mixed for scoring."
+            )
         if stage != "fit":
             return
+        # The network is in eval mode on purpose.
+        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
+        if self.trainer.precision not in ("32-true", "64-true"):
+            raise InputError(
+                f"The rise of a query's loss can't be measured in precision {self.trainer.precision}; unlearn with 32-true."
+            )
         if self.trainer.gradient_clip_val is not None:
             raise InputError(
                 "The Trainer clips gradients, which would change the unlearning step; leave gradient_clip_val out."
-            )
-        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
-            raise InputError(
-                "16-mixed precision scales losses and may skip a step, which would leave a delta of zero; unlearn with precision 32-true."
             )
         if self.fisher_source is None:
             raise InputError(
@@ -159,7 +138,8 @@ class UnlearningModule(FrozenModule):
             )
         # What an earlier fit of this module left; a checkpoint, if there is one, is loaded after this.
         self._problem, self.results = None, {}
-        self._fingerprints = {name: value for name, value in self._fingerprints.items() if name == "weights"}
+        self._fingerprints = {}
+        self.weights_fingerprint()  # before the Trainer's precision converts them
         self.trainer.fit_loop.max_epochs = self.strategy.steps
         self.trainer.fit_loop.epoch_loop.max_steps = -1
 
@@ -269,7 +249,13 @@ class UnlearningModule(FrozenModule):
         for target, query in enumerate(self._queries()):
             weights = {} if deltas is None else target_weights(layer_parameters(self.layers), deltas, target)
             for batch in draw_batches(
-                query, target, 0, self.rise_draws, trainer.global_rank, trainer.world_size, self.rise_draws
+                query,
+                target,
+                0,
+                self.rise_draws,
+                trainer.global_rank,
+                trainer.world_size,
+                getattr(getattr(trainer, "datamodule", None), "draw_batch_size", self.rise_draws),
             ):
                 losses = self._draw_losses(batch, weights, "rise").double().cpu()
                 sums[target] += (losses * batch.weights).sum()
@@ -353,27 +339,13 @@ class UnlearningModule(FrozenModule):
             The losses, on the CPU, float32 or wider.
         """
         assert self.deltas is not None
-        size = (
-            len(batch),
-            1 + self.views.flips,
-            self.views.caption_slots(batch) if len(batch) else 0,
-            self.views.draws,
-        )
-        losses = torch.full((1 + len(self.targets), *size), torch.nan, dtype=torch.float64)
-        if len(batch):
-            parameters, deltas = layer_parameters(self.layers), self.deltas.named()
-            for views in _chunks(self.views.of(batch, self.objective.num_timesteps), VIEWS_AT_ONCE):
-                for target in range(-1, len(self.targets)):
-                    weights = {} if target < 0 else target_weights(parameters, deltas, target)
-                    for view in views:
-                        loss = self.loss.under(
-                            weights,
-                            self._cast(view.batch),
-                            view.timesteps,
-                            view.noise.to(next(self.network.parameters()).dtype),
-                        )
-                        losses[1 + target, view.rows, view.flip, view.caption, view.draw] = loss.double().cpu()
-        return Deviations(batch, losses[0], losses[1:])
+        if self.views.flips and len(batch) and batch.latents_flip is None:
+            # Only this shard fails; the others go on.
+            batch = SampleBatch(
+                batch.shard,
+                error=f"Flips are scored, but shard {batch.shard} holds no latent_flip.npy; prepare it with flips, or set flips to false.",
+            )
+        return deviations(self.loss, self.layers, self.deltas, self.views, batch, self.device, compare=batch_idx == 0)
 
     def unlearning_settings(self) -> dict[str, Any]:
         """What deltas depend on besides weights, Fisher and queries.
@@ -421,15 +393,3 @@ class UnlearningModule(FrozenModule):
             Digests of the deltas and what they come from, and of the views.
         """
         return {**super().fingerprints(), "views": settings_digest(self.views.settings())}
-
-
-def _chunks(views: Any, size: int) -> Any:
-    """Lists of at most ``size`` views."""
-    chunk: list[View] = []
-    for view in views:
-        chunk.append(view)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk

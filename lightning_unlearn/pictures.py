@@ -38,7 +38,7 @@ def open_picture(path: Path, mode: str) -> Image:
                 # Pillow would cut these off at 255 and give a white picture.
                 raise InputError(f"{path} has more than 8 bits a channel (mode {file.mode}); save it with 8.")
             picture = ImageOps.exif_transpose(file)
-            if picture.has_transparency_data:
+            if picture.mode.upper().endswith("A") or "transparency" in picture.info:
                 picture = picture.convert("RGBA")
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
             return picture.convert("RGB").convert(mode)

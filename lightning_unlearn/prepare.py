@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-import shutil
-import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import torch
 
+from lightning_unlearn.assembly import Assembly, check_output
+from lightning_unlearn.encoders import VaeLatents, folder_text, pipeline_text
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.inputs import Array, Item, LatentSource, PixelLatents, ReadyLatents, ReadyText, TextSource
-from lightning_unlearn.pictures import crop_middle, open_picture, to_pixels, to_preview
-from lightning_unlearn.records import Record, read_records
-from lightning_unlearn.shards import MANIFEST, ShardInfo, encode_sample, write_shards
-
-NAME = "shard"
+from lightning_unlearn.inputs import LatentSource, PixelLatents, ReadyLatents, ReadyText, TextSource
+from lightning_unlearn.shards import ShardInfo
 
 
 def prepare(
@@ -88,31 +79,99 @@ def prepare(
     Raises:
         InputError: If settings don't fit together, an input is missing or malformed, or the output is done already.
     """
+    wrong = {
+        "Nothing to prepare: name `images`, or ready `latents`.": images is None and latents is None,
+        "Ready `latents` need `captions`, or `images` in the same order.": images is None and captions is None,
+        "Captions come with `images`; leave `captions` out, or `images`.": images is not None and captions is not None,
+        "Say where latents come from: a `pipeline`, `size` for pixels, or ready `latents`.": not (
+            latents or pipeline or size
+        ),
+        "Say where text states come from: a `pipeline`, a `text_encoder`, or ready `text`.": not (
+            text or text_encoder or pipeline
+        ),
+        "Text states come from `text` or from `text_encoder`; leave one of them out.": bool(text and text_encoder),
+        "With latents and text from elsewhere `pipeline` has no use; leave it out.": bool(
+            pipeline and latents and (text or text_encoder)
+        ),
+        "`latents_flip` goes with `latents`; name both, or set `flips`.": bool(latents_flip and not latents),
+        "Ready `latents` are stored as they are; leave out `size`, `grey`, `flips` (see `latents_flip`) and `vae_sample`.": bool(
+            latents and (size or grey or flips or vae_sample != "mean")
+        ),
+        "`vae_sample` is for the VAE of a `pipeline`; name one, or leave it out.": not pipeline
+        and vae_sample != "mean",
+        "`grey` is for pixels, and a pipeline's VAE has channels of its own; leave one out.": bool(pipeline and grey),
+        "`tokens` is for a `text_encoder`; name one, or leave it out.": tokens is not None and not text_encoder,
+    }
+    for sentence, applies in wrong.items():
+        if applies:
+            raise InputError(sentence)
     _at_least(1, size=size, tokens=tokens, samples_per_shard=samples_per_shard, batch_size=batch_size)
     _at_least(0, picture_size=picture_size)
-    _check_together(images, pipeline, size, grey, text_encoder, tokens, latents, latents_flip, text, captions, flips, vae_sample)
     folder = Path(output).expanduser()
-    _check_output(folder, overwrite)
+    check_output(folder, overwrite)
     place = _device(device)
-    latent_source: LatentSource
-    text_source: TextSource
+    assembly = Assembly(
+        source=str(images or captions),
+        with_pictures=images is not None,
+        key=key,
+        latents=_latent_source(latents, latents_flip, pipeline, size, grey, vae_sample, seed, place),
+        text=_text_source(text, text_encoder, tokens, pipeline, place, batch_size),
+        mirrored=flips or latents_flip is not None,
+        dtype=dtype,
+        picture_size=picture_size,
+        batch_size=batch_size,
+        skip=on_bad_sample == "skip",
+    )
+    return assembly.write(folder, samples_per_shard)
+
+
+def _latent_source(
+    latents: str | None,
+    latents_flip: str | None,
+    pipeline: str | None,
+    size: int | None,
+    grey: bool,
+    vae_sample: str,
+    seed: int,
+    device: torch.device,
+) -> LatentSource:
     if latents is not None:
-        latent_source = ReadyLatents(latents, latents_flip)
-    elif pipeline is not None:
-        from lightning_unlearn.encoders import VaeLatents
+        return ReadyLatents(latents, latents_flip)
+    if pipeline is not None:
+        return VaeLatents(Path(pipeline).expanduser(), size, vae_sample, seed, device)
+    assert size is not None
+    return PixelLatents(size, grey)
 
-        latent_source = VaeLatents(Path(pipeline).expanduser(), size, vae_sample, seed, place)
-    else:
-        assert size is not None
-        latent_source = PixelLatents(size, grey)
+
+def _text_source(
+    text: str | None,
+    text_encoder: str | None,
+    tokens: int | None,
+    pipeline: str | None,
+    device: torch.device,
+    batch_size: int,
+) -> TextSource:
     if text is not None:
-        text_source = ReadyText(text)
-    elif text_encoder is not None:
-        from lightning_unlearn.encoders import folder_text
+        return ReadyText(text)
+    if text_encoder is not None:
+        return folder_text(Path(text_encoder).expanduser(), tokens, device, batch_size)
+    assert pipeline is not None
+    return pipeline_text(Path(pipeline).expanduser(), device, batch_size)
 
-        text_source = folder_text(Path(text_encoder).expanduser(), tokens, place, batch_size)
-    else:
-        from lightning_unlearn.encoders import pipeline_text
 
-        text_source = pipeline_text(Path(pipeline).expanduser(), place, batch_size)
-    ...
+def _at_least(least: int, **settings: int | None) -> None:
+    for name, value in settings.items():
+        if value is not None and value < least:
+            raise InputError(f"`{name}` must be at least {least}, but is {value}.")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or [""])[0][:160]
+        raise InputError(f"There is no device {name!r} here ({reason}); use cpu, or auto.") from None
+    return device

@@ -72,7 +72,9 @@ def read_records(source: str, *, pictures: bool, key: str | None = None) -> Iter
             raise InputError(f"{path} holds {' and '.join(table.name for table in tables)}; leave only one of them.")
         if not tables:
             if key is not None:
-                raise InputError(f"key={key!r} names a column, but {path} has no metadata table; add {METADATA_NAMES[0]}, or leave key out.")
+                raise InputError(
+                    f"key={key!r} names a column, but {path} has no metadata table; add {METADATA_NAMES[0]}, or leave key out."
+                )
             yield from _folder_records(path)
             return
         path = tables[0]
@@ -106,7 +108,9 @@ def _record(row: dict[str, Any], number: int, place: str, folder: Path | None, k
     else:
         chosen = _key_of_path(name) if name else f"{number:08d}"
     picture = folder / name if folder is not None else None
-    return Record(_plain(chosen), _captions(row.get(column) if column else None), metadata, f"{place} ({name or chosen})", picture)
+    return Record(
+        _plain(chosen), _captions(row.get(column) if column else None), metadata, f"{place} ({name or chosen})", picture
+    )
 
 
 def _check_columns(path: Path, row: dict[str, Any], key: str | None, pictures: bool) -> None:
@@ -114,7 +118,9 @@ def _check_columns(path: Path, row: dict[str, Any], key: str | None, pictures: b
     if pictures and PATH_COLUMN not in row:
         raise InputError(f"{path} has no column {PATH_COLUMN!r} with the pictures' paths; its columns: {columns}.")
     if not any(name in row for name in CAPTION_COLUMNS):
-        raise InputError(f"{path} has no column of captions; call it 'text', 'caption' or 'captions'; its columns: {columns}.")
+        raise InputError(
+            f"{path} has no column of captions; call it 'text', 'caption' or 'captions'; its columns: {columns}."
+        )
     if key is not None and key not in row:
         raise InputError(f"{path} has no column {key!r} to take keys from; its columns: {columns}.")
 
@@ -147,9 +153,17 @@ def _plain(key: str) -> str:
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a table, read as they are needed (a ``.json`` is read whole)."""
-    readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows, ".json": _json_rows, ".txt": _txt_rows}
+    readers = {
+        ".csv": _csv_rows,
+        ".jsonl": _jsonl_rows,
+        ".parquet": _parquet_rows,
+        ".json": _json_rows,
+        ".txt": _txt_rows,
+    }
     if path.suffix.lower() not in readers:
-        raise InputError(f"{path} is no folder and none of {', '.join(readers)}; name a folder of pictures, or a table of these kinds.")
+        raise InputError(
+            f"{path} is no folder and none of {', '.join(readers)}; name a folder of pictures, or a table of these kinds."
+        )
     rows = enumerate(readers[path.suffix.lower()](path), start=1)
     while True:
         try:
@@ -164,7 +178,9 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         if isinstance(row, str | list):
             row = {"captions": row}
         if not isinstance(row, dict):
-            raise InputError(f"{path}, row {number} is a {type(row).__name__}; each must be a text, a list of texts, or an object.")
+            raise InputError(
+                f"{path}, row {number} is a {type(row).__name__}; each must be a text, a list of texts, or an object."
+            )
         yield row
 
 

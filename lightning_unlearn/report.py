@@ -173,19 +173,24 @@ def _query(
     captions = sample.captions if sample else target.get("captions") or []
     facts = dict(_flatten({name: value for name, value in (sample.metadata if sample else {}).items() if name != "captions"}))
     scores = table.scores[:, column].astype(np.float64)
+    largest = float(np.abs(scores).max())
+    exponent = 3 * math.floor(math.log10(largest) / 3) if largest else 0
+    unit, unit_name = 10.0**exponent, _power(exponent) if exponent else ""
     return {
         "number": column + 1,
         "key": key,
         "prompt": captions[0] if captions else key,
         "captions": captions,
         "picture": _picture_of(sample),
-        "made": {name: facts.pop(name) for name in MADE if name in facts},
+        "made": {"key": key} | {name: facts.pop(name) for name in MADE if name in facts},
         "facts": facts,
         "target": target,
         "own_rank": table.rank(key, key) + 1 if key in table.keys else None,
         "top": _ranked(table, scores, highest, 1, samples),
         "bottom": _ranked(table, scores, lowest, len(scores) - len(lowest) + 1, samples),
-        "plot": Markup(_plot(scores, scores[highest], f"plot{column + 1}-")),
+        "unit": unit,
+        "unit_name": unit_name,
+        "plot": Markup(_plot(scores / unit, scores[highest] / unit, unit_name, f"plot{column + 1}-")),
         "rest": _rest(scores, table.base_losses.astype(np.float64), table.run.get("rule")),
     }
 
@@ -255,14 +260,11 @@ def _encode(image: Image.Image) -> Picture:
 # ---------------------------------------------------------------------- the plot
 
 
-def _plot(scores: Floats, shown: Floats, prefix: str) -> str:
+def _plot(scores: Floats, shown: Floats, unit_name: str, prefix: str) -> str:
     """A histogram of all scores as SVG in the page's own colours and font, with those of the shown images marked."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    largest = float(np.abs(scores).max())
-    exponent = 3 * math.floor(math.log10(largest) / 3) if largest else 0
-    scores, shown = scores / 10.0**exponent, shown / 10.0**exponent
     low, high = float(scores.min()), float(scores.max())
     if high - low <= 1e-6 * max(abs(low), abs(high)):  # all the same: one bar in the middle
         margin = 0.5 * abs(high) or 0.5
@@ -287,7 +289,7 @@ def _plot(scores: Floats, shown: Floats, prefix: str) -> str:
         axes.set_xlim(low, high)
         if low < 0 < high:
             axes.axvline(0, color=MUTED, linewidth=0.9, dashes=(3, 3))
-        axes.set_xlabel("score" + (f", in units of {_power(exponent)}" if exponent else ""), color=MUTED)
+        axes.set_xlabel(f"score, in units of {unit_name}" if unit_name else "score", color=MUTED)
         axes.text(0, 1.06, "training images (logarithmic)", color=MUTED, transform=axes.transAxes)
         axes.text(1, 1.06, f"the {len(shown)} shown", color=ACCENT, ha="right", transform=axes.transAxes)
         stream = io.StringIO()

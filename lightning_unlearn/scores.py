@@ -228,17 +228,24 @@ def read_scores(folder: str | Path, *, partial: bool = False) -> ScoreTable:
     run = read_run(folder)
     if run is None:
         raise InputError(f"There are no scores in {folder}; run `lightning-unlearn attribute` or `predict` first.")
-    missing = [info["url"] for shard, info in run["shards"].items() if not shard_path(folder, shard).is_file()]
+    missing = [shard for shard in run["shards"] if not shard_path(folder, shard).is_file()]
     if missing and not partial:
-        reasons = [json.loads(path.read_bytes())["error"] for path in sorted((folder / FAILED).glob("*.json"))]
-        why = f" ({reasons[0]})" if reasons else ""
+        # One that failed says why.
+        example = next((shard for shard in missing if (folder / FAILED / f"{shard}.json").is_file()), missing[0])
+        note = folder / FAILED / f"{example}.json"
+        why = f" ({json.loads(note.read_bytes())['error']})" if note.is_file() else ""
         raise InputError(
-            f"{len(missing)} of {len(run['shards'])} shards are not scored yet, e.g. {missing[0]}{why}; run the same command again."
+            f"{len(missing)} of {len(run['shards'])} shards are not scored yet, e.g. {run['shards'][example]['url']}{why}; run the same command again."
         )
     digest = run_digest(run["fingerprints"]).encode()
     tables = []
     for shard in sorted(done_shards(folder) & set(run["shards"])):
-        table = pq.read_table(shard_path(folder, shard))
+        try:
+            table = pq.read_table(shard_path(folder, shard))
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(
+                f"{shard_path(folder, shard)} can't be read ({str(error).splitlines()[0]}); remove it and run the same command again."
+            ) from None
         if (table.schema.metadata or {}).get(b"run") != digest:
             raise InputError(
                 f"The scores of {shard} in {folder} are of another run; remove them, or score into another folder."

@@ -14,7 +14,7 @@ import pytest
 import webdataset
 from toys import toy_fields, toy_shards
 
-from lightning_unlearn.shards import MANIFEST, ShardInfo, encode_sample, npy_bytes, shard_id, write_atomically, write_shards
+from lightning_unlearn.shards import MANIFEST, encode_sample, npy_bytes, shard_id, write_atomically, write_shards
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -90,6 +90,7 @@ def test_manifest_gives_counts_and_sizes(tmp_path: Path) -> None:
     assert [Path(shard.url).name for shard in shards] == ["coco-000000.tar", "coco-000001.tar", "coco-000002.tar"]
 
 
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # WebDataset's
 def test_webdataset_itself_reads_what_was_written(tmp_path: Path) -> None:
     samples = [toy_fields(number) for number in range(3)]
     write_shards(samples, tmp_path)
@@ -109,6 +110,7 @@ def test_samples_are_taken_as_they_come_and_not_all_held(tmp_path: Path) -> None
     assert len(list(tmp_path.glob("*.tar"))) == 3
 
 
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # WebDataset's
 def test_dots_in_a_key_do_not_end_it(tmp_path: Path) -> None:
     sample = encode_sample("a.b/c.d", np.zeros((1, 2, 2), np.float32), np.zeros((1, 1, 1), np.float32), {"captions": ["c"]})
     write_shards([sample], tmp_path)
@@ -154,12 +156,7 @@ def test_interrupted_writing_leaves_whole_shards_only(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_shards(samples(), tmp_path, samples_per_shard=2)
+        write_shards(samples(), tmp_path / "interrupted", samples_per_shard=2)
     whole = contents(toy_shards(tmp_path / "whole", 4, 2))
     del whole[MANIFEST]
-    (tmp_path / "whole").rename(tmp_path.parent / f"{tmp_path.name}-whole")
-    assert contents(tmp_path) == whole
-
-
-def test_shard_info_may_know_only_the_address() -> None:
-    assert ShardInfo("https://example.org/x.tar") == ShardInfo("https://example.org/x.tar", None, None)
+    assert contents(tmp_path / "interrupted") == whole

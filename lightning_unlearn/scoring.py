@@ -1,0 +1,130 @@
+"""The losses of a batch of samples under θ₀ and under every target's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+
+from lightning_unlearn.deltas import DeltaStore, NetworkLoss, target_weights
+from lightning_unlearn.parameters import layer_parameters
+from lightning_unlearn.precision import added_deltas
+from lightning_unlearn.samples import SampleBatch, ViewBatch
+from lightning_unlearn.views import View, Views
+
+# Views are held in memory for this many at a time, so that weights are added up once for several calls.
+VIEWS_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Deviations:
+    """The losses of a batch of samples under θ₀ and under each target's weights.
+
+    Attributes:
+        batch: The samples, with the markers of their shard.
+        base: ``(B, flips, captions, draws)`` losses under θ₀; NaN where a sample has no such caption.
+        unlearned: ``(Q, B, flips, captions, draws)`` losses under θ₀ + δ.
+        exact: For the first batch under autocast, both in float32: ``(1 + Q, B, flips, captions, draws)``, base first.
+    """
+
+    batch: SampleBatch
+    base: Tensor
+    unlearned: Tensor
+    exact: Tensor | None = None
+
+    def to(self, device: torch.device) -> Deviations:
+        """The losses on ``device``; Lightning calls this for what ``predict`` returns where no ScoreWriter takes it.
+
+        Args:
+            device: Where to.
+
+        Returns:
+            New deviations.
+        """
+        return replace(
+            self, batch=self.batch.to(device), base=self.base.to(device), unlearned=self.unlearned.to(device)
+        )
+
+
+def measure_losses(
+    loss: NetworkLoss,
+    layers: Mapping[str, nn.Module],
+    deltas: DeltaStore,
+    views: Views,
+    batch: SampleBatch,
+    device: torch.device,
+) -> Tensor:
+    """Losses of all views of a batch; base losses are computed once for all targets.
+
+    Args:
+        loss: The network with its objective.
+        layers: The chosen layers.
+        deltas: Of ``Q`` targets.
+        views: Which views.
+        batch: ``B`` samples; may be empty.
+        device: Where the network is.
+
+    Returns:
+        ``(1 + Q, B, flips, captions, draws)`` float64 on the CPU, θ₀ first; NaN where a sample has no such caption.
+    """
+    captions = views.caption_slots(batch) if len(batch) else 0
+    size = (1 + len(deltas.targets), len(batch), 1 + views.flips, captions, views.draws)
+    losses = torch.full(size, torch.nan, dtype=torch.float64)
+    if len(batch) == 0:
+        return losses
+    parameters, stacked = layer_parameters(layers), deltas.named()
+    dtype = next(loss.network.parameters()).dtype
+    autocast = torch.is_autocast_enabled(device.type)
+    stream = views.of(batch, loss.objective.num_timesteps)
+    while chunk := [_cast(view, device, dtype) for view in islice(stream, VIEWS_AT_ONCE)]:
+        for target in range(-1, len(deltas.targets)):
+            weights = {} if target < 0 or autocast else target_weights(parameters, stacked, target)
+            # Autocast would round the sum of weight and delta, and lose the delta.
+            added = added_deltas(layers, stacked, target) if target >= 0 and autocast else nullcontext()
+            with added:
+                # Copied to the CPU once a target: a copy waits for the device.
+                measured = [loss.under(weights, view.batch, view.timesteps, view.noise).double() for view in chunk]
+            for view, values in zip(chunk, torch.cat(measured).cpu().split([len(v) for v in measured]), strict=True):
+                losses[1 + target, view.rows, view.flip, view.caption, view.draw] = values
+    return losses
+
+
+def deviations(
+    loss: NetworkLoss,
+    layers: Mapping[str, nn.Module],
+    deltas: DeltaStore,
+    views: Views,
+    batch: SampleBatch,
+    device: torch.device,
+    *,
+    compare: bool,
+) -> Deviations:
+    """:func:`measure_losses`, and for one batch under autocast the same in float32, to say how far the ranks agree.
+
+    Args:
+        loss: See :func:`measure_losses`.
+        layers: See :func:`measure_losses`.
+        deltas: See :func:`measure_losses`.
+        views: See :func:`measure_losses`.
+        batch: See :func:`measure_losses`.
+        device: See :func:`measure_losses`.
+        compare: Whether this batch is measured in float32 too, if autocast is on.
+
+    Returns:
+        The losses.
+    """
+    losses = measure_losses(loss, layers, deltas, views, batch, device)
+    exact = None
+    if compare and torch.is_autocast_enabled(device.type):
+        with torch.autocast(device.type, enabled=False):
+            exact = measure_losses(loss, layers, deltas, views, batch, device)
+    return Deviations(batch, losses[0], losses[1:], exact)
+
+
+def _cast(view: View, device: torch.device, dtype: torch.dtype) -> View:
+    batch = ViewBatch(view.batch.latents.to(device, dtype), view.batch.text.to(device, dtype))
+    return replace(view, batch=batch, timesteps=view.timesteps.to(device), noise=view.noise.to(device, dtype))
