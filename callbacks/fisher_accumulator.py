@@ -23,7 +23,7 @@ from lightning_unlearn.parameters import layer_parameters, layer_specs, select_l
 
 
 class FisherAccumulator(Callback):
-    """Collects the Fisher information of chosen weights during any LightningModule's ``fit``, out of its backward passes.
+    """Collects the Fisher information of chosen weights in any LightningModule's ``fit``, out of its backward passes.
 
     Per-sample gradients are taken by hooks, so nothing of the training changes, not a bit of its numbers or its random
     state. The mean of the loss over the batch, gradient accumulation and a GradScaler are undone. Batches with a
@@ -78,8 +78,8 @@ class FisherAccumulator(Callback):
     ) -> None:
         if every_n_batches < 1 or loss_scale == 0 or reduction not in ("mean", "sum") or fisher not in FISHERS:
             raise InputError(
-                "FisherAccumulator needs every_n_batches of at least 1, a loss_scale that is not 0, reduction 'mean' or "
-                f"'sum', and a fisher among {', '.join(FISHERS)}."
+                "FisherAccumulator needs every_n_batches of at least 1, a loss_scale that is not 0, reduction 'mean' "
+                f"or 'sum', and a fisher among {', '.join(FISHERS)}."
             )
         self.target = target
         self.parameters = parameters
@@ -115,6 +115,11 @@ class FisherAccumulator(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Keep the Trainer; a LightningModule may build its network only later."""
+        if not isinstance(trainer, Trainer):
+            raise InputError(
+                f"This Trainer comes from {type(trainer).__module__.split('.')[0]}, but FisherAccumulator needs the one of "
+                "lightning.pytorch: change the import of pytorch_lightning to lightning.pytorch, everywhere in the run."
+            )
         if stage != "fit":
             return
         for other in _callbacks(trainer):
@@ -137,7 +142,7 @@ class FisherAccumulator(Callback):
             )
         if self._restored is not None:
             FISHERS[self.fisher](layer_specs(layers)).load_state(self._restored)  # refuses other layers at once
-        # All ranks start with one type on one kind of device: one that takes no batch must still be able to add its zeros.
+        # All ranks start with one type on one kind of device, so that one that takes no batch can add its zeros.
         dtypes = [parameter.dtype for parameter in layer_parameters(layers).values()]
         self._local = FISHERS[self.fisher](layer_specs(layers))
         self._local.to(pl_module.device, reduce(torch.promote_types, dtypes, torch.float32))
@@ -157,7 +162,8 @@ class FisherAccumulator(Callback):
             ) from None
         if not isinstance(network, nn.Module):
             raise InputError(
-                f"{self.target!r} of {type(pl_module).__name__} is a {type(network).__name__}, not a module; name the network."
+                f"{self.target!r} of {type(pl_module).__name__} is a {type(network).__name__}, not a module; "
+                "name the network."
             )
         return network
 
@@ -228,7 +234,8 @@ class FisherAccumulator(Callback):
             weights = torch.as_tensor(attrgetter(self.sample_weights)(pl_module)).detach()
         except AttributeError:
             raise InputError(
-                f"{type(pl_module).__name__} has no {self.sample_weights!r}; set it to each sample's weight in training_step."
+                f"{type(pl_module).__name__} has no {self.sample_weights!r}; "
+                "set it to each sample's weight in training_step."
             ) from None
         if weights.shape != (rows,):
             raise InputError(
@@ -306,8 +313,8 @@ class FisherAccumulator(Callback):
         self._running = False
         if total.count == 0:
             rank_zero_warn(
-                "FisherAccumulator took no batch: start_step or start_epoch lies past the end of training, or no gradient "
-                "was finite. No Fisher is written."
+                "FisherAccumulator took no batch: start_step or start_epoch lies past the end of training, or no "
+                "gradient was finite. No Fisher is written."
             )
             return
         layers = select_layers(self._network(pl_module), self.parameters)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import json
 import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +107,7 @@ class Assembly:
             How many there are, bad ones included.
 
         Raises:
-            InputError: If there is none, two share a key, one is bad and they are not skipped, or ready arrays don't fit.
+            InputError: If there is none, two share a key, one is bad and not to be skipped, or ready arrays don't fit.
         """
         keys: set[str] = set()
         total = 0
@@ -116,7 +115,8 @@ class Assembly:
             total += 1
             if record.key in keys:
                 raise InputError(
-                    f"Two samples have the key {record.key!r}, the second in {record.place}; rename one, or name a column of unique keys with `key`."
+                    f"Two samples have the key {record.key!r}, the second in {record.place}; "
+                    "rename one, or name a column of unique keys with `key`."
                 )
             keys.add(record.key)
             fault = self._fault(record)
@@ -127,7 +127,8 @@ class Assembly:
         for what, rows in (("latents", self.latents.rows), ("text states", self.text.rows)):
             if rows is not None and rows != total:
                 raise InputError(
-                    f"There are {rows} ready {what} but {total} samples in {self.source}; they must go together, row by row."
+                    f"There are {rows} ready {what} but {total} samples in {self.source}; "
+                    "they must go together, row by row."
                 )
         return total
 
@@ -138,16 +139,20 @@ class Assembly:
         if record.fault is not None:
             return record.fault
         if self.text.captions not in (None, len(record.captions)):
-            return f"{record.place} has {len(record.captions)} captions, but the ready text has {self.text.captions} for each sample; they must agree."
+            return (
+                f"{record.place} has {len(record.captions)} captions, but the ready text has {self.text.captions} "
+                "for each sample; they must agree."
+            )
         return None
 
     def _items(self) -> Iterator[Item]:
         """The samples whose pictures can be read."""
         for index, record in enumerate(self._records()):
+            fault = self._fault(record)
+            if fault is not None:
+                self._leave_out(fault)
+                continue
             try:
-                fault = self._fault(record)
-                if fault is not None:
-                    raise InputError(fault)
                 item = self._item(index, record)
             except InputError as error:
                 self._leave_out(str(error))
@@ -190,7 +195,7 @@ class Assembly:
         about["latent"]["shape"], about["text"]["shape"] = list(latents.shape[1:]), list(states[0].shape[1:])
         for row, item in enumerate(batch):
             try:
-                yield encode_sample(
+                sample = encode_sample(
                     item.record.key,
                     self._stored(latents[row], "latent", item),
                     self._stored(states[row], "text", item),
@@ -201,13 +206,16 @@ class Assembly:
                 )
             except InputError as error:
                 self._leave_out(str(error))
+                continue
+            yield sample
 
     def _stored(self, array: Array, what: str, item: Item) -> Array:
         with np.errstate(over="ignore"):
             stored = np.ascontiguousarray(array, dtype=self.dtype)
         if not np.isfinite(stored).all():
+            place = item.record.place
             raise InputError(
-                f"The {what} of {item.record.place} holds NaN, or numbers too large for {self.dtype}; try dtype=float32."
+                f"The {what} of {place} holds NaN or numbers too large for {self.dtype}; try dtype=float32."
             )
         return stored
 
@@ -220,44 +228,8 @@ class Assembly:
             "latent": {"shape": None, "dtype": self.dtype, **facts},
             "text": {"shape": None, "dtype": self.dtype, **self.text.about},
             "flips": self.mirrored,
-            "pictures": None
-            if crop is None
-            else {"height": crop[0], "width": crop[1], "mode": self.latents.mode, "resize": "middle, bicubic"},
-            "preview": self.picture_size,
+            "pictures": crop and {"height": crop[0], "width": crop[1], "mode": self.latents.mode, "resize": "bicubic"},
+            "preview_size": self.picture_size,
             "skipped": 0,
-            "versions": {
-                name: found for name in ("torch", "diffusers", "transformers", "pillow") if (found := _version(name))
-            },
+            "versions": {name: version(name) for name in ("torch", "pillow")},
         }
-
-
-def check_output(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder that can't take shards, or has them.
-
-    Args:
-        folder: Where shards are to go; made if it is not there.
-        overwrite: Whether shards that are there may be replaced.
-
-    Raises:
-        InputError: If it is refused.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"The folder {folder} can't be made ({error.strerror}); choose another output.") from None
-    if (folder / MANIFEST).exists() and not overwrite:
-        try:
-            shards = json.loads((folder / MANIFEST).read_bytes())["shards"]
-            done = f"{sum(shard['samples'] for shard in shards)} samples in {len(shards)} shards"
-        except (ValueError, KeyError, TypeError):
-            done = "a manifest"
-        raise InputError(
-            f"{folder} is done already: it holds {done}; use them, choose another output, or set overwrite=true."
-        )
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

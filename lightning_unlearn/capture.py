@@ -128,7 +128,7 @@ class GradientCapture:
             def on_gradient(gradient: Tensor) -> None:
                 self._captured.setdefault(name, []).append((inputs, gradient.detach()))
 
-            output.register_hook(on_gradient)
+            output.register_hook(on_gradient)  # type: ignore[no-untyped-call]
 
         return hook
 

@@ -35,10 +35,8 @@ class VaeLatents:
 
     def __init__(self, folder: Path, size: int | None, kept: str, seed: int, device: torch.device) -> None:
         config = _config(folder / "vae")
-        if config.get("_class_name") != "AutoencoderKL":
-            raise InputError(
-                f"{folder / 'vae'} is a {config.get('_class_name')}, but only AutoencoderKL is known; give ready `latents`."
-            )
+        if config.get("_class_name") != "AutoencoderKL" or config.get("in_channels", 3) not in (1, 3):
+            raise InputError(f"{folder / 'vae'} is no AutoencoderKL for grey or RGB pictures; give ready `latents`.")
         scale = 2 ** (len(config["block_out_channels"]) - 1)
         self.rows: int | None = None
         self.crop: tuple[int, int] | None = (size, size) if size is not None else _network_size(folder, scale)
@@ -48,10 +46,8 @@ class VaeLatents:
             )
         from diffusers import AutoencoderKL
 
-        self.vae = (
-            _load(AutoencoderKL.from_pretrained, folder / "vae", use_safetensors=True).to(device, torch.float32).eval()
-        )
-        self.mode = {1: "L", 3: "RGB"}.get(self.vae.config.in_channels, "RGB")
+        self.vae = _load_model(AutoencoderKL, folder / "vae").to(device)
+        self.mode = "L" if config.get("in_channels") == 1 else "RGB"
         # Some VAEs normalise each channel (diffusers' latents_mean, latents_std), others have one shift for all.
         shift = config.get("latents_mean") or [config.get("shift_factor") or 0.0]
         spread = config.get("latents_std") or [1.0]
@@ -105,19 +101,15 @@ class EncodedText:
     ) -> None:
         self.rows: int | None = None
         self.captions: int | None = None
-        self.encoder, self.tokenizer, self.tokens, self.masked, self.batch_size = (
-            encoder,
-            tokenizer,
-            tokens,
-            masked,
-            batch_size,
-        )
+        self.encoder, self.tokenizer = encoder, tokenizer
+        self.tokens, self.masked, self.batch_size = tokens, masked, batch_size
         try:
             dim = self._encode(["a caption"]).shape[-1]
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
             reason = (str(error).splitlines() or [""])[0][:200]
             raise InputError(
-                f"The text encoder {name} can't encode a caption in {tokens} tokens ({reason}); give another, or fewer `tokens`."
+                f"The text encoder {name} can't encode a caption in {tokens} tokens ({reason}); "
+                "give another, or fewer `tokens`."
             ) from None
         self.about: dict[str, Any] = {
             "shape": [tokens, dim],
@@ -167,18 +159,14 @@ def pipeline_text(folder: Path, device: torch.device, batch_size: int) -> Encode
     plain = config.get("model_type") == "clip_text_model" and not config.get("use_attention_mask")
     if not plain or (folder / "text_encoder_2").exists():
         raise InputError(
-            f"{folder} has not just one CLIP text encoder, as Stable Diffusion 1 and 2 have; give ready `text`, or a `text_encoder` folder."
+            f"{folder} has not just one CLIP text encoder, as Stable Diffusion 1 and 2 have; "
+            "give ready `text`, or a `text_encoder`."
         )
     transformers = _transformers()
-    encoder = (
-        _load(transformers.CLIPTextModel.from_pretrained, folder / "text_encoder", use_safetensors=True)
-        .to(device, torch.float32)
-        .eval()
-    )
+    encoder = _load_model(transformers.CLIPTextModel, folder / "text_encoder").to(device)
     tokenizer = _load(transformers.AutoTokenizer.from_pretrained, folder / "tokenizer")
-    return EncodedText(
-        encoder, tokenizer, tokenizer.model_max_length, False, batch_size, f"{folder.resolve().name}/text_encoder"
-    )
+    tokens = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+    return EncodedText(encoder, tokenizer, tokens, False, batch_size, f"{folder.resolve().name}/text_encoder")
 
 
 def folder_text(folder: Path, tokens: int | None, device: torch.device, batch_size: int) -> EncodedText:
@@ -202,15 +190,15 @@ def folder_text(folder: Path, tokens: int | None, device: torch.device, batch_si
     length = tokens if tokens is not None else tokenizer.model_max_length
     if length > 4096:
         raise InputError(f"The tokenizer in {folder} does not say how long a caption may be; set `tokens`.")
-    encoder = _load(transformers.AutoModel.from_pretrained, folder, use_safetensors=True)
-    encoder = (encoder.get_encoder() if encoder.config.is_encoder_decoder else encoder).to(device, torch.float32).eval()
+    encoder = _load_model(transformers.AutoModel, folder)
+    encoder = (encoder.get_encoder() if encoder.config.is_encoder_decoder else encoder).to(device)
     return EncodedText(encoder, tokenizer, length, True, batch_size, folder.resolve().name)
 
 
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
-        raise InputError(f"There is no {path}; name a folder that save_pretrained of diffusers or transformers made.")
+        raise InputError(f"There is no {path}; name a folder that save_pretrained made, of diffusers or transformers.")
     try:
         config = json.loads(path.read_text())
     except ValueError:
@@ -236,23 +224,23 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError:
-        raise InputError(
-            "Text encoders need transformers; install it with `pip install lightning-unlearn[text]`."
-        ) from None
+        raise InputError("Text encoders need transformers; `pip install lightning-unlearn[text]`.") from None
     return transformers
+
+
+def _load_model(kind: Any, folder: Path) -> Any:
+    return _load(kind.from_pretrained, folder, use_safetensors=True).to(torch.float32).eval()
 
 
 def _load(loader: Callable[..., Any], folder: Path, **settings: Any) -> Any:
     if not folder.is_dir():
-        raise InputError(
-            f"There is no folder {folder}; name one that save_pretrained of diffusers or transformers made."
-        )
+        raise InputError(f"There is no folder {folder}; name one that save_pretrained made.")
     try:
         return loader(str(folder), local_files_only=True, **settings)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = (str(error).splitlines() or [""])[0][:200]
         raise InputError(
-            f"{folder} can't be loaded ({reason}); save it again with save_pretrained, in safetensors."
+            f"{folder} can't be loaded ({reason}); save it again with save_pretrained, as safetensors."
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""What ``prepare`` knows of a model: a source of latents and a source of text; pixels and ready arrays are such sources."""
+"""What ``prepare`` knows of a model: a source of latents and a source of text, such as pixels and ready arrays."""
 
 from __future__ import annotations
 
@@ -119,7 +119,8 @@ class ReadyLatents:
             self.sides[True] = _open_array(path_flip, (4,), "(N, C, H, W)")
             if self.sides[True].shape != self.sides[False].shape:
                 raise InputError(
-                    f"{path_flip} {self.sides[True].shape} and {path} {self.sides[False].shape} differ in shape; one is of other pictures."
+                    f"{path_flip} {self.sides[True].shape} and {path} {self.sides[False].shape} differ in shape; "
+                    "name arrays of the same pictures."
                 )
         self.crop: tuple[int, int] | None = None
         self.mode = "RGB"

@@ -116,7 +116,7 @@ class DenoisingObjective(Objective):
     def _weight(self, timesteps: Tensor) -> Tensor:
         assert self.snr_gamma is not None
         alphas_cumprod = self.scheduler.alphas_cumprod.to(timesteps.device, torch.float64)[timesteps]  # (B,)
-        snr = alphas_cumprod / (1 - alphas_cumprod)
+        snr: Tensor = alphas_cumprod / (1 - alphas_cumprod)
         clipped = snr.clamp(max=self.snr_gamma)
         if self.prediction_type == "epsilon":
             # min(SNR, gamma) / SNR, written so that SNR = 0 (a schedule rescaled to zero terminal SNR) gives 1, no NaN.
@@ -171,7 +171,7 @@ def load_scheduler(scheduler: str | dict[str, Any] | None, prediction_type: str 
     if prediction_type is not None:
         config["prediction_type"] = prediction_type
     try:
-        built = DDPMScheduler.from_config(config)
+        built: Any = DDPMScheduler.from_config(config)  # type: ignore[no-untyped-call]
     except (NotImplementedError, TypeError, ValueError) as error:
         raise InputError(f"The scheduler's settings don't make a noise schedule ({error}); correct them.") from None
     if built.config.prediction_type not in ("epsilon", "v_prediction", "sample"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,7 +92,7 @@ def select_layers(network: nn.Module, selection: str | Sequence[str]) -> dict[st
         patterns = selection
     covered = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
     try:
-        chosen = {
+        chosen: dict[str, nn.Module] = {
             name: module for name, module in covered.items() if any(re.fullmatch(pattern, name) for pattern in patterns)
         }
     except re.error as error:
@@ -106,7 +106,7 @@ def select_layers(network: nn.Module, selection: str | Sequence[str]) -> dict[st
     return chosen
 
 
-def _refuse_uncovered(layers: dict[str, nn.Module]) -> None:
+def _refuse_uncovered(layers: Mapping[str, nn.Module]) -> None:
     owners: dict[int, str] = {}
     for name, layer in layers.items():
         if isinstance(layer, nn.Conv2d) and (
@@ -122,7 +122,7 @@ def _refuse_uncovered(layers: dict[str, nn.Module]) -> None:
                 raise InputError(f"Layers {owner} and {name} share a weight; choose only one of them.")
 
 
-def layer_specs(layers: dict[str, nn.Module]) -> dict[str, LayerSpec]:
+def layer_specs(layers: Mapping[str, nn.Module]) -> dict[str, LayerSpec]:
     """The shapes of chosen layers.
 
     Args:
@@ -139,7 +139,7 @@ def layer_specs(layers: dict[str, nn.Module]) -> dict[str, LayerSpec]:
     return specs
 
 
-def layer_parameters(layers: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
+def layer_parameters(layers: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
     """The parameters of chosen layers by their dotted names in the network.
 
     Args:

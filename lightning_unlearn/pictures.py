@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 def open_picture(path: Path, mode: str) -> Image:
     """Read a picture whole.
 
-    It is turned as its EXIF orientation says, and transparency is laid over white. Of several frames the first is taken.
+    It is turned as its EXIF orientation says, and laid over white where transparent. Of several frames the first is
+    taken.
 
     Args:
         path: The file.

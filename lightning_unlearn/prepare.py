@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from lightning_unlearn.assembly import Assembly, check_output
+from lightning_unlearn.assembly import Assembly
 from lightning_unlearn.encoders import VaeLatents, folder_text, pipeline_text
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.inputs import LatentSource, PixelLatents, ReadyLatents, ReadyText, TextSource
-from lightning_unlearn.shards import ShardInfo
+from lightning_unlearn.shards import MANIFEST, ShardInfo
 
 
 def prepare(
@@ -40,17 +41,17 @@ def prepare(
 ) -> list[ShardInfo]:
     """Make shards from pictures and captions, or from latents and text embeddings that are ready.
 
-    Latents come from the VAE of `pipeline`, from the pictures themselves (`size` without `pipeline`), or from the array
-    `latents`. Text states come from the text encoder of `pipeline`, from `text_encoder`, or from the array `text`. Pictures are
-    turned as their EXIF orientation says, laid over white where transparent, cut to the largest square in their middle
-    and resized (bicubic, antialiased). Only local files are read, none with pickle. Nothing is left in `output` unless all of it
-    is done.
+    Latents come from the VAE of `pipeline`, from the pictures themselves (`size` without `pipeline`), or from the
+    array `latents`. Text states come from the text encoder of `pipeline`, from `text_encoder`, or from the array
+    `text`. Pictures are turned as their EXIF orientation says, laid over white where transparent, cut to the largest
+    square in their middle and resized (bicubic, antialiased). Only local files are read, none with pickle. No shard is
+    left in `output` unless all of them are done.
 
     Args:
         output: Folder for the shards and their manifest.json.
-        images: Folder of pictures, or a table (.csv, .jsonl, .parquet) with a column file_name relative to the table's folder.
-            Captions come from a column text, caption or captions; in a folder without a metadata.csv, .jsonl or .parquet from
-            a.txt beside a.png, one caption a line. Other columns go into the samples' json.
+        images: Folder of pictures, or a table (.csv, .jsonl, .parquet) with a column file_name relative to its folder.
+            Captions come from a column text, caption or captions; in a folder without a metadata.csv, .jsonl or
+            .parquet from a.txt beside a.png, one caption a line. Other columns go into the samples' json.
         pipeline: Folder of a diffusers pipeline (save_pretrained) with an AutoencoderKL and one CLIP text encoder.
         size: Side of the square pictures in pixels; with a pipeline by default what its network was trained on.
         grey: One channel instead of three, for a network that works on pixels.
@@ -59,18 +60,18 @@ def prepare(
         latents: Ready latents, an .npy file (N, C, H, W), shifted and scaled as the network was trained on them.
         latents_flip: Ready latents of the mirrored pictures.
         text: Ready text states, an .npy file (N, captions, tokens, dim), or (N, tokens, dim) for one caption each.
-        captions: Captions of ready latents without images, a row each in the arrays' order: .json (a list) or .jsonl of texts,
+        captions: Captions of ready latents without images, in the arrays' order: .json (a list) or .jsonl of texts,
             lists of texts or objects with captions; .csv or .parquet; or .txt, one caption a line.
         flips: Also store the latent of the mirrored picture, which is not the mirrored latent.
         vae_sample: Keep the mean of the VAE's distribution, or a draw from it (of seed and the sample's key alone).
         seed: Of these draws.
-        key: Column with a unique name for each sample; by default the picture's path without suffix, else the row's number.
+        key: Column with each sample's unique name; by default the picture's path without suffix, or the row's number.
         dtype: Of the latents and text states in the shards.
         picture_size: Longer side, at most, of the picture stored for people to look at; 0 stores none.
-        samples_per_shard: One shard's worth of samples is held in memory.
+        samples_per_shard: The largest number of samples in a shard; one shard at a time is held in memory.
         batch_size: Pictures, and captions, that are encoded at a time.
         device: Where encoders run, e.g. cpu or cuda; auto takes an accelerator if there is one.
-        on_bad_sample: What a sample gets whose picture can't be read or that has no caption: stop, or leave it out and count.
+        on_bad_sample: What to do when a picture can't be read or a caption is missing: stop, or leave it out and count.
         overwrite: Whether shards that are in the output already are made again.
 
     Returns:
@@ -79,36 +80,30 @@ def prepare(
     Raises:
         InputError: If settings don't fit together, an input is missing or malformed, or the output is done already.
     """
-    wrong = {
-        "Nothing to prepare: name `images`, or ready `latents`.": images is None and latents is None,
-        "Ready `latents` need `captions`, or `images` in the same order.": images is None and captions is None,
-        "Captions come with `images`; leave `captions` out, or `images`.": images is not None and captions is not None,
-        "Say where latents come from: a `pipeline`, `size` for pixels, or ready `latents`.": not (
-            latents or pipeline or size
-        ),
-        "Say where text states come from: a `pipeline`, a `text_encoder`, or ready `text`.": not (
-            text or text_encoder or pipeline
-        ),
-        "Text states come from `text` or from `text_encoder`; leave one of them out.": bool(text and text_encoder),
-        "With latents and text from elsewhere `pipeline` has no use; leave it out.": bool(
-            pipeline and latents and (text or text_encoder)
-        ),
-        "`latents_flip` goes with `latents`; name both, or set `flips`.": bool(latents_flip and not latents),
-        "Ready `latents` are stored as they are; leave out `size`, `grey`, `flips` (see `latents_flip`) and `vae_sample`.": bool(
-            latents and (size or grey or flips or vae_sample != "mean")
-        ),
-        "`vae_sample` is for the VAE of a `pipeline`; name one, or leave it out.": not pipeline
-        and vae_sample != "mean",
-        "`grey` is for pixels, and a pipeline's VAE has channels of its own; leave one out.": bool(pipeline and grey),
-        "`tokens` is for a `text_encoder`; name one, or leave it out.": tokens is not None and not text_encoder,
-    }
-    for sentence, applies in wrong.items():
-        if applies:
-            raise InputError(sentence)
     _at_least(1, size=size, tokens=tokens, samples_per_shard=samples_per_shard, batch_size=batch_size)
     _at_least(0, picture_size=picture_size)
+    for applies, sentence in (
+        (images is None and latents is None, "Nothing to prepare: name `images`, or ready `latents`."),
+        (images is None and captions is None, "Ready `latents` need `captions`, or `images` in the same order."),
+        (images and captions, "Captions come with `images`; leave `captions` out, or `images`."),
+        (
+            not (latents or pipeline or size),
+            "Say where latents come from: `pipeline`, `size` for pixels, or `latents`.",
+        ),
+        (not (text or text_encoder or pipeline), "Say where text comes from: `pipeline`, `text_encoder`, or `text`."),
+        (text and text_encoder, "Text comes from `text` or from `text_encoder`; leave one of them out."),
+        (pipeline and latents and (text or text_encoder), "Latents and text are from elsewhere; leave `pipeline` out."),
+        (latents_flip and not latents, "`latents_flip` goes with `latents`; name both, or set `flips` instead."),
+        (latents and (size or grey), "Ready `latents` are stored as they are; leave `size` and `grey` out."),
+        (latents and flips, "Ready `latents` can't be mirrored; name `latents_flip` instead of `flips`."),
+        (vae_sample != "mean" and (latents or not pipeline), "`vae_sample` is for a pipeline's VAE; leave it out."),
+        (pipeline and grey, "`grey` is for pixels, and a pipeline's VAE has channels of its own; leave one out."),
+        (tokens and not text_encoder, "`tokens` is for a `text_encoder`; name one, or leave it out."),
+    ):
+        if applies:
+            raise InputError(sentence)
     folder = Path(output).expanduser()
-    check_output(folder, overwrite)
+    _check_output(folder, overwrite)
     place = _device(device)
     assembly = Assembly(
         source=str(images or captions),
@@ -123,6 +118,31 @@ def prepare(
         skip=on_bad_sample == "skip",
     )
     return assembly.write(folder, samples_per_shard)
+
+
+def _check_output(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that can't take shards, or has them.
+
+    Args:
+        folder: Where shards are to go; made if it is not there.
+        overwrite: Whether shards that are there may be replaced.
+
+    Raises:
+        InputError: If it is refused.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"The folder {folder} can't be made ({error.strerror}); choose another output.") from None
+    if (folder / MANIFEST).exists() and not overwrite:
+        try:
+            shards = json.loads((folder / MANIFEST).read_bytes())["shards"]
+            done = f"{sum(shard['samples'] for shard in shards)} samples in {len(shards)} shards"
+        except (ValueError, KeyError, TypeError):
+            done = "a manifest"
+        raise InputError(
+            f"{folder} is done already: it holds {done}; use them, choose another output, or set overwrite=true."
+        )
 
 
 def _latent_source(

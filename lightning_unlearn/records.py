@@ -42,18 +42,22 @@ class Record:
         if not self.captions:
             return f"{self.place} has no caption; add one, or leave it out with on_bad_sample=skip."
         if self.picture is not None and not self.picture.is_file():
-            return f"{self.place}: there is no picture at {self.picture}; put it there, or leave it out with on_bad_sample=skip."
+            return (
+                f"{self.place}: there is no picture at {self.picture}; "
+                "put it there, or leave it out with on_bad_sample=skip."
+            )
         return None
 
 
 def read_records(source: str, *, pictures: bool, key: str | None = None) -> Iterator[Record]:
     """The samples of a folder or table, in its order, one at a time.
 
-    A folder with a ``metadata.csv``, ``metadata.jsonl`` or ``metadata.parquet`` is read through that table; otherwise the captions of
-    ``a.png`` stand in ``a.txt``, one a line, and pictures come in the order of their paths.
+    A folder with a ``metadata.csv``, ``metadata.jsonl`` or ``metadata.parquet`` is read through that table; otherwise
+    the captions of ``a.png`` stand in ``a.txt``, one a line, and pictures come in the order of their paths.
 
     Args:
-        source: A folder of pictures, or a ``.csv``, ``.jsonl``, ``.parquet``, ``.json`` (a list) or ``.txt`` (one caption a line) file.
+        source: A folder of pictures, or a file: ``.csv``, ``.jsonl``, ``.parquet``, ``.json`` (a list) or ``.txt`` (one
+            caption a line).
         pictures: Whether each sample has a picture: a table then needs a column ``file_name``, relative to its folder.
         key: Column with the samples' keys; by default the picture's path without its suffix, or else the row's number.
 
@@ -73,7 +77,8 @@ def read_records(source: str, *, pictures: bool, key: str | None = None) -> Iter
         if not tables:
             if key is not None:
                 raise InputError(
-                    f"key={key!r} names a column, but {path} has no metadata table; add {METADATA_NAMES[0]}, or leave key out."
+                    f"key={key!r} names a column, but {path} has no metadata table; "
+                    f"add {METADATA_NAMES[0]}, or leave key out."
                 )
             yield from _folder_records(path)
             return
@@ -162,7 +167,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
     }
     if path.suffix.lower() not in readers:
         raise InputError(
-            f"{path} is no folder and none of {', '.join(readers)}; name a folder of pictures, or a table of these kinds."
+            f"{path} is no folder and none of {', '.join(readers)}; name a folder of pictures, or such a table."
         )
     rows = enumerate(readers[path.suffix.lower()](path), start=1)
     while True:

@@ -269,18 +269,18 @@ def _plot(scores: Floats, shown: Floats, unit_name: str, prefix: str) -> str:
     if high - low <= 1e-6 * max(abs(low), abs(high)):  # all the same: one bar in the middle
         margin = 0.5 * abs(high) or 0.5
         low, high = low - margin, high + margin
-    edges = np.linspace(low, high, int(np.clip(np.sqrt(len(scores)) * 2, 9, 60)) + 1)
+    edges = np.linspace(low, high, 2 * int(np.clip(np.sqrt(len(scores)), 4, 30)) + 2)  # an odd number of bars
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # whatever a user's matplotlibrc says
-        matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": prefix, "font.size": 11})
-        figure = Figure(figsize=(6.4, 2.6), dpi=72)
-        axes = figure.add_axes((0.085, 0.2, 0.9, 0.68))
+        matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": prefix, "font.size": 10.5})
+        figure = Figure(figsize=(5.4, 2.4), dpi=72)
+        axes = figure.add_axes((0.095, 0.21, 0.895, 0.67))
         for values, colour in ((scores, BULK), (shown, ACCENT)):
             # A bar of height one must be seen on a logarithmic axis, so that bars stand on a half.
             axes.stairs(np.maximum(np.histogram(values, edges)[0], 0.5), edges, baseline=0.5, fill=True, color=colour)
         axes.set_yscale("log")
-        axes.set_ylim(0.5, 2 * max(5, np.histogram(scores, edges)[0].max()))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.set_ylim(0.5, 2.5 * max(3, np.histogram(scores, edges)[0].max()))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value < 1e4 else _power(round(math.log10(value))))
         axes.minorticks_off()
         axes.grid(axis="y", color=LINE, linewidth=0.8)
         axes.set_axisbelow(True)
@@ -291,7 +291,7 @@ def _plot(scores: Floats, shown: Floats, unit_name: str, prefix: str) -> str:
             axes.axvline(0, color=MUTED, linewidth=0.9, dashes=(3, 3))
         axes.set_xlabel(f"score, in units of {unit_name}" if unit_name else "score", color=MUTED)
         axes.text(0, 1.06, "training images (logarithmic)", color=MUTED, transform=axes.transAxes)
-        axes.text(1, 1.06, f"the {len(shown)} shown", color=ACCENT, ha="right", transform=axes.transAxes)
+        axes.text(1, 1.06, f"{len(shown)} shown below", color=ACCENT, ha="right", transform=axes.transAxes)
         stream = io.StringIO()
         figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")), transparent=True)
     return _inline(stream.getvalue(), prefix, f"Histogram of the scores of {len(scores):,} training images.")
@@ -330,12 +330,12 @@ def _number(value: float, sign: bool = False) -> str:
     if value == 0:
         return "0"
     mantissa, _, exponent = f"{value:{'+' if sign else ''}#.3g}".partition("e")
-    power = f" × {_power(int(exponent))}" if exponent else ""
+    power = f"\N{NO-BREAK SPACE}×\N{NO-BREAK SPACE}{_power(int(exponent))}" if exponent else ""
     return mantissa.removesuffix(".").replace("-", "−") + power
 
 
 def _share(value: float, sign: bool = False) -> str:
-    return f"{_number(100 * value, sign)} %"
+    return f"{_number(100 * value, sign)}\N{NO-BREAK SPACE}%"
 
 
 def _duration(seconds: float) -> str:

@@ -308,7 +308,7 @@ def test_connection_that_always_breaks_never_just_gives_a_shorter_shard(server: 
     end = ends_of_files(server.content)[5]
     server.breaks = [end] + [0] * 100
     assert f"{len(server.content) - end} bytes before the end" in refusal(server.address)
-    assert len(server.requests) == 6
+    assert len(server.requests) == 5
 
 
 def test_truncated_file_on_a_server_is_an_error(server: Server) -> None:

@@ -1,0 +1,230 @@
+"""Unlearning and scoring of toys: in this process, or, run as a script with a JSON file of jobs, in processes of its own."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning_unlearn.callbacks import ScoreWriter
+from lightning_unlearn.datamodules import AttributionDataModule
+from reference import per_sample_gradients, sums_of_squares
+from torch import Tensor, nn
+from toys import ToyDenoiser, ToyObjective, tiny_unet, toy_fields, toy_shards
+
+from lightning_unlearn.fingerprints import tensors_digest
+from lightning_unlearn.fisher import DiagonalFisher
+from lightning_unlearn.module import UnlearningModule
+from lightning_unlearn.objective import DenoisingObjective, Objective
+from lightning_unlearn.parameters import layer_parameters, layer_specs, select_layers
+from lightning_unlearn.samples import Sample, ViewBatch, decode_sample
+from lightning_unlearn.scores import done_shards
+from lightning_unlearn.shards import write_shards
+from lightning_unlearn.strategies import Newton
+from lightning_unlearn.views import Views
+
+SAMPLES = 24
+# Both numbers of captions and of samples in a shard differ, as they do in real data.
+SAMPLES_PER_SHARD = 5
+
+
+def trainer(folder: Path, *callbacks: Callback, **settings: Any) -> Trainer:
+    """A Trainer on the CPU that prints and saves nothing."""
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": str(folder),
+    }
+    return Trainer(callbacks=list(callbacks), **{**defaults, **settings})
+
+
+def ragged_fields(numbers: Any = range(SAMPLES)) -> list[dict[str, Any]]:
+    """Samples with one to three captions, and flips."""
+    return [toy_fields(number, 1 + number % 3, flip=True) for number in numbers]
+
+
+def decoded(fields: Mapping[str, Any]) -> Sample:
+    """A sample out of its fields."""
+    return decode_sample({"__url__": "toys", **fields})
+
+
+def random_fisher(network: nn.Module, parameters: str | list[str]) -> DiagonalFisher:
+    """A Fisher of a network's own weights, with values of any size between 0.1 and 1.1."""
+    layers = select_layers(network, parameters)
+    fisher = DiagonalFisher(layer_specs(layers))
+    generator = torch.Generator().manual_seed(5)
+    kept = layer_parameters(layers)
+    fisher.load_tensors({name: (torch.rand(value.shape, generator=generator) + 0.1).to(value) * 3 for name, value in kept.items()})
+    fisher.count = 3
+    fisher.weights = {name: value.detach().clone() for name, value in kept.items()}
+    return fisher
+
+
+def exact_fisher(network: nn.Module, objective: Objective, samples: list[Sample], parameters: str | list[str]) -> DiagonalFisher:
+    """The diagonal Fisher over one view of each sample, one backward pass a sample."""
+    layers = select_layers(network, parameters)
+    kept = layer_parameters(layers)
+    dtype = next(iter(kept.values())).dtype
+    generator = torch.Generator().manual_seed(7)
+    noises = [torch.randn(sample.latent.shape, generator=generator).to(dtype) for sample in samples]
+    timesteps = torch.randint(0, objective.num_timesteps, (len(samples),), generator=generator)
+
+    def loss(number: int) -> Tensor:
+        sample = samples[number]
+        batch = ViewBatch(sample.latent[None].to(dtype), sample.text[:1].to(dtype))
+        return objective(network, batch, timesteps[number : number + 1], noises[number][None])[0]
+
+    required = {name: value.requires_grad for name, value in kept.items()}
+    for value in kept.values():
+        value.requires_grad_(True)
+    sums = sums_of_squares(per_sample_gradients(loss, kept, len(samples)))
+    for name, value in kept.items():
+        value.requires_grad_(required[name])
+    fisher = DiagonalFisher(layer_specs(layers))
+    fisher.load_tensors(sums)
+    fisher.count = len(samples)
+    fisher.weights = {name: value.detach().clone() for name, value in kept.items()}
+    return fisher
+
+
+_FOLDERS: list[tempfile.TemporaryDirectory[str]] = []
+
+
+@functools.cache
+def toy_model() -> Path:
+    """A folder with shards, queries, and a tiny UNet that learned a little of them, with its Fisher; made once a process."""
+    _FOLDERS.append(tempfile.TemporaryDirectory(prefix="attribution-toys-"))
+    folder = Path(_FOLDERS[-1].name)
+    write_shards(ragged_fields(), folder / "train", samples_per_shard=SAMPLES_PER_SHARD)
+    toy_shards(folder / "queries", 2, 2, captions=2, prefix="query")
+    samples = [decoded(fields) for fields in ragged_fields()]
+    network, objective = tiny_unet(), DenoisingObjective()
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(60):
+        rows = torch.randint(0, SAMPLES, (8,), generator=generator).tolist()
+        batch = ViewBatch(torch.stack([samples[row].latent for row in rows]), torch.stack([samples[row].text[0] for row in rows]))
+        timesteps = torch.randint(0, objective.num_timesteps, (8,), generator=generator)
+        loss = objective(network, batch, timesteps, torch.randn(batch.latents.shape, generator=generator)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    torch.save(network.state_dict(), folder / "network.pt")
+    exact_fisher(network, objective, samples, "text_kv").save(folder / "fisher.safetensors")
+    return folder
+
+
+@functools.cache
+def toy_deltas() -> Path:
+    """The deltas of :func:`toy_model`'s queries, unlearned in one process to a rise of a tenth."""
+    folder = toy_model()
+    unlearn(toy_module(folder), toy_data(folder), folder / "deltas.ckpt")
+    return folder / "deltas.ckpt"
+
+
+def toy_module(folder: Path, strategy: Newton | None = None, views: Views | None = None, **settings: Any) -> UnlearningModule:
+    """The module of :func:`toy_model`."""
+    network = tiny_unet()
+    network.load_state_dict(torch.load(folder / "network.pt", weights_only=True))
+    views = views or Views(timesteps=4, flips=True, noise="per_sample")
+    return UnlearningModule(network, fisher=str(folder / "fisher.safetensors"), strategy=strategy, views=views, **settings)
+
+
+class PartlyUsed(ToyDenoiser):
+    """Has a layer that its forward never calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Linear(2, 2)
+
+
+def partly_used_module(strategy: Newton | None = None) -> UnlearningModule:
+    """A module that also unlearns a layer that no loss depends on."""
+    network = PartlyUsed()
+    return UnlearningModule(network, ToyObjective(), random_fisher(network, "all"), "all", strategy=strategy)
+
+
+def toy_data(folder: Path, shards: str = "train", **settings: Any) -> AttributionDataModule:
+    """The datamodule of :func:`toy_model`, with draws that nothing divides."""
+    defaults: dict[str, Any] = {"draws": 100, "draw_batch_size": 7, "batch_size": 4}
+    return AttributionDataModule(str(folder / shards), str(folder / "queries"), **{**defaults, **settings})
+
+
+def unlearn(module: UnlearningModule, data: AttributionDataModule, checkpoint: Path | None = None, **settings: Any) -> Trainer:
+    """Run fit, and keep its checkpoint."""
+    found = trainer(data_folder(data), **settings)
+    found.fit(module, data)
+    if checkpoint is not None:
+        found.save_checkpoint(checkpoint)
+    return found
+
+
+def score(
+    module: UnlearningModule,
+    data: AttributionDataModule,
+    out: Path,
+    deltas: Path | None,
+    *callbacks: Callback,
+    writer: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> ScoreWriter:
+    """Run predict with a ScoreWriter."""
+    score_writer = ScoreWriter(str(out), **(writer or {}))
+    found = trainer(data_folder(data), score_writer, *callbacks, **settings)
+    found.predict(module, data, ckpt_path=None if deltas is None else str(deltas), weights_only=True)
+    return score_writer
+
+
+def data_folder(data: AttributionDataModule) -> Path:
+    """Where Lightning may write."""
+    return Path(str(data.query_patterns)).parent
+
+
+class Stall(Callback):
+    """Stops for good once some shards are written, so that the process can be killed there."""
+
+    def __init__(self, out: Path, shards: int) -> None:
+        self.out, self.shards = out, shards
+
+    def on_predict_batch_start(self, *_: Any) -> None:
+        if len(done_shards(self.out)) >= self.shards:
+            (self.out / "stalled").touch()
+            time.sleep(600)
+
+
+def run_jobs(jobs: list[dict[str, Any]], settings: dict[str, Any]) -> None:
+    """Run fits and predicts one after the other; each rank leaves a JSON file of what it saw."""
+    for job in jobs:
+        folder, out = Path(job["folder"]), Path(job["out"])
+        data = toy_data(folder, job.get("shards", "train"), **job.get("data", {}))
+        strategy = Newton(**job.get("strategy", {}))
+        module = toy_module(folder, strategy) if job.get("network", "unet") == "unet" else partly_used_module(strategy)
+        seen: dict[str, Any] = {}
+        if job["kind"] == "fit":
+            unlearn(module, data, out / "deltas.ckpt", **settings)
+            assert module.deltas is not None
+            seen = {"deltas": tensors_digest(module.deltas.named()), "results": module.results}
+        else:
+            callbacks = [Stall(out, job["stall"])] if "stall" in job else []
+            writer = score(module, data, out, Path(job["deltas"]), *callbacks, **settings)
+            run = writer.trainer_seen
+            seen = {"scored": writer.scored, "failures": writer.failures}
+        seen |= {"steps": module.trainer.global_step, "world_size": module.trainer.world_size}
+        (out / f"rank-{module.global_rank}.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    request = json.loads(Path(sys.argv[1]).read_text())
+    run_jobs(request["jobs"], request["trainer"])

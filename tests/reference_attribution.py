@@ -1,0 +1,132 @@
+"""Slow, obvious float64 versions of unlearning and scoring, by plain loops over draws, weights and views."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from reference import denoising_loss
+from torch import Tensor, nn
+
+from lightning_unlearn.objective import DenoisingObjective
+
+# A view's loss of one sample: latent (C, H, W), text (tokens, dim), timestep, noise (C, H, W).
+Loss = Callable[[nn.Module, Tensor, Tensor, int, Tensor], Tensor]
+Weights = Mapping[str, Tensor]
+
+
+def toy_loss(network: nn.Module, latent: Tensor, text: Tensor, timestep: int, noise: Tensor) -> Tensor:
+    """The loss of ``toys.ToyObjective`` for one view."""
+    s = (timestep + 1) / 11
+    prediction = network(((1 - s) * latent + s * noise)[None], torch.tensor([timestep]), text[None])[0]
+    return ((prediction - noise) ** 2).mean()
+
+
+def unet_loss(prediction_type: str) -> Loss:
+    """A UNet's loss for one view, with the default schedule."""
+    alphas = DenoisingObjective({}, prediction_type).scheduler.alphas_cumprod  # type: ignore[arg-type]
+
+    def loss(network: nn.Module, latent: Tensor, text: Tensor, timestep: int, noise: Tensor) -> Tensor:
+        def predict(noisy: Tensor) -> Tensor:
+            found: Tensor = network(noisy[None], timestep, encoder_hidden_states=text[None]).sample[0]
+            return found
+
+        return denoising_loss(predict, latent, noise, float(alphas[timestep]), prediction_type)
+
+    return loss
+
+
+class Naive:
+    """A copy of a network whose weights are overwritten for every evaluation."""
+
+    def __init__(self, network: nn.Module, names: Sequence[str]) -> None:
+        self.network = copy.deepcopy(network).double().requires_grad_(False)
+        everything = dict(self.network.named_parameters())
+        self.chosen = {name: everything[name].requires_grad_(True) for name in names}
+        self.base = {name: parameter.detach().clone() for name, parameter in self.chosen.items()}
+
+    def put(self, delta: Weights | None) -> nn.Module:
+        """The network under ``θ₀ + δ``."""
+        with torch.no_grad():
+            for name, parameter in self.chosen.items():
+                parameter.copy_(self.base[name] if delta is None else self.base[name] + delta[name])
+        return self.network
+
+    def gradient(self, delta: Weights, loss: Callable[[nn.Module], Tensor]) -> dict[str, Tensor]:
+        """The gradient of a loss at ``θ₀ + δ``."""
+        found = torch.autograd.grad(loss(self.put(delta)), list(self.chosen.values()), allow_unused=True)
+        return {
+            name: torch.zeros_like(self.base[name]) if gradient is None else gradient
+            for name, gradient in zip(self.chosen, found, strict=True)
+        }
+
+    @torch.no_grad()
+    def value(self, delta: Weights | None, loss: Callable[[nn.Module], Tensor]) -> float:
+        """A loss at ``θ₀ + δ``."""
+        return float(loss(self.put(delta)))
+
+
+def layer_means(fisher: Weights) -> dict[str, float]:
+    """The mean Fisher of each layer, over all entries of its weight and bias."""
+    entries: dict[str, list[float]] = {}
+    for name, diagonal in fisher.items():
+        entries.setdefault(name.rpartition(".")[0], []).extend(diagonal.flatten().tolist())
+    return {layer: math.fsum(values) / len(values) for layer, values in entries.items()}
+
+
+def natural_step(gradient: Weights, fisher: Weights, damping: float, step_size: float) -> dict[str, Tensor]:
+    """``step_size · g_j / (F_jj + damping · mean F of the layer)``, entry by entry."""
+    means = layer_means(fisher)
+    step = {}
+    for name, values in gradient.items():
+        mean = means[name.rpartition(".")[0]]
+        pairs = zip(values.flatten().tolist(), fisher[name].flatten().tolist(), strict=True)
+        moved = [step_size * g / (f + damping * mean) for g, f in pairs]
+        step[name] = torch.tensor(moved, dtype=torch.float64).reshape(values.shape)
+    return step
+
+
+def mean_gradient(naive: Naive, delta: Weights, losses: Sequence[Callable[[nn.Module], Tensor]]) -> dict[str, Tensor]:
+    """The gradient of the mean of several losses, one after the other."""
+    total = {name: torch.zeros_like(value) for name, value in naive.base.items()}
+    for loss in losses:
+        for name, gradient in naive.gradient(delta, loss).items():
+            total[name] += gradient
+    return {name: value / len(losses) for name, value in total.items()}
+
+
+def newton_delta(
+    naive: Naive, fisher: Weights, damping: float, step_size: float, draws: Sequence[Sequence[Callable[[nn.Module], Tensor]]]
+) -> dict[str, Tensor]:
+    """Steps of ``δ ← δ + (α/N) F⁻¹ ∇L(θ₀ + δ)``, with the losses of each step's draws."""
+    delta = {name: torch.zeros_like(value) for name, value in naive.base.items()}
+    for losses in draws:
+        step = natural_step(mean_gradient(naive, delta, losses), fisher, damping, step_size)
+        delta = {name: delta[name] + step[name] for name in delta}
+    return delta
+
+
+def scale_by_bisection(rise: Callable[[float], float], wanted: float) -> float:
+    """Where a rising function reaches ``wanted``."""
+    low, high = 0.0, 1.0
+    while rise(high) < wanted:
+        high *= 2
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if rise(middle) < wanted else (low, middle)
+    return (low + high) / 2
+
+
+def score(base: Tensor, unlearned: Tensor, captions: int, rule: str) -> float:
+    """One sample's score for one target, from its losses ``(flips, captions, draws)``."""
+    sides = []
+    for flip in range(base.shape[0]):
+        terms = []
+        for caption in range(captions):
+            for draw in range(base.shape[2]):
+                before, after = float(base[flip, caption, draw]), float(unlearned[flip, caption, draw])
+                terms.append(after - before if rule == "difference" else (after - before) / (after + before))
+        sides.append(math.fsum(terms) / len(terms))
+    return max(sides)
