@@ -8,12 +8,13 @@ import logging
 import os
 import platform
 import sys
+import time
 import warnings
 from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -30,6 +31,31 @@ PLAIN: dict[str, Any] = {
     "enable_progress_bar": False,
     "enable_model_summary": False,
 }
+
+
+class Seconds(NamedTuple):
+    """A time by two clocks; ``cpu`` is what this process used, so other programs on the same cores move it less.
+
+    Attributes:
+        wall: Seconds that passed.
+        cpu: Seconds of processor time, over all threads.
+    """
+
+    wall: float
+    cpu: float
+
+    def since(self, start: Seconds) -> Seconds:
+        """The time from ``start`` until this one."""
+        return Seconds(self.wall - start.wall, self.cpu - start.cpu)
+
+
+def now() -> Seconds:
+    """Both clocks.
+
+    Returns:
+        The time.
+    """
+    return Seconds(time.perf_counter(), time.process_time())
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -58,16 +84,19 @@ def sample_network() -> nn.Module:
     Returns:
         A ``UNet2DConditionModel``.
     """
-    from diffusers import UNet2DConditionModel
+    import diffusers
 
     from lightning_unlearn.loading import load_network
 
     config = yaml.safe_load((CONFIGS / "train_sample.yaml").read_text())
-    network = UNet2DConditionModel(**config["model"]["init_args"]["network"]["init_args"])
+    network_class: Any = diffusers.UNet2DConditionModel  # has no types
+    network = network_class(**config["model"]["init_args"]["network"]["init_args"])
     return load_network(network, str(SAMPLE / "model.safetensors"))
 
 
-def show(name: str, value: float, bar: str, met: bool, lines: list[str], details: dict[str, Any], as_json: bool) -> None:
+def show(
+    name: str, value: float, bar: str, met: bool, lines: list[str], details: dict[str, Any], as_json: bool
+) -> None:
     """Print a result, and end the process with status 1 if the bar is missed.
 
     Args:

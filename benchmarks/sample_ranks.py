@@ -92,7 +92,9 @@ def main() -> None:
         for column, name in enumerate(("unlearning", "pixel similarity", "text similarity")):
             values = np.sort([row[column] for row in rows])
             first, top = int((values == 0).sum()), int((values < len(samples) / 100).sum())
-            print(f"{kind:9} {name:16} first: {first}/{len(values)}  top 1 %: {top}/{len(values)}  ranks: {values.tolist()}")
+            print(
+                f"{kind:9} {name:16} first: {first}/{len(values)}  top 1 %: {top}/{len(values)}  ranks: {values.tolist()}"
+            )
     if arguments.json:
         arguments.json.write_text(json.dumps(ranks))
 

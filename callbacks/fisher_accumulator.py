@@ -117,7 +117,7 @@ class FisherAccumulator(Callback):
         """Keep the Trainer; a LightningModule may build its network only later."""
         if not isinstance(trainer, Trainer):
             raise InputError(
-                f"This Trainer comes from {type(trainer).__module__.split('.')[0]}, but FisherAccumulator needs the one of "
+                f"This Trainer comes from {type(trainer).__module__.split('.')[0]}, but FisherAccumulator needs one of "
                 "lightning.pytorch: change the import of pytorch_lightning to lightning.pytorch, everywhere in the run."
             )
         if stage != "fit":

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-import lightning_unlearn
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.inputs import Array, Item, LatentSource, TextSource
 from lightning_unlearn.pictures import crop_middle, open_picture, to_pixels, to_preview
@@ -223,7 +222,7 @@ class Assembly:
         crop = self.latents.crop
         facts = dict(self.latents.about)
         return {
-            "made_by": f"lightning-unlearn {lightning_unlearn.__version__} prepare",
+            "made_by": f"lightning-unlearn {version('lightning-unlearn')} prepare",
             "space": facts.pop("space"),
             "latent": {"shape": None, "dtype": self.dtype, **facts},
             "text": {"shape": None, "dtype": self.dtype, **self.text.about},

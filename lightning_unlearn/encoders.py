@@ -37,16 +37,14 @@ class VaeLatents:
         config = _config(folder / "vae")
         if config.get("_class_name") != "AutoencoderKL" or config.get("in_channels", 3) not in (1, 3):
             raise InputError(f"{folder / 'vae'} is no AutoencoderKL for grey or RGB pictures; give ready `latents`.")
-        scale = 2 ** (len(config["block_out_channels"]) - 1)
+        scale = 2 ** (len(config.get("block_out_channels", [64])) - 1)
         self.rows: int | None = None
         self.crop: tuple[int, int] | None = (size, size) if size is not None else _network_size(folder, scale)
         if any(side % scale for side in self.crop):
-            raise InputError(
-                f"Pictures of {self.crop} pixels don't suit the VAE in {folder}; set size to a multiple of {scale}."
-            )
+            raise InputError(f"{folder}'s VAE can't take pictures of {self.crop}; set size to a multiple of {scale}.")
         from diffusers import AutoencoderKL
 
-        self.vae = _load_model(AutoencoderKL, folder / "vae").to(device)
+        self.vae = _load_model(AutoencoderKL, folder / "vae", low_cpu_mem_usage=False).to(device)
         self.mode = "L" if config.get("in_channels") == 1 else "RGB"
         # Some VAEs normalise each channel (diffusers' latents_mean, latents_std), others have one shift for all.
         shift = config.get("latents_mean") or [config.get("shift_factor") or 0.0]
@@ -158,10 +156,7 @@ def pipeline_text(folder: Path, device: torch.device, batch_size: int) -> Encode
     # diffusers hands the encoder a mask of the padding where its config says so; Stable Diffusion's does not.
     plain = config.get("model_type") == "clip_text_model" and not config.get("use_attention_mask")
     if not plain or (folder / "text_encoder_2").exists():
-        raise InputError(
-            f"{folder} has not just one CLIP text encoder, as Stable Diffusion 1 and 2 have; "
-            "give ready `text`, or a `text_encoder`."
-        )
+        raise InputError(f"{folder} has not just one CLIP text encoder; give ready `text`, or a `text_encoder`.")
     transformers = _transformers()
     encoder = _load_model(transformers.CLIPTextModel, folder / "text_encoder").to(device)
     tokenizer = _load(transformers.AutoTokenizer.from_pretrained, folder / "tokenizer")
@@ -228,8 +223,15 @@ def _transformers() -> Any:
     return transformers
 
 
-def _load_model(kind: Any, folder: Path) -> Any:
-    return _load(kind.from_pretrained, folder, use_safetensors=True).to(torch.float32).eval()
+def _load_model(kind: Any, folder: Path, **settings: Any) -> Any:
+    if not any(folder.glob("*.safetensors")):
+        raise InputError(f"{folder} has no .safetensors file; save the model again with save_pretrained.")
+    model, info = _load(kind.from_pretrained, folder, use_safetensors=True, output_loading_info=True, **settings)
+    # Weights that the file lacks are random; that is harmless only for a decoder and a pooler, which are not used.
+    missing = [name for name in info["missing_keys"] if not name.startswith(("decoder.", "post_quant", "pooler."))]
+    if missing:
+        raise InputError(f"{folder} lacks {len(missing)} weights of its model (e.g. {min(missing)}); save it again.")
+    return model.to(torch.float32).eval()
 
 
 def _load(loader: Callable[..., Any], folder: Path, **settings: Any) -> Any:
@@ -237,11 +239,9 @@ def _load(loader: Callable[..., Any], folder: Path, **settings: Any) -> Any:
         raise InputError(f"There is no folder {folder}; name one that save_pretrained made.")
     try:
         return loader(str(folder), local_files_only=True, **settings)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        reason = (str(error).splitlines() or [""])[0][:200]
-        raise InputError(
-            f"{folder} can't be loaded ({reason}); save it again with save_pretrained, as safetensors."
-        ) from None
+    except Exception as error:  # loaders raise nearly anything at damaged files
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise InputError(f"{folder} can't be loaded ({reason}); save it again with save_pretrained.") from None
 
 
 def _numpy(tensor: Tensor) -> Array:

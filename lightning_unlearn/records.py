@@ -132,15 +132,17 @@ def _check_columns(path: Path, row: dict[str, Any], key: str | None, pictures: b
 
 def _captions(value: Any) -> list[str]:
     """Captions of a cell: a text, a list of texts, or such a list written as JSON, as CSV files have it."""
-    texts = value
     if isinstance(value, str):
         try:
-            texts = json.loads(value) if value.lstrip().startswith("[") else [value]
+            parsed = json.loads(value) if value.lstrip().startswith("[") else None
         except ValueError:
-            texts = [value]  # A caption may well start with a bracket.
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        return []
-    return [text.strip() for text in texts if text.strip()]
+            parsed = None  # A caption may well start with a bracket.
+        value = parsed if _are_texts(parsed) else [value]
+    return [text.strip() for text in value if text.strip()] if _are_texts(value) else []
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def _key_of_path(name: str) -> str:

@@ -1,7 +1,7 @@
 """The page a person looks at: one HTML file that needs neither a network nor a script.
 
-What comes out of a shard or a run is text to be escaped, or a picture to be decoded and encoded again; a Content-Security-Policy
-forbids the page scripts and requests. The same run gives the same page, byte for byte.
+What comes out of a shard or a run is text to be escaped, or a picture to be decoded and encoded again; a
+Content-Security-Policy forbids the page scripts and requests. The same run gives the same page, byte for byte.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +34,7 @@ LARGEST_SIDE = 384  # pixels of a picture in the page; larger ones are made smal
 LARGEST_PNG = 128  # up to this side a PNG is hardly larger than a JPEG, and exact
 LARGEST_COARSE = 48  # up to this side pixels are enlarged as squares, not smoothed
 # How a query was made: these of its facts come first.
-MADE = ("seed", "scheduler", "steps", "num_inference_steps", "guidance", "guidance_scale")
+MADE = ("kind", "of", "seed", "scheduler", "steps", "num_inference_steps", "guidance", "guidance_scale")
 # Matplotlib only knows fixed colours; these stand for the page's own, which differ in light and dark.
 INKS = {"#010203": "var(--muted)", "#010204": "var(--line)", "#010205": "var(--bulk)", "#010206": "var(--accent)"}
 MUTED, LINE, BULK, ACCENT = INKS
@@ -104,7 +103,9 @@ def write_report(
         InputError: If there is nothing to show, scores are not finite, or the file can't be written.
     """
     if top < 1 or bottom < 0:
-        raise InputError(f"A report shows at least one image a query, but top is {top} and bottom {bottom}; raise them.")
+        raise InputError(
+            f"A report shows at least one image a query, but top is {top} and bottom {bottom}; raise them."
+        )
     if not table.keys or not table.queries:
         raise InputError("There is nothing to report: the table has no samples or no queries; score some first.")
     if not (np.isfinite(table.scores).all() and np.isfinite(table.base_losses).all()):
@@ -117,7 +118,7 @@ def write_report(
         write_atomically(path, page.encode("utf-8", "replace"))
     except OSError as error:
         raise InputError(
-            f"The report can't be written to {path} ({error.strerror}); free the disk or name another place, and try again."
+            f"The report can't be written to {path} ({error.strerror}); free the disk, or name another place."
         ) from None
     return path
 
@@ -144,9 +145,10 @@ def _render(
     views = dict(run.get("views", {}))
     if views.get("captions", 0) is None:
         views["captions"] = "all"
+    unlearning = run.get("unlearning", {})
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": _number, "share": _share, "duration": _duration}
-    template = environment.from_string(files("lightning_unlearn").joinpath("report.html.jinja").read_text("utf-8"))
+    template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text("utf-8"))
     return template.render(
         queries=[_query(table, column, queries, *rows, samples) for column, rows in enumerate(ends)],
         images=len(table.keys),
@@ -155,7 +157,8 @@ def _render(
         rule=run.get("rule"),
         run=run,
         settings={
-            "Unlearning": dict(_flatten(run.get("unlearning", {}))),
+            "Unlearning": dict(_flatten({name: unlearning[name] for name in unlearning if name != "objective"})),
+            "Objective": dict(_flatten(unlearning.get("objective", {}))),
             "Views": dict(_flatten(views)),
             "Versions": dict(_flatten(run.get("versions", {}))),
         },
@@ -163,7 +166,12 @@ def _render(
 
 
 def _query(
-    table: ScoreTable, column: int, queries: Mapping[str, Sample], highest: Rows, lowest: Rows, samples: Mapping[str, Sample]
+    table: ScoreTable,
+    column: int,
+    queries: Mapping[str, Sample],
+    highest: Rows,
+    lowest: Rows,
+    samples: Mapping[str, Sample],
 ) -> dict[str, Any]:
     from markupsafe import Markup
 
@@ -171,7 +179,10 @@ def _query(
     sample = queries.get(key)
     target = table.run.get("targets", {}).get(key, {})
     captions = sample.captions if sample else target.get("captions") or []
-    facts = dict(_flatten({name: value for name, value in (sample.metadata if sample else {}).items() if name != "captions"}))
+    metadata = sample.metadata if sample else {}
+    facts = dict(_flatten({name: value for name, value in metadata.items() if name != "captions"}))
+    # A training picture may be a query under its own key or, as in the sample data, say which one it is.
+    own = next((name for name in (key, metadata.get("of")) if name in table.keys), None)
     scores = table.scores[:, column].astype(np.float64)
     largest = float(np.abs(scores).max())
     exponent = 3 * math.floor(math.log10(largest) / 3) if largest else 0
@@ -185,7 +196,8 @@ def _query(
         "made": {"key": key} | {name: facts.pop(name) for name in MADE if name in facts},
         "facts": facts,
         "target": target,
-        "own_rank": table.rank(key, key) + 1 if key in table.keys else None,
+        "own": own,
+        "own_rank": table.rank(key, own) + 1 if own is not None else None,
         "top": _ranked(table, scores, highest, 1, samples),
         "bottom": _ranked(table, scores, lowest, len(scores) - len(lowest) + 1, samples),
         "unit": unit,
@@ -226,7 +238,7 @@ def _rest(scores: Floats, base_losses: Floats, rule: str | None) -> dict[str, fl
 
 
 def _picture_of(sample: Sample | None) -> Picture | None:
-    """A sample's picture, or the picture its latent is, or ``None``; it never fails, since a page without one picture still serves."""
+    """A sample's picture, or the one its latent is, or ``None``; never an error: the page serves without it too."""
     from PIL import Image, ImageOps
 
     if sample is None:
@@ -241,7 +253,7 @@ def _picture_of(sample: Sample | None) -> Picture | None:
         paper = Image.new("RGBA", upright.size, "white")
         return _encode(Image.alpha_composite(paper, upright).convert("RGB"))
     latent = sample.latent.float().numpy()  # (C, H, W)
-    # Latents of an autoencoder may have three channels too, but they don't keep to [-1, 1]; pixels leave it by a little at most.
+    # An autoencoder's latents may have three channels too, but they don't keep to [-1, 1]; generated pixels nearly do.
     if len(latent) not in (1, 3) or (np.abs(latent) <= 1.25).mean() < 0.95:
         return None
     pixels = np.rint((latent.clip(-1, 1) + 1) * 127.5).astype(np.uint8).transpose(1, 2, 0)  # (H, W, C)
@@ -280,7 +292,9 @@ def _plot(scores: Floats, shown: Floats, unit_name: str, prefix: str) -> str:
             axes.stairs(np.maximum(np.histogram(values, edges)[0], 0.5), edges, baseline=0.5, fill=True, color=colour)
         axes.set_yscale("log")
         axes.set_ylim(0.5, 2.5 * max(3, np.histogram(scores, edges)[0].max()))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value < 1e4 else _power(round(math.log10(value))))
+        axes.yaxis.set_major_formatter(
+            lambda value, _: f"{value:,.0f}" if value < 1e4 else _power(round(math.log10(value)))
+        )
         axes.minorticks_off()
         axes.grid(axis="y", color=LINE, linewidth=0.8)
         axes.set_axisbelow(True)
@@ -293,12 +307,13 @@ def _plot(scores: Floats, shown: Floats, unit_name: str, prefix: str) -> str:
         axes.text(0, 1.06, "training images (logarithmic)", color=MUTED, transform=axes.transAxes)
         axes.text(1, 1.06, f"{len(shown)} shown below", color=ACCENT, ha="right", transform=axes.transAxes)
         stream = io.StringIO()
-        figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")), transparent=True)
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(stream, format="svg", metadata=nothing, transparent=True)
     return _inline(stream.getvalue(), prefix, f"Histogram of the scores of {len(scores):,} training images.")
 
 
 def _inline(svg: str, prefix: str, label: str) -> str:
-    """An SVG file as a part of the page: no prologue, no namespaces, no size of its own, and ids that are nobody else's."""
+    """An SVG file as a part of the page: no prologue, namespaces or size of its own, and ids that are nobody else's."""
     svg = svg[svg.index("<svg") :]
     start, rest = svg.split(">", 1)
     view_box = re.search(r'viewBox="[^"]*"', start)
@@ -316,7 +331,7 @@ def _flatten(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, s
     """Names and values of nested settings, as a person reads them."""
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{before}{name}.")
+            yield from _flatten(value, f"{before}{name} ")
         else:
             yield before + name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 

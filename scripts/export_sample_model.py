@@ -19,11 +19,11 @@ import numpy as np
 import safetensors.torch
 import torch
 import yaml
+from lightning_unlearn.datamodules.reading import read_samples
+from lightning_unlearn.datamodules.sources import list_shards
 from PIL import Image
 from torch import Tensor, nn
 
-from lightning_unlearn.datamodules.reading import read_samples
-from lightning_unlearn.datamodules.sources import list_shards
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import seed_of
 from lightning_unlearn.fisher import load_fisher
@@ -86,7 +86,9 @@ def check(network: nn.Module, samples: list[Sample], sheet: str | None) -> int:
     pictures = generate(network, DenoisingObjective(), text, samples[0].latent.shape, chosen, STEPS).clamp(-1, 1)
     training = torch.stack([sample.latent for sample in samples])
     ranks = [nearest_rank(picture, own, training) for picture, own in zip(pictures, chosen, strict=True)]
-    print(f"own picture nearest: {sum(rank == 0 for rank in ranks)} of 50, among the five nearest: {sum(rank < 5 for rank in ranks)} of 50")
+    print(
+        f"own picture nearest: {sum(rank == 0 for rank in ranks)} of 50, among the five nearest: {sum(rank < 5 for rank in ranks)} of 50"
+    )
     if sheet is not None:
         rows = [torch.cat(list(pictures[start : start + 10]), 2) for start in range(0, 50, 10)]
         truth = [torch.cat(list(training[chosen[start : start + 10]]), 2) for start in range(0, 50, 10)]
@@ -134,11 +136,11 @@ def make_queries(network: nn.Module, samples: list[Sample], folder: Path) -> Non
     fields: list[dict[str, Any]] = []
     for seed, name in enumerate(GENERATED):
         source = by_name[name]
-        picture = generate(network, DenoisingObjective(), source.text, source.latent.shape, [seed], STEPS)[0].clamp(-1, 1)
-        about = {"captions": source.captions, "kind": "generated", **how_generated(seed, STEPS)}
-        fields.append(
-            encode_sample(f"generated-{name}", half(picture), half(source.text), about, picture=png(picture))
+        picture = generate(network, DenoisingObjective(), source.text, source.latent.shape, [seed], STEPS)[0].clamp(
+            -1, 1
         )
+        about = {"captions": source.captions, "kind": "generated", **how_generated(seed, STEPS)}
+        fields.append(encode_sample(f"generated-{name}", half(picture), half(source.text), about, picture=png(picture)))
     for sample in random.Random(seed_of("training-queries", 0)).sample(samples, TRAINING_QUERIES):
         about = {"captions": sample.captions, "kind": "training picture", "of": sample.key}
         name = f"training-{sample.metadata['short_name']}"

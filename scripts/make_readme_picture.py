@@ -1,6 +1,6 @@
 """The picture at the head of the README, from the run that ``make demo`` leaves.
 
-    make demo && python scripts/make_readme_picture.py demo docs/attribution.png
+make demo && python scripts/make_readme_picture.py demo docs/attribution.png
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from PIL import Image
-
 from lightning_unlearn.datamodules.reading import read_samples
 from lightning_unlearn.datamodules.sources import list_shards
+from PIL import Image
+
 from lightning_unlearn.samples import Sample
 from lightning_unlearn.scores import read_scores
 

@@ -1,4 +1,4 @@
-"""Slow, obvious float64 versions of what the package computes, written from the formulas; they share no code with it."""
+"""Slow, obvious float64 versions of what the package computes, from the formulas; they share no code with it."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def denoising_loss(
     prediction_type: str,
     snr_gamma: float | None = None,
 ) -> Tensor:
-    """One view's loss: ``predict`` gets the noisy image ``(C, H, W)``; ``alpha_bar`` is ``alphas_cumprod`` at its timestep."""
+    """One view's loss: ``predict`` gets the noisy image; ``alpha_bar`` is ``alphas_cumprod`` at its timestep."""
     noisy = alpha_bar**0.5 * image + (1 - alpha_bar) ** 0.5 * noise
     target = {
         "epsilon": noise,

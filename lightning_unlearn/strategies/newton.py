@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -74,8 +75,9 @@ class Newton(Strategy):
     ) -> None:
         if (alpha is None) != (N is None):
             raise InputError("alpha and N belong together: the step is α/N; give both, or neither and target_increase.")
-        if steps < 1 or target_increase <= 0 or (alpha is not None and alpha <= 0) or (N is not None and N < 1):
-            raise InputError("Newton needs at least one step, and target_increase, alpha and N above 0.")
+        size_is_fine = 0 < target_increase < math.inf and (alpha is None or 0 < alpha < math.inf)
+        if steps < 1 or not size_is_fine or (N is not None and N < 1):
+            raise InputError("Newton needs at least one step, and finite target_increase, alpha and N above 0.")
         self.steps = steps
         self.target_increase = target_increase
         self.alpha = alpha

@@ -12,6 +12,9 @@ from lightning_unlearn.errors import InputError
 # The rise is found to this relative accuracy, near what float32 losses allow: the scale then depends on the losses
 # alone, not on how the search happened to get there, and any number of processes finds the same one.
 TOLERANCE = 1e-6
+# Where rounding doesn't let the loss come that near, the search ends when its bracket is this narrow, if the rise is about right;
+# if it isn't, the loss jumps over it, or turns NaN before it.
+NARROW, ABOUT = 1e-9, 1e-2
 MAX_EVALUATIONS = 40
 
 
@@ -49,12 +52,14 @@ def find_scales(rises: Callable[[Tensor], Tensor], slopes: Tensor, wanted: float
     done = torch.zeros_like(scale, dtype=torch.bool)
     for _ in range(MAX_EVALUATIONS):
         value = rises(scale).double() - wanted
-        done |= (value.abs() <= TOLERANCE * wanted) | (high - low <= 1e-9 * scale)
+        narrow = high - low <= NARROW * scale
+        done |= value.abs() <= torch.where(narrow, ABOUT, TOLERANCE) * wanted
         if bool(done.all()):
             return scale
-        # A step so long that the loss is NaN went too far, however little we know of it.
+        # A step so long that the loss is NaN went too far, however little we know of it; and a loss far above the wanted one
+        # says hardly more: taken as it is, it would keep the next scales near the lower end.
         above = (value > 0) | value.isnan()
-        value = value.nan_to_num(nan=wanted, posinf=wanted)
+        value = value.nan_to_num(nan=wanted).clamp(max=wanted)
         # Illinois: when the same end moves twice, halve the value at the other, or it would never move.
         low_value = torch.where(above & (side == 1), low_value / 2, low_value)
         high_value = torch.where(~above & (side == -1), high_value / 2, high_value)

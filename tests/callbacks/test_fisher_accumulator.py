@@ -5,7 +5,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,19 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from lightning_unlearn.callbacks import FisherAccumulator
+from reference import per_sample_gradients, sums_of_squares
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from toys import DIM, LATENT, TOKENS, ToyDenoiser, ToyObjective, tiny_unet
+
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher import Fisher, load_fisher
 from lightning_unlearn.objective import DenoisingObjective
 from lightning_unlearn.parameters import layer_parameters, select_layers
 from lightning_unlearn.samples import ViewBatch
-from reference import per_sample_gradients, sums_of_squares
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from toys import DIM, LATENT, TOKENS, ToyDenoiser, ToyObjective, tiny_unet
 
 Batch = dict[str, Tensor]
 
@@ -75,8 +76,10 @@ class SomebodysModule(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.learning_rate)
 
 
-def expected_sums(seen: list[tuple[dict[str, Tensor], Batch]], parameters: Any = "all") -> tuple[dict[str, Tensor], int]:
-    """Sums of squared gradients and the number of samples, by a backward pass for each sample with the weights of its step."""
+def expected_sums(
+    seen: list[tuple[dict[str, Tensor], Batch]], parameters: Any = "all"
+) -> tuple[dict[str, Tensor], int]:
+    """Sums of squared gradients, and the number of samples: a backward pass a sample, at the weights of its step."""
     sums: dict[str, Tensor] = {}
     count = 0
     for weights, batch in seen:
@@ -86,7 +89,9 @@ def expected_sums(seen: list[tuple[dict[str, Tensor], Batch]], parameters: Any =
         rows = len(batch["latents"])
 
         def loss(row: int, network: nn.Module = network, batch: Batch = batch) -> Tensor:
-            return loss_of(network, {name: tensor[row : row + 1].double() for name, tensor in batch.items() if tensor.is_floating_point()} | {"timestep": batch["timestep"][row : row + 1]})[0]
+            one = {name: tensor[row : row + 1] for name, tensor in batch.items()}
+            wide = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in one.items()}
+            return loss_of(network, wide)[0]
 
         for name, total in sums_of_squares(per_sample_gradients(loss, chosen, rows)).items():
             sums[name] = sums.get(name, 0) + total
@@ -99,11 +104,18 @@ def assert_sums(fisher: Fisher, expected: Mapping[str, Tensor], count: int, rtol
     assert set(fisher.tensors()) == set(expected)
     for name, total in expected.items():
         found = fisher.tensors()[name].double()
-        torch.testing.assert_close(found, total, rtol=rtol, atol=1e-3 * rtol * float(total.max()), msg=f"{name} {found} {total}")
+        torch.testing.assert_close(
+            found, total, rtol=rtol, atol=1e-3 * rtol * float(total.max()), msg=f"{name} {found} {total}"
+        )
 
 
 def trainer_for(tmp_path: Path, *callbacks: Callback, **settings: Any) -> Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     one = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "default_root_dir": tmp_path}
     return Trainer(callbacks=list(callbacks), **{**one, **quiet, **settings})
 
@@ -129,7 +141,9 @@ def fit(
 
 
 def hooks_of(module: nn.Module) -> int:
-    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) + len(part._backward_hooks) for part in module.modules())
+    return sum(
+        len(part._forward_hooks) + len(part._forward_pre_hooks) + len(part._backward_hooks) for part in module.modules()
+    )
 
 
 # --- nothing of the training changes
@@ -140,7 +154,9 @@ class Random(SomebodysModule):
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
-        self.unet = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(0.3), nn.ReLU(inplace=True), nn.Conv2d(4, 3, 3)).to(dtype)
+        self.unet = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(0.3), nn.ReLU(inplace=True), nn.Conv2d(4, 3, 3)).to(
+            dtype
+        )
         with torch.random.fork_rng():
             torch.manual_seed(0)
             for parameter in self.unet.parameters():
@@ -214,7 +230,12 @@ def test_mean_over_the_batch_accumulation_and_clipping_are_undone(tmp_path: Path
     accumulator = FisherAccumulator(parameters="all")
     if "barebones" in settings:
         trainer = Trainer(
-            callbacks=[accumulator], accelerator="cpu", devices=1, max_epochs=1, default_root_dir=tmp_path, barebones=True
+            callbacks=[accumulator],
+            accelerator="cpu",
+            devices=1,
+            max_epochs=1,
+            default_root_dir=tmp_path,
+            barebones=True,
         )
         trainer.fit(module, loader(samples()))
         fisher = load_fisher(tmp_path / "fisher.safetensors")
@@ -382,9 +403,7 @@ class Validating(SomebodysModule):
 
 def test_sanity_checking_and_validation_in_between_are_not_counted(tmp_path: Path) -> None:
     module = Validating()
-    fisher = fit(
-        tmp_path, module, max_epochs=2, val_check_interval=1, num_sanity_val_steps=2, inference_mode=False
-    )
+    fisher = fit(tmp_path, module, max_epochs=2, val_check_interval=1, num_sanity_val_steps=2, inference_mode=False)
     assert_sums(fisher, *expected_sums(module.seen))
     assert fisher.count == 16
 
@@ -488,7 +507,9 @@ class DiffusersModule(LightningModule):
 
             reentrant = checkpointing == "reentrant"
             self.unet.enable_gradient_checkpointing(
-                lambda function, *arguments, **keywords: checkpoint(function, *arguments, use_reentrant=reentrant, **keywords)
+                lambda function, *arguments, **keywords: checkpoint(
+                    function, *arguments, use_reentrant=reentrant, **keywords
+                )
             )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -533,7 +554,9 @@ class Adversarial(SomebodysModule):
         denoise, judge = self.optimizers()  # type: ignore[misc]
         if not self.by_batch or batch_idx % 2 == 0:
             self.toggle_optimizer(judge)
-            self.manual_backward(self.critic(self.unet(batch["latents"], batch["timestep"], batch["text"]).detach().flatten(1)).mean())
+            self.manual_backward(
+                self.critic(self.unet(batch["latents"], batch["timestep"], batch["text"]).detach().flatten(1)).mean()
+            )
             judge.step()
             judge.zero_grad()
             self.untoggle_optimizer(judge)
@@ -574,6 +597,13 @@ def test_two_accumulators_watch_two_networks(tmp_path: Path) -> None:
     assert_sums(fisher, *expected_sums(module.seen))
     assert load_fisher(tmp_path / "folder" / "other.safetensors").count == 8
     assert set(load_fisher(tmp_path / "folder" / "other.safetensors").layers) == {"text"}
+
+
+def test_averaged_weights_beside_the_training_are_noted_and_change_no_sum(tmp_path: Path) -> None:
+    module = SomebodysModule()
+    fisher = fit(tmp_path, module, callbacks=[EMAWeightAveraging(decay=0.5)], max_epochs=2)
+    assert fisher.provenance["averaged_weights_in_run"] is True
+    assert_sums(fisher, *expected_sums(module.seen))
 
 
 def test_network_that_is_built_in_configure_model_or_is_the_module_itself_is_found(tmp_path: Path) -> None:
@@ -683,6 +713,27 @@ def test_what_cannot_be_collected_is_an_input_error_at_once(
     assert not (tmp_path / "fisher.safetensors").exists()
 
 
+def test_trainer_of_pytorch_lightning_is_an_input_error_that_names_the_import(tmp_path: Path) -> None:
+    import pytorch_lightning
+
+    class Module(pytorch_lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unet = ToyDenoiser().double()
+
+        def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+            return loss_of(self.unet, batch).mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    accumulator: Any = FisherAccumulator(parameters="all")
+    trainer = pytorch_lightning.Trainer(callbacks=[accumulator], accelerator="cpu", default_root_dir=tmp_path, **quiet)
+    with pytest.raises(InputError, match=r"pytorch_lightning to lightning\.pytorch"):
+        trainer.fit(Module(), loader(samples()))
+
+
 @pytest.mark.parametrize(
     "settings", [{"every_n_batches": 0}, {"loss_scale": 0.0}, {"reduction": "none"}, {"fisher": "dense"}], ids=str
 )
@@ -759,7 +810,9 @@ def test_training_resumed_twice_in_the_middle_of_epochs_counts_nothing_twice(
         SomebodysModule(),
         FisherAccumulator(**kind),
         ckpt_path=first,
-        callbacks=[ModelCheckpoint(dirpath=tmp_path / "checkpoints", filename="{step}", save_top_k=-1, every_n_train_steps=7)],
+        callbacks=[
+            ModelCheckpoint(dirpath=tmp_path / "checkpoints", filename="{step}", save_top_k=-1, every_n_train_steps=7)
+        ],
         **settings,
     )
     resumed = fit(tmp_path, SomebodysModule(), FisherAccumulator(**kind), ckpt_path=second, **settings)
@@ -875,7 +928,9 @@ def test_two_processes_give_the_sums_over_both_also_after_a_resume(tmp_path: Pat
 
     # A checkpoint saved after training holds the sums over both, and one process goes on with them.
     alone = SomebodysModule()
-    longer = fit(tmp_path / "alone", alone, data=samples(7), ckpt_path=str(tmp_path / "whole" / "after.ckpt"), max_epochs=4)
+    longer = fit(
+        tmp_path / "alone", alone, data=samples(7), ckpt_path=str(tmp_path / "whole" / "after.ckpt"), max_epochs=4
+    )
     sums, _ = expected_sums([*seen["whole", 0], *seen["whole", 1], *alone.seen])
     assert len(alone.seen) == 3
     assert_sums(longer, sums, 24 + 7)
@@ -903,7 +958,13 @@ def test_resuming_with_another_selection_of_layers_is_an_input_error(tmp_path: P
 
 def test_missing_file_of_the_sums_beside_the_checkpoint_is_an_input_error(tmp_path: Path) -> None:
     kind = {"parameters": "all", "save_in_checkpoint": False}
-    fit(tmp_path, SomebodysModule(), FisherAccumulator(**kind), callbacks=[checkpoints(tmp_path)], enable_checkpointing=True)
+    fit(
+        tmp_path,
+        SomebodysModule(),
+        FisherAccumulator(**kind),
+        callbacks=[checkpoints(tmp_path)],
+        enable_checkpointing=True,
+    )
     (path,) = (tmp_path / "checkpoints").iterdir()
     (tmp_path / "fisher-step=3.safetensors").unlink()
     with pytest.raises(InputError, match="fisher-step=3"):

@@ -9,15 +9,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import per_sample_gradients
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from toys import DIM, LATENT, TOKENS, ToyDenoiser, ToyObjective, tiny_unet
+
 from lightning_unlearn.capture import CapturedLayer, GradientCapture
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.objective import DenoisingObjective
 from lightning_unlearn.parameters import layer_parameters, select_layers
 from lightning_unlearn.samples import ViewBatch
-from reference import per_sample_gradients
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from toys import DIM, LATENT, TOKENS, ToyDenoiser, ToyObjective, tiny_unet
 
 
 def capture_gradients(layers: dict[str, nn.Module], loss: Callable[[], Tensor]) -> dict[str, Tensor]:

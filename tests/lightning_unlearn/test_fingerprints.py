@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lightning_unlearn.fingerprints import digest, generator_for, seed_of, settings_digest, tensors_digest
 
 PARTS = st.lists(st.one_of(st.text(max_size=4), st.integers(-9, 9), st.floats(allow_nan=False)), max_size=3)

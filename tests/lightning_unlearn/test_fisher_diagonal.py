@@ -7,21 +7,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import lightning_unlearn.fisher.diagonal as diagonal
 import pytest
 import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import diagonal_fisher, flat, natural_gradient, per_sample_gradients, quadratic, sums_of_squares
+from torch import Tensor, nn
+from toys import DIM, LATENT, TOKENS, tiny_unet
+
+import lightning_unlearn.fisher.diagonal as diagonal
 from lightning_unlearn.capture import CapturedLayer, GradientCapture
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher import DiagonalFisher, Fisher, load_fisher
 from lightning_unlearn.objective import DenoisingObjective
 from lightning_unlearn.parameters import LayerSpec, layer_parameters, layer_specs, select_layers
 from lightning_unlearn.samples import ViewBatch
-from reference import diagonal_fisher, flat, natural_gradient, per_sample_gradients, quadratic, sums_of_squares
-from torch import Tensor, nn
-from toys import DIM, LATENT, TOKENS, tiny_unet
 
 LINEAR, CONV = LayerSpec("linear", (3, 2), True), LayerSpec("block.conv", (2, 3, 2, 1), False)
 
@@ -304,7 +305,7 @@ def test_merging_keeps_the_wider_precision() -> None:
 
 
 def test_merging_a_fisher_of_other_layers_is_an_input_error() -> None:
-    with pytest.raises(InputError, match="1 layers.*2"):
+    with pytest.raises(InputError, match=r"1 layers.*2"):
         fisher_of(both()).merge(DiagonalFisher({"linear": LINEAR}))
 
 

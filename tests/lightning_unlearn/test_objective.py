@@ -4,13 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+from reference import denoising_loss, min_snr_weight
+from torch import Tensor, nn
+from toys import DIM, LATENT, TOKENS, ToyDenoiser, tiny_unet
+
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.families import family_of
 from lightning_unlearn.objective import DenoisingObjective, load_scheduler
 from lightning_unlearn.samples import ViewBatch
-from reference import denoising_loss, min_snr_weight
-from torch import Tensor, nn
-from toys import DIM, LATENT, TOKENS, ToyDenoiser, tiny_unet
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
@@ -161,5 +162,5 @@ def test_family_is_found_by_class_name_also_of_derived_classes() -> None:
 
 
 def test_network_of_no_family_is_an_input_error_that_names_it() -> None:
-    with pytest.raises(InputError, match="ToyDenoiser.*UNet2DConditionModel"):
+    with pytest.raises(InputError, match=r"ToyDenoiser.*UNet2DConditionModel"):
         family_of(ToyDenoiser())

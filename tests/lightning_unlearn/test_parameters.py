@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from lightning_unlearn.errors import InputError
-from lightning_unlearn.parameters import LayerSpec, layer_parameters, layer_specs, select_layers
 from torch import nn
 from toys import DIM, ToyDenoiser, tiny_unet
+
+from lightning_unlearn.errors import InputError
+from lightning_unlearn.parameters import LayerSpec, layer_parameters, layer_specs, select_layers
 
 
 def test_text_kv_is_every_key_and_value_projection_of_the_text_and_nothing_else() -> None:
@@ -25,7 +27,7 @@ def test_text_kv_is_every_key_and_value_projection_of_the_text_and_nothing_else(
 def test_selections_contain_one_another() -> None:
     network = tiny_unet()
     names = [list(select_layers(network, kind)) for kind in ("text_kv", "cross_attention", "attention", "all")]
-    for smaller, larger in zip(names, names[1:], strict=False):
+    for smaller, larger in pairwise(names):
         assert set(smaller) < set(larger)
     everything = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     assert names[-1] == everything
