@@ -53,8 +53,8 @@ class AttributionDataModule(LightningDataModule):
         multiprocessing_context: Literal["fork", "spawn", "forkserver"] | None = None,
     ) -> None:
         super().__init__()
-        if min(draws, draw_batch_size, batch_size) < 1:
-            raise InputError("draws, draw_batch_size and batch_size must be at least 1.")
+        if min(draws, draw_batch_size, batch_size) < 1 or num_workers < 0:
+            raise InputError("draws, draw_batch_size and batch_size must be at least 1, num_workers at least 0.")
         self.shard_patterns = shards
         self.query_patterns = queries
         self.query_keys = query_keys

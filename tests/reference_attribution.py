@@ -19,7 +19,7 @@ Weights = Mapping[str, Tensor]
 
 def toy_loss(network: nn.Module, latent: Tensor, text: Tensor, timestep: int, noise: Tensor) -> Tensor:
     """The loss of ``toys.ToyObjective`` for one view."""
-    s = (timestep + 1) / 11
+    s = float(torch.tensor((timestep + 1) / 11, dtype=torch.float32))  # as the objective rounds it
     prediction = network(((1 - s) * latent + s * noise)[None], torch.tensor([timestep]), text[None])[0]
     return ((prediction - noise) ** 2).mean()
 
@@ -113,7 +113,7 @@ def scale_by_bisection(rise: Callable[[float], float], wanted: float) -> float:
     low, high = 0.0, 1.0
     while rise(high) < wanted:
         high *= 2
-    for _ in range(80):
+    for _ in range(50):
         middle = (low + high) / 2
         low, high = (middle, high) if rise(middle) < wanted else (low, middle)
     return (low + high) / 2

@@ -100,8 +100,8 @@ class DiagonalFisher(Fisher):
         """
         if self.count == 0:
             raise InputError("The Fisher has seen no sample; let the accumulator run for at least one batch.")
-        if damping < 0:
-            raise InputError(f"Damping must not be negative, but is {damping}.")
+        if not 0 <= damping < float("inf"):
+            raise InputError(f"Damping must be finite and not negative, but is {damping}.")
         self._damped = {}
         for spec in self.layers.values():
             means = {name: self.sums[name] / self.count for name in spec.parameter_shapes}

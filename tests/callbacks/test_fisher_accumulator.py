@@ -408,6 +408,28 @@ def test_sanity_checking_and_validation_in_between_are_not_counted(tmp_path: Pat
     assert fisher.count == 16
 
 
+def test_backward_passes_of_validation_by_hand_are_not_counted(tmp_path: Path) -> None:
+    class ByHand(Validating):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Batch, batch_idx: int) -> None:  # type: ignore[override]
+            self.manual_backward(super().training_step(batch, batch_idx))
+            self.optimizers().step()  # type: ignore[union-attr]
+            self.zero_grad()
+
+        def validation_step(self, batch: Batch, batch_idx: int) -> None:
+            with torch.enable_grad():
+                self.manual_backward(loss_of(self.unet, batch).mean())
+            self.zero_grad()
+
+    module = ByHand()
+    fisher = fit(tmp_path, module, val_check_interval=1, num_sanity_val_steps=1, inference_mode=False)
+    assert_sums(fisher, *expected_sums(module.seen))
+    assert fisher.count == 8
+
+
 def test_fast_dev_run_goes_through(tmp_path: Path) -> None:
     module = Validating()
     fisher = fit(tmp_path, module, fast_dev_run=True, inference_mode=False)

@@ -260,12 +260,22 @@ def test_sum_that_is_not_finite_is_an_input_error_that_names_the_layer(value: fl
         fisher.finalize(0.1)
 
 
-def test_using_it_before_finalizing_or_after_more_samples_is_refused() -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda fisher: fisher.update(both(seed=9)),
+        lambda fisher: fisher.merge(fisher_of(both(seed=9))),
+        lambda fisher: fisher.load_state(fisher_of(both(seed=9)).state()),
+        lambda fisher: fisher.to("cpu", torch.float32),
+    ],
+)
+def test_using_it_before_finalizing_or_after_the_sums_changed_is_refused(change: Any) -> None:
     fisher = fisher_of(both())
     with pytest.raises(RuntimeError, match="finalize"):
         fisher.precondition(random_like(fisher))
     fisher.finalize(0.1)
-    fisher.update(both(seed=9))
+    fisher.precondition(random_like(fisher))
+    change(fisher)
     with pytest.raises(RuntimeError, match="finalize"):
         fisher.quadratic(random_like(fisher))
 
@@ -286,16 +296,13 @@ def test_merging_is_addition() -> None:
     assert_same(merged.precondition(random_like(merged)), together.precondition(random_like(merged)))
 
 
-def test_merging_leaves_the_other_alone_and_needs_no_finalize_undone() -> None:
+def test_merging_leaves_the_other_alone() -> None:
     one, other = fisher_of(both()), fisher_of(both(seed=7))
     before = {name: tensor.clone() for name, tensor in other.tensors().items()}
-    one.finalize(0.1)
     one.merge(other)
     one.update(both(seed=8))
     assert_same(other.tensors(), before)
     assert other.count == 5
-    with pytest.raises(RuntimeError, match="finalize"):
-        one.precondition(random_like(one))
 
 
 def test_merging_keeps_the_wider_precision() -> None:
@@ -330,7 +337,7 @@ def test_sums_in_float64_are_not_narrowed_by_float32_gradients() -> None:
 def test_state_loads_with_weights_only_and_goes_on(tmp_path: Path) -> None:
     fisher = fisher_of(both())
     torch.save(fisher.state(), tmp_path / "state.pt")
-    fisher.update(both(seed=3))  # the state is a copy
+    fisher.update(both(seed=3))
     restored = DiagonalFisher(fisher.layers)
     restored.load_state(torch.load(tmp_path / "state.pt", weights_only=True))
     assert restored.count == 5
@@ -345,6 +352,14 @@ def test_loading_a_state_does_not_tie_the_two_together() -> None:
     restored.load_state(state)
     restored.update(both(seed=3))
     assert_same(state["tensors"], before)
+
+
+def test_state_is_a_copy() -> None:
+    fisher = fisher_of(both())
+    state = fisher.state()
+    fisher.update(both(seed=3))
+    assert state["count"] == 5
+    assert_same(state["tensors"], fisher_of(both()).tensors())
 
 
 def test_state_of_other_layers_is_an_input_error() -> None:

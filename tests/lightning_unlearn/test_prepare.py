@@ -19,7 +19,7 @@ from toys import tiny_unet
 
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import generator_for, tensors_digest
-from lightning_unlearn.prepare import prepare
+from lightning_unlearn.preparation.prepare import prepare
 from lightning_unlearn.samples import Sample
 
 TEXT_DIM = 12
@@ -335,6 +335,21 @@ def test_pixel_space_keeps_the_picture_and_zeroes_padding(photos: Path, text_enc
     assert about["text"]["shape"] == [10, TEXT_DIM]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["T5Model", "T5EncoderModel"])
+def test_of_an_encoder_and_decoder_the_encoder_is_taken(kind: str, photos: Path, tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.T5Config(vocab_size=54, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    model = getattr(transformers, kind)(config).eval()
+    model.save_pretrained(tmp_path / "t5")
+    tiny_tokenizer().save_pretrained(tmp_path / "t5")
+    prepare(str(tmp_path / "out"), str(photos), size=8, text_encoder=str(tmp_path / "t5"), tokens=10, dtype="float32")
+    tokens = tiny_tokenizer()(["a cat"], padding="max_length", max_length=10, return_tensors="pt")
+    states = model.get_encoder()(**tokens).last_hidden_state * tokens["attention_mask"][..., None]
+    torch.testing.assert_close(read(tmp_path / "out")["cat"].text, states, atol=1e-6, rtol=1e-5)
+
+
 def test_grey_pictures_have_one_channel(photos: Path, text_encoder: Path, tmp_path: Path) -> None:
     prepare(str(tmp_path / "out"), str(photos), size=8, grey=True, text_encoder=str(text_encoder), dtype="float32")
     sample = read(tmp_path / "out")["cat"]
@@ -426,7 +441,7 @@ def ready_arrays(folder: Path, samples: int = 5, captions: int = 2) -> dict[str,
     return {**arrays, "rows": rows}
 
 
-def array_settings(folder: Path, *names: str) -> dict[str, str]:
+def array_settings(folder: Path, *names: str) -> dict[str, Any]:
     return {name: str(folder / f"{name}.npy") for name in names} | {"captions": str(folder / "captions.json")}
 
 

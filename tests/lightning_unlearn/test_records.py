@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.records import Record, read_records
+from lightning_unlearn.preparation.records import Record, read_records
 
 
 def records(source: Path, **settings: Any) -> list[Record]:

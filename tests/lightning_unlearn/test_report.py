@@ -394,6 +394,7 @@ def test_durations_are_told_in_their_two_largest_units(seconds: float, text: str
 # ---------------------------------------------------------------------- odd runs
 
 
+@pytest.mark.filterwarnings("error")  # Matplotlib warns of axes without extent
 @pytest.mark.parametrize(
     "scores",
     [

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from tqdm.auto import tqdm
 
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.inputs import Array, Item, LatentSource, TextSource
-from lightning_unlearn.pictures import crop_middle, open_picture, to_pixels, to_preview
-from lightning_unlearn.records import Record, read_records
+from lightning_unlearn.preparation.inputs import Array, Item, LatentSource, TextSource
+from lightning_unlearn.preparation.pictures import crop_middle, open_picture, to_pixels, to_preview
+from lightning_unlearn.preparation.records import Record, read_records
 from lightning_unlearn.shards import MANIFEST, ShardInfo, encode_sample, write_shards
 
 SHARD_NAME = "shard"
@@ -30,7 +30,7 @@ class Assembly:
     """What becomes of a source of samples.
 
     Attributes:
-        source: Folder or table, see :func:`~lightning_unlearn.records.read_records`.
+        source: Folder or table, see :func:`~lightning_unlearn.preparation.records.read_records`.
         with_pictures: Whether the samples have pictures.
         key: Column with the samples' keys.
         latents: Where latents come from.

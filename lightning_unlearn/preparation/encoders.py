@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import generator_for, tensors_digest
-from lightning_unlearn.inputs import Array, Item, stack_pixels
+from lightning_unlearn.preparation.inputs import Array, Item, stack_pixels
 
 
 class VaeLatents:
@@ -185,9 +185,10 @@ def folder_text(folder: Path, tokens: int | None, device: torch.device, batch_si
     length = tokens if tokens is not None else tokenizer.model_max_length
     if length > 4096:
         raise InputError(f"The tokenizer in {folder} does not say how long a caption may be; set `tokens`.")
-    encoder = _load_model(transformers.AutoModel, folder)
-    encoder = (encoder.get_encoder() if encoder.config.is_encoder_decoder else encoder).to(device)
-    return EncodedText(encoder, tokenizer, length, True, batch_size, folder.resolve().name)
+    model = _load_model(transformers.AutoModel, folder)
+    # T5 saved without its decoder still loads with one (of random weights), so the config can't be asked.
+    encoder = model.encoder if hasattr(model, "encoder") and hasattr(model, "decoder") else model
+    return EncodedText(encoder.to(device), tokenizer, length, True, batch_size, folder.resolve().name)
 
 
 def _config(folder: Path) -> dict[str, Any]:

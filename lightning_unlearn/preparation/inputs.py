@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.records import Record
+from lightning_unlearn.preparation.records import Record
 
 Array = np.ndarray[Any, Any]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.inputs import Array
+from lightning_unlearn.preparation.inputs import Array
 
 if TYPE_CHECKING:
     from PIL.Image import Image

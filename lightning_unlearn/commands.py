@@ -1,0 +1,280 @@
+"""The commands that run a Trainer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities import rank_zero_only
+
+from lightning_unlearn.callbacks import FisherAccumulator, ScoreWriter
+from lightning_unlearn.datamodules import AttributionDataModule, TrainingDataModule
+from lightning_unlearn.datamodules.reading import read_samples
+from lightning_unlearn.datamodules.sources import list_shards
+from lightning_unlearn.deltas import read_targets
+from lightning_unlearn.errors import InputError
+from lightning_unlearn.loading import read_checkpoint
+from lightning_unlearn.module import UnlearningModule
+from lightning_unlearn.quiet import quiet
+from lightning_unlearn.samples import Sample
+from lightning_unlearn.scores import FAILED, RULES, SCORES, read_run, read_scores, shard_path
+from lightning_unlearn.shards import ShardInfo, shard_id
+from lightning_unlearn.trainer_cli import TrainerCLI
+from lightning_unlearn.training import FisherPass
+
+# What a Trainer that a command steers need not have.
+BARE = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+
+
+@rank_zero_only
+def say(message: str) -> None:
+    """Print on the first of all processes.
+
+    Args:
+        message: A line.
+    """
+    print(message, flush=True)
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """While it lasts, errors of the libraries below that a person can do something about become one sentence.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        InputError: In their place.
+    """
+    try:
+        yield
+    except MisconfigurationException as error:
+        raise InputError(" ".join(str(error).split())) from error
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            "The device has too little memory; use a smaller batch_size and draw_batch_size, or fewer queries."
+        ) from error
+
+
+def fit(arguments: list[str]) -> None:
+    """Lightning's own ``fit``.
+
+    Args:
+        arguments: Options.
+    """
+    with quiet(), one_sentence():
+        TrainerCLI("fit", arguments, "Unlearn queries, or train a model: Lightning's fit.", run=True)
+
+
+def predict(arguments: list[str]) -> None:
+    """Lightning's own ``predict``.
+
+    Args:
+        arguments: Options.
+    """
+    with quiet(), one_sentence():
+        TrainerCLI("predict", arguments, "Score under the deltas of a checkpoint: Lightning's predict.", run=True)
+
+
+def attribute(arguments: list[str]) -> None:
+    """Unlearn, score and report; what is done already is left as it is.
+
+    Args:
+        arguments: Options.
+    """
+
+    def options(parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--output", type=str, default="attribution", help="Folder of the run: deltas, scores, report."
+        )
+        parser.add_argument(
+            "--rule", type=str, default="difference", help=f"How deviations become a score: {' or '.join(RULES)}."
+        )
+        parser.add_argument("--top", type=int, default=12, help="How many images the report shows for each query.")
+
+    description = (
+        "Unlearn queries, score all training images, and write a report; what is done already is left as it is."
+    )
+    with quiet(steps=True), one_sentence():
+        cli = TrainerCLI("attribute", arguments, description, options, **BARE)
+        module, data, trainer = _parts(cli)
+        output = Path(cli.config.output)
+        _make_folder(output)
+        # Before the progress bar, so that a folder of another run is refused and the step announced before it is drawn.
+        trainer.callbacks[:0] = [ScoreWriter(str(output), cli.config.rule, data.on_bad_sample), _Announcer(output)]
+        deltas = output / "deltas.ckpt"
+        if not _is_unlearned(deltas, module, data, trainer):
+            trainer.fit(module, data)
+            _save(trainer, deltas)
+        trainer.predict(module, data, return_predictions=False, ckpt_path=str(deltas))
+        if trainer.is_global_zero:
+            _wait_for_scores(output)
+            write_report(output, cli.config.top, allow_pipe=data.allow_pipe)
+
+
+def _parts(cli: TrainerCLI) -> tuple[UnlearningModule, AttributionDataModule, Trainer]:
+    if not isinstance(cli.model, UnlearningModule) or not isinstance(cli.datamodule, AttributionDataModule):
+        raise InputError(
+            "This command takes an UnlearningModule as model and an AttributionDataModule as data, "
+            f"not {type(cli.model).__name__} and {type(cli.datamodule).__name__}; start from configs/sample.yaml."
+        )
+    return cli.model, cli.datamodule, cli.trainer
+
+
+def _make_folder(folder: Path) -> None:
+    """Before long work, so that a wrong --output does not show after it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"The folder {folder} can't be made ({error.strerror}); choose another --output.") from None
+
+
+def _save(trainer: Trainer, path: Path) -> None:
+    try:
+        trainer.save_checkpoint(path, weights_only=False)
+    except (OSError, RuntimeError) as error:  # torch's writer raises the latter where the disk is full
+        raise InputError(f"The deltas can't be written to {path} ({error}); free the disk and run again.") from None
+    say(f"Deltas: {path}")
+
+
+class _Announcer(Callback):
+    """Says what a Trainer is about to do."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        queries = _many(len(data.queries), "query", "queries")
+        say(f"Unlearning {queries} with {data.draws} draws each on {pl_module.device} …")
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        shards: list[ShardInfo] = trainer.datamodule.shards  # type: ignore[attr-defined]
+        left = [shard for shard in shards if not shard_path(self.folder, shard_id(shard.url)).is_file()]
+        if len(left) < len(shards):
+            say(
+                f"{len(shards) - len(left)} of {_many(len(shards), 'shard')} scored already, in {self.folder / SCORES}."
+            )
+        if left:
+            counts = [shard.samples for shard in left if shard.samples is not None]
+            samples = f"{sum(counts)} samples in " if len(counts) == len(left) else ""
+            say(f"Scoring {samples}{_many(len(left), 'shard')} on {pl_module.device} …")
+        elif trainer.progress_bar_callback is not None:
+            trainer.progress_bar_callback.disable()
+
+
+def _many(number: int, one: str, more: str = "") -> str:
+    return f"{number} {one if number == 1 else more or one + 's'}"
+
+
+def _is_unlearned(path: Path, module: UnlearningModule, data: AttributionDataModule, trainer: Trainer) -> bool:
+    """Whether a checkpoint holds the deltas that this run would make."""
+    if not path.is_file():
+        return False
+    theirs = read_targets(read_checkpoint(str(path)), str(path))["fingerprints"]
+    data.trainer = trainer  # so that each process looks at its own shards only
+    data.setup("fit")
+    ours = {
+        "weights": module.weights_fingerprint(),
+        "fisher": module.fisher_fingerprint(),
+        "unlearning": module.unlearning_fingerprint(data),
+    }
+    differing = [name for name, value in ours.items() if theirs[name] != value]
+    if differing:
+        raise InputError(
+            f"{path} was made with other {', '.join(differing)} than this run's; choose another --output, or remove that "
+            "folder."
+        )
+    say(f"{_many(len(data.queries), 'query', 'queries')} unlearned already, in {path}.")
+    return True
+
+
+def _wait_for_scores(folder: Path) -> None:
+    """Other processes may still write; there is no barrier after predict, so that a slow one times nobody out."""
+    run = read_run(folder)
+    assert run is not None
+    said = False
+    while any(
+        not shard_path(folder, shard).is_file() and not (folder / FAILED / f"{shard}.json").is_file()
+        for shard in run["shards"]
+    ):
+        if not said:
+            say("Waiting for the scores of other processes …")
+            said = True
+        time.sleep(0.5)
+
+
+def write_report(folder: Path, top: int, *, allow_pipe: bool = False) -> None:
+    """Write ``report.html`` of a run and print its path.
+
+    Args:
+        folder: The run's folder.
+        top: How many images are shown for each query.
+        allow_pipe: Whether shards may be commands.
+    """
+    from lightning_unlearn.report import write_report as write
+
+    table = read_scores(folder)
+    queries = [
+        sample
+        for shard in list_shards(table.run["query_shards"], allow_pipe=allow_pipe)
+        for sample in read_samples(shard, pictures=True)
+        if sample.key in table.queries
+    ]
+    urls = [info["url"] for info in table.run["shards"].values()]
+
+    def pictures(keys: Sequence[str]) -> Mapping[str, Sample]:
+        wanted = set(keys)
+        shards = {shard for key, shard in zip(table.keys, table.shards, strict=True) if key in wanted}
+        return {
+            sample.key: sample
+            for shard in list_shards(urls, allow_pipe=allow_pipe)
+            if shard_id(shard.url) in shards
+            for sample in read_samples(shard, pictures=True)
+            if sample.key in wanted
+        }
+
+    path = write(folder / "report.html", table, queries, pictures, top)
+    say(f"Report: {path}")
+
+
+def fisher(arguments: list[str]) -> None:
+    """Take a trained model's Fisher.
+
+    Args:
+        arguments: Options.
+
+    Raises:
+        InputError: If there is to be no pass.
+    """
+
+    def options(parser: LightningArgumentParser) -> None:
+        parser.add_argument("--output", type=str, default="fisher.safetensors", help="The file to write.")
+        parser.add_argument(
+            "--passes", type=int, default=5, help="How often each sample is seen, with new noise each time."
+        )
+        parser.add_argument("--seed", type=int, default=0, help="Of captions, timesteps and noise.")
+
+    description = "Take the Fisher of a trained model, by passes over its training shards with frozen weights."
+    with quiet(steps=True), one_sentence():
+        cli = TrainerCLI("fisher", arguments, description, options, **BARE)
+        module, data, trainer = _parts(cli)
+        if cli.config.passes < 1:
+            raise InputError(f"--passes must be at least 1, but is {cli.config.passes}.")
+        trainer.fit_loop.max_epochs = cli.config.passes
+        selection = module.parameters_selection
+        output = Path(cli.config.output).absolute()
+        _make_folder(output.parent)
+        trainer.callbacks.append(FisherAccumulator(target="network", parameters=selection, path=str(output)))
+        training = TrainingDataModule(
+            data.shard_patterns, data.batch_size, cli.config.seed, data.num_workers, allow_pipe=data.allow_pipe
+        )
+        say(f"Taking the Fisher in {_many(cli.config.passes, 'pass', 'passes')} over {data.shard_patterns} …")
+        trainer.fit(FisherPass(module.network, module.objective, selection, cli.config.seed), training)

@@ -1,0 +1,49 @@
+"""What a person need not read: hints of the libraries below that do not apply here."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_WARNINGS = (
+    r"Found \d+ module\(s\) in eval mode",  # on purpose
+    r"The '\w+' does not have many workers",  # nothing waits for the reading of shards
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 with torch 2.13
+    r"Starting from v1\.9\.0, `tensorboardX` has been removed",  # Lightning's own default logger, not the user's choice
+)
+_HINTS = re.compile("💡 Tip:|TPU available:")
+# Of a Trainer that a command steers; the command itself says what it does.
+_STEPS = re.compile(
+    "Seed set to|GPU available:|`Trainer.fit` stopped:|Restoring states from|Loaded model weights from"
+    r"|\d+ of \d+ shards are scored already|\d+ samples scored into"
+)
+
+
+@contextmanager
+def quiet(*, steps: bool = False) -> Iterator[None]:
+    """While it lasts, known hints are not printed; all other warnings and messages are.
+
+    Args:
+        steps: Whether what a Trainer says of its own steps is left out too.
+
+    Yields:
+        Nothing.
+    """
+
+    def wanted(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return not (_HINTS.match(message) or (steps and _STEPS.match(message)))
+
+    # All that Lightning says on the first rank goes through this logger.
+    logger = logging.getLogger("lightning.fabric.utilities.rank_zero")
+    logger.addFilter(wanted)
+    try:
+        with warnings.catch_warnings():
+            for message in _WARNINGS:
+                warnings.filterwarnings("ignore", message=message)
+            yield
+    finally:
+        logger.removeFilter(wanted)

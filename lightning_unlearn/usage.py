@@ -1,0 +1,97 @@
+"""What a person reads when options are wrong: one sentence, instead of all options and a tree of types."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any
+
+# What jsonargparse says around the reason.
+_AROUND = (
+    "Does not validate against",
+    "Subtypes:",
+    "Errors:",
+    "Given value",
+    "Problem with given class_path",
+    "Expected a <class 'NoneType'>",
+    "Expected a path but",
+)
+
+
+def sentence(message: str) -> str:
+    """The reason in jsonargparse's message, with the option it is about.
+
+    Args:
+        message: A sentence or a tree, one branch for each type that an option may have.
+
+    Returns:
+        One line.
+
+    Example:
+        >>> sentence('''Parser key "data":
+        ...   Errors:
+        ...     - Problem with given class_path 'Data':
+        ...         Parser key "draws":
+        ...           Expected a <class 'int'>. Got value: many
+        ...     - Expected a <class 'NoneType'>''')
+        'data.draws: Expected a int. Got value: many'
+    """
+    option: list[str] = []
+    reasons: list[str] = []
+    for line in message.splitlines():
+        text = line.strip().removeprefix("- ")
+        if key := re.match(r'Parser key "([^"]+)"[^:]*:\s*', text):
+            option.append(key[1])
+            text = text[key.end() :]
+        if text and not text.startswith(_AROUND) and text not in reasons:
+            reasons.append(text)
+    said = "; ".join(reasons) or " ".join(message.split())
+    return re.sub(r"<class '([\w.]+)'>", r"\1", f"{'.'.join(option)}: {said}" if option else said)
+
+
+def foreign_class(message: str) -> str | None:
+    """A class of ``pytorch_lightning`` that a message names.
+
+    Args:
+        message: Jsonargparse's, of a class that is not what it should be; it has been imported already.
+
+    Returns:
+        Its dotted name, or ``None``.
+    """
+    for name in re.findall(r"[A-Za-z_][\w.]*\.\w+", message):
+        module, _, attribute = name.rpartition(".")
+        found = getattr(sys.modules.get(module), attribute, None)
+        if isinstance(found, type) and any(base.__module__.startswith("pytorch_lightning.") for base in found.__mro__):
+            return str(name)
+    return None
+
+
+class OneSentence:
+    """Mixed into a jsonargparse parser."""
+
+    exit_on_error: bool
+    prog: str
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        """Say what is wrong and leave.
+
+        Args:
+            message: Jsonargparse's.
+            ex: What it comes from.
+
+        Returns:
+            Never.
+        """
+        parser: Any = super()
+        if not self.exit_on_error:  # a parser within a parser
+            return parser.error(message, ex)
+        command = self.prog.replace(" [options]", "")
+        foreign = foreign_class(message)
+        if foreign is not None:
+            said = (
+                f"{foreign} derives from pytorch_lightning, whose classes are not those of lightning.pytorch; "
+                "import lightning.pytorch in its file instead."
+            )
+        else:
+            said = f"{sentence(message)} (options: {command} --help)."
+        return parser.exit(2, f"{command}: {said}\n")
