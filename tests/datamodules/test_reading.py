@@ -200,7 +200,7 @@ def test_command_that_fails_is_an_error(shard: Path, command: str) -> None:
 
 @pytest.mark.filterwarnings("error")
 def test_command_may_still_be_writing_when_reading_stops(shard: Path) -> None:
-    reading = read_samples(ShardInfo(f"pipe:cat {shard} /dev/zero"))
+    reading = read_samples(ShardInfo(f"pipe:exec cat {shard} /dev/zero"))
     assert next(reading).key == KEYS[0]
     reading.close()
 
@@ -343,10 +343,12 @@ def free_port() -> int:
     return port
 
 
-def test_refused_connection_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "WAITS", (0.01, 0.01))
+def test_refused_connection_is_tried_again_and_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(remote.time, "sleep", waits.append)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     assert "refused" in refusal(f"http://127.0.0.1:{free_port()}/x.tar")
+    assert waits == list(remote.WAITS)
 
 
 def test_silent_server_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
