@@ -62,8 +62,6 @@ def main() -> None:
             bare(network, inputs, 1 + options.queries)
             seconds["predict"].append(middle.since(start))
             seconds["bare"].append(now().since(middle))
-            if not options.json:
-                print(f"{repeat + 1} of {options.repeats}", end="\r", file=sys.stderr)
     ratios = [Seconds(b.wall / p.wall, b.cpu / p.cpu) for b, p in zip(seconds["bare"], seconds["predict"], strict=True)]
     rates = {kind: evaluations / statistics.median(time.wall for time in times) for kind, times in seconds.items()}
     wall, cpu = statistics.median(r.wall for r in ratios), statistics.median(r.cpu for r in ratios)
@@ -90,7 +88,7 @@ def write_samples(folder: Path, count: int) -> None:
     for shard in list_shards(str(SAMPLE / "shards")):
         fields += [{k: v for k, v in sample.items() if k != "__url__"} for sample in read_fields(shard, pictures=True)]
     if count > len(fields):
-        sys.exit(f"The sample data has {len(fields)} samples; ask for fewer than {count}.")
+        sys.exit(f"The sample data has {len(fields)} samples; not {count}; ask for fewer.")
     write_shards(fields[:count], folder)
 
 

@@ -108,7 +108,8 @@ def attribute(arguments: list[str]) -> None:
         output = Path(cli.config.output)
         _make_folder(output)
         # Before the progress bar, so that a folder of another run is refused and the step announced before it is drawn.
-        trainer.callbacks[:0] = [ScoreWriter(str(output), cli.config.rule, data.on_bad_sample), _Announcer(output)]
+        writer = ScoreWriter(str(output), cli.config.rule, data.on_bad_sample)
+        trainer.callbacks[:0] = [writer, _Announcer(output)]  # type: ignore[attr-defined]
         deltas = output / "deltas.ckpt"
         if not _is_unlearned(deltas, module, data, trainer):
             trainer.fit(module, data)
@@ -189,8 +190,8 @@ def _is_unlearned(path: Path, module: UnlearningModule, data: AttributionDataMod
     differing = [name for name, value in ours.items() if theirs[name] != value]
     if differing:
         raise InputError(
-            f"{path} was made with other {', '.join(differing)} than this run's; choose another --output, or remove that "
-            "folder."
+            f"{path} was made with other {', '.join(differing)} than this run's; "
+            "choose another --output, or remove that folder."
         )
     say(f"{_many(len(data.queries), 'query', 'queries')} unlearned already, in {path}.")
     return True
@@ -272,7 +273,8 @@ def fisher(arguments: list[str]) -> None:
         selection = module.parameters_selection
         output = Path(cli.config.output).absolute()
         _make_folder(output.parent)
-        trainer.callbacks.append(FisherAccumulator(target="network", parameters=selection, path=str(output)))
+        accumulator = FisherAccumulator(target="network", parameters=selection, path=str(output))
+        trainer.callbacks.append(accumulator)  # type: ignore[attr-defined]
         training = TrainingDataModule(
             data.shard_patterns, data.batch_size, cli.config.seed, data.num_workers, allow_pipe=data.allow_pipe
         )

@@ -37,13 +37,15 @@ def quiet(*, steps: bool = False) -> Iterator[None]:
         message = record.getMessage()
         return not (_HINTS.match(message) or (steps and _STEPS.match(message)))
 
-    # All that Lightning says on the first rank goes through this logger.
-    logger = logging.getLogger("lightning.fabric.utilities.rank_zero")
-    logger.addFilter(wanted)
+    # What Lightning says on the first rank goes through one of these; which, depends on what was imported last.
+    loggers = [logging.getLogger(f"lightning.{part}.utilities.rank_zero") for part in ("pytorch", "fabric")]
+    for logger in loggers:
+        logger.addFilter(wanted)
     try:
         with warnings.catch_warnings():
             for message in _WARNINGS:
                 warnings.filterwarnings("ignore", message=message)
             yield
     finally:
-        logger.removeFilter(wanted)
+        for logger in loggers:
+            logger.removeFilter(wanted)

@@ -6,15 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-# The package's modules are imported so that their classes can be named without a path.
-import lightning_unlearn.datamodules
-import lightning_unlearn.training  # noqa: F401
-from lightning_unlearn.callbacks import ScoringProgress
+# Imported so that their classes can be named in a config without a path.
+from lightning_unlearn import callbacks, datamodules, training  # noqa: F401
 from lightning_unlearn.deltas import read_targets
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.loading import read_checkpoint
@@ -104,14 +101,15 @@ class TrainerCLI(LightningCLI):
         """
         try:
             super().instantiate_classes()
-        except (ValueError, TypeError, MisconfigurationException) as error:
+        except (ValueError, TypeError) as error:
             reason = _innermost(error)
             raise InputError(reason) from error
         # The bar that counts samples in the place of Lightning's own, if there is one.
         if isinstance(self.model, UnlearningModule):
-            for place, callback in enumerate(self.trainer.callbacks):
+            theirs: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+            for place, callback in enumerate(theirs):
                 if isinstance(callback, ProgressBar):
-                    self.trainer.callbacks[place] = ScoringProgress()
+                    theirs[place] = callbacks.ScoringProgress()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the Trainer.

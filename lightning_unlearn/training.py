@@ -95,9 +95,9 @@ class DiffusionModule(LightningModule):
 class FisherPass(DiffusionModule):
     """Passes over the shards with frozen weights, for a Fisher of a model that was trained without FisherAccumulator.
 
-    It is run with Trainer.fit and a :class:`~lightning_unlearn.callbacks.FisherAccumulator`, so that gradients take the same
-    way as in a training. Frozen means that no optimizer steps: the chosen weights require gradients, or none would arrive at
-    layers that are fed by text.
+    It is run with Trainer.fit and a :class:`~lightning_unlearn.callbacks.FisherAccumulator`, so that gradients take the
+    same way as in a training. Frozen means that no optimizer steps: the chosen weights require gradients, or none would
+    arrive at layers that are fed by text.
 
     Args:
         network: The denoiser.

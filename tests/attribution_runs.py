@@ -112,7 +112,7 @@ def toy_model() -> Path:
     network, objective = tiny_unet(), DenoisingObjective()
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
     generator = torch.Generator().manual_seed(1)
-    for _ in range(60):
+    for _ in range(40):
         rows = torch.randint(0, SAMPLES, (8,), generator=generator).tolist()
         batch = ViewBatch(torch.stack([samples[row].latent for row in rows]), torch.stack([samples[row].text[0] for row in rows]))
         timesteps = torch.randint(0, objective.num_timesteps, (8,), generator=generator)
@@ -137,8 +137,8 @@ def toy_module(folder: Path, strategy: Newton | None = None, views: Views | None
     """The module of :func:`toy_model`."""
     network = tiny_unet()
     network.load_state_dict(torch.load(folder / "network.pt", weights_only=True))
-    views = views or Views(timesteps=4, flips=True, noise="per_sample")
-    return UnlearningModule(network, fisher=str(folder / "fisher.safetensors"), strategy=strategy, views=views, **settings)
+    settings = {"views": views or Views(2, flips=True, noise="per_sample"), "rise_draws": 16, **settings}
+    return UnlearningModule(network, fisher=str(folder / "fisher.safetensors"), strategy=strategy, **settings)
 
 
 class PartlyUsed(ToyDenoiser):

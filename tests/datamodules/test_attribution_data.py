@@ -43,8 +43,12 @@ def batches(data: AttributionDataModule) -> list[SampleBatch]:
 
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
 @pytest.mark.parametrize("num_workers", [0, 2, 9])
-def test_each_sample_comes_once_in_batches_that_do_not_straddle_shards(folder: Path, batch_size: int, num_workers: int) -> None:
-    found = batches(toy_data(folder, batch_size=batch_size, num_workers=num_workers, multiprocessing_context="fork"))  # 9 > shards
+def test_each_sample_comes_once_in_batches_that_do_not_straddle_shards(
+    folder: Path, batch_size: int, num_workers: int
+) -> None:
+    found = batches(
+        toy_data(folder, batch_size=batch_size, num_workers=num_workers, multiprocessing_context="fork")
+    )  # 9 > shards
     assert sorted(key for batch in found for key in batch.keys) == [fields["__key__"] for fields in ragged_fields()]
     assert max(map(len, found)) == min(batch_size, SAMPLES_PER_SHARD)
     for shard in {batch.shard for batch in found}:
@@ -56,7 +60,9 @@ def test_each_sample_comes_once_in_batches_that_do_not_straddle_shards(folder: P
 
 @settings(max_examples=30, deadline=None)
 @given(sizes=st.lists(st.integers(1, 100), min_size=1, max_size=12), world_size=st.integers(1, 6))
-def test_every_shard_is_dealt_to_one_rank_and_ranks_get_as_many_give_or_take_one(sizes: list[int], world_size: int) -> None:
+def test_every_shard_is_dealt_to_one_rank_and_ranks_get_as_many_give_or_take_one(
+    sizes: list[int], world_size: int
+) -> None:
     data = AttributionDataModule("shards", "queries")
     data.shards = [ShardInfo(f"{n}.tar", bytes=size) for n, size in enumerate(sizes)]
     dealt = [on_rank(data, rank, world_size).shards_to_score() for rank in range(world_size)]
@@ -213,7 +219,9 @@ def test_shard_whose_first_sample_has_another_shape_is_found_before_any_work(fol
     fields["text.npy"] = npy_bytes(torch.zeros(1, 7, 6).numpy())
     write_shards([fields], folder / "other")
     patterns = [str(folder / "train"), str(folder / "other")]
-    with pytest.raises(InputError, match=r"'sample-00050' in .*other.* has latent .*\(7, 6\).* but the query 'query-00000'"):
+    with pytest.raises(
+        InputError, match=r"'sample-00050' in .*other.* has latent .*\(7, 6\).* but the query 'query-00000'"
+    ):
         AttributionDataModule(patterns, str(folder / "queries")).setup(stage)
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import toy_fields, toy_shards
-
 from lightning_unlearn.datamodules import remote
 from lightning_unlearn.datamodules.reading import read_fields, read_samples
 from lightning_unlearn.datamodules.sources import list_shards
+from toys import toy_fields, toy_shards
+
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.shards import ShardInfo, write_shards
 
@@ -139,12 +139,13 @@ def test_damaged_shard_never_just_looks_shorter(shard: Path, place: int, flip: i
     content[place % len(content)] ^= flip
     path = shard.with_name("damaged.tar")
     path.write_bytes(content)
+    message = ""
     try:
         count = sum(1 for _ in read_fields(ShardInfo(str(path))))
     except InputError as error:
-        assert "\n" not in str(error)
-    else:
-        assert count == 4
+        message = str(error)
+    assert "\n" not in message
+    assert message or count == 4
 
 
 def test_shard_that_is_no_tar_file_or_empty_is_refused(tmp_path: Path) -> None:
@@ -182,11 +183,10 @@ def test_file_name_that_stands_twice_is_an_error(shard: Path, tmp_path: Path) ->
 
 def test_what_was_read_before_the_damage_is_given(shard: Path, tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(shard.read_bytes()[:-14_000])
-    read = []
-    with pytest.raises(InputError, match=rf"past its sample {len(KEYS[:1])} "):
-        for sample in read_samples(ShardInfo(str(tmp_path / "x.tar"))):
-            read.append(sample.key)
-    assert read == KEYS[:1]
+    reading = read_samples(ShardInfo(str(tmp_path / "x.tar")))
+    assert next(reading).key == KEYS[0]
+    with pytest.raises(InputError, match="past its sample 1 "):
+        next(reading)
 
 
 def test_command_is_read(shard: Path) -> None:

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from lightning_unlearn.datamodules.sources import list_shards, read_manifest
 from toys import toy_fields, toy_shards
 
-from lightning_unlearn.datamodules.sources import list_shards, read_manifest
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.shards import MANIFEST, ShardInfo, write_shards
 
@@ -27,7 +27,9 @@ def assert_one_sentence(error: pytest.ExceptionInfo[InputError], *parts: str) ->
 def uneven(tmp_path: Path) -> Path:
     """Shards of 1, 8, 4 and 8 samples."""
     for number, count in enumerate([1, 8, 4, 8]):
-        write_shards([toy_fields(10 * number + each) for each in range(count)], tmp_path / "parts", name=f"part{number}")
+        write_shards(
+            [toy_fields(10 * number + each) for each in range(count)], tmp_path / "parts", name=f"part{number}"
+        )
     manifests = [
         {"name": path.name, "samples": samples, "bytes": path.stat().st_size}
         for path, samples in zip(sorted((tmp_path / "parts").glob("*.tar")), [1, 8, 4, 8], strict=True)
@@ -150,9 +152,7 @@ def test_missing_shard_is_an_error_that_names_it(tmp_path: Path, name: str) -> N
 
 
 @pytest.mark.parametrize("named", [[], "empty"])
-def test_no_shard_at_all_is_an_error(
-    tmp_path: Path, named: str | list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_shard_at_all_is_an_error(tmp_path: Path, named: str | list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError) as error:

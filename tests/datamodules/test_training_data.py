@@ -7,18 +7,19 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
-from toys import toy_fields, toy_shards
-
 from lightning_unlearn.datamodules import TrainingDataModule
 from lightning_unlearn.datamodules.sources import list_shards
 from lightning_unlearn.datamodules.training import TrainingStream
+from torch import Tensor
+from toys import toy_fields, toy_shards
+
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.samples import SampleBatch
 from lightning_unlearn.shards import MANIFEST, write_shards
@@ -89,6 +90,11 @@ def test_another_epoch_or_seed_gives_another_order(shards: Path, world_size: int
         assert order not in orders[:number]
 
 
+def test_each_epoch_deals_the_shards_anew(shards: Path) -> None:
+    shares = [frozenset(epoch_of(shards, 2, epoch)[0]) for epoch in range(4)]
+    assert len(set(shares)) > 1
+
+
 def test_order_does_not_depend_on_how_shards_are_named(shards: Path, tmp_path: Path) -> None:
     expected = epoch_of(shards)
     stream = stream_of(shards)
@@ -117,7 +123,7 @@ def test_samples_of_different_shards_are_mixed(shards: Path) -> None:
     (order,) = epoch_of(shards)
     shard_of = [KEYS.index(key) // 4 for key in order]
     assert order != KEYS
-    assert sum(first == second for first, second in zip(shard_of, shard_of[1:], strict=False)) < 12
+    assert sum(first == second for first, second in pairwise(shard_of)) < 12
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])

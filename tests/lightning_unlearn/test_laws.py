@@ -28,7 +28,7 @@ from lightning_unlearn.views import Views
 SCRIPT = Path(__file__).parents[1] / "attribution_runs.py"
 # Of the standard deviation over samples.
 TOLERANCE = 1e-4
-VIEWS = Views(4, noise="per_sample", flips=True)
+VIEWS = Views(2, noise="per_sample", flips=True)
 
 
 def scored(out: Path, *callbacks: Callback, shards: str = "train", views: Views = VIEWS, **data: Any) -> ScoreTable:
@@ -106,10 +106,12 @@ def test_a_samples_score_does_not_depend_on_the_other_samples(expected: ScoreTab
 
 
 def test_scores_do_depend_on_the_seed_and_the_kind_of_noise(expected: ScoreTable, tmp_path: Path) -> None:
-    seeded = scored(tmp_path / "seeded", views=Views(4, noise="per_sample", flips=True, seed=1))
-    shared = scored(tmp_path / "shared", views=Views(4, noise="shared", flips=True))
+    write_shards(ragged_fields([0, 1]), toy_model() / "two")
+    seeded = scored(tmp_path / "seeded", shards="two", views=Views(2, noise="per_sample", flips=True, seed=1))
+    shared = scored(tmp_path / "shared", shards="two", views=Views(2, noise="shared", flips=True))
     for other in (seeded, shared):
-        assert (abs(other.scores - expected.scores).max(0) > 0.01 * expected.scores.std(0)).all()
+        assert other.keys == expected.keys[:2]
+        assert (abs(other.scores - expected.scores[:2]).max(0) > 0.01 * expected.scores.std(0)).all()
 
 
 def test_shared_noise_gives_two_copies_of_a_picture_one_score_and_noise_of_their_own_does_not(tmp_path: Path) -> None:

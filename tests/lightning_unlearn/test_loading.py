@@ -132,7 +132,7 @@ def test_prefix_in_safetensors_and_in_names_of_torch_compile(tmp_path: Path) -> 
     assert all("._orig_mod." in name for name in compiled)
     safetensors.torch.save_file(compiled, tmp_path / "state.safetensors")
     assert_same(loaded(tmp_path / "state.safetensors", "unet."), state)
-    # A part of the network compiled, as `network.text.compile()` does not, but `network.text = torch.compile(...)` does.
+    # A part of a network may be compiled: `network.text = torch.compile(network.text)`.
     torch.save({name.replace("text.", "text._orig_mod."): value for name, value in state.items()}, tmp_path / "part.pt")
     assert_same(loaded(tmp_path / "part.pt"), state)
 
@@ -162,7 +162,9 @@ def test_wrong_prefix_is_answered_with_those_that_hold_the_network(tmp_path: Pat
 def test_prefix_where_there_is_none_is_answered_with_the_empty_one(tmp_path: Path) -> None:
     # 'context.weight' ends like 'text.weight', but is another name.
     state = ToyDenoiser(seed=1).state_dict()
-    torch.save({**state, "con" + "text.weight": torch.zeros(1), "con" + "conv_in.weight": torch.zeros(1)}, tmp_path / "a.pt")
+    torch.save(
+        {**state, "con" + "text.weight": torch.zeros(1), "con" + "conv_in.weight": torch.zeros(1)}, tmp_path / "a.pt"
+    )
     assert "prefixes that hold it: ''." in refusal(tmp_path / "a.pt", "unet.")
 
 
@@ -213,6 +215,7 @@ def test_damaged_checkpoint_is_an_error_or_loads(tmp_path: Path) -> None:
         (tmp_path / "a.pt").write_bytes(whole[:length])
         refusal(tmp_path / "a.pt")
     rng = np.random.default_rng(0)
+    messages = []
     for _ in range(150):
         content = bytearray(whole)
         for place in rng.integers(0, 1500, 3):
@@ -221,7 +224,9 @@ def test_damaged_checkpoint_is_an_error_or_loads(tmp_path: Path) -> None:
         try:
             read_checkpoint(str(tmp_path / "a.pt"))
         except InputError as error:
-            assert "\n" not in str(error)
+            messages.append(str(error))
+    assert len(messages) > 50
+    assert not any("\n" in message for message in messages)
 
 
 @pytest.mark.parametrize("content", [3, [1], {"state_dict": [1]}, {"state_dict": 3}])

@@ -91,7 +91,15 @@ def test_missing_field_is_named(name: str) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"{}", b"[]", b"null", b'{"captions": []}', b'{"captions": "a lion"}', b'{"captions": [1]}', b'{"captions": null}'],
+    [
+        b"{}",
+        b"[]",
+        b"null",
+        b'{"captions": []}',
+        b'{"captions": "a lion"}',
+        b'{"captions": [1]}',
+        b'{"captions": null}',
+    ],
 )
 def test_sample_without_captions_is_an_error(content: bytes) -> None:
     with pytest.raises(InputError) as error:
@@ -158,13 +166,13 @@ def test_damaged_array_is_an_input_error_or_a_sound_array(damage: list[tuple[int
     content = bytearray(toy_fields(0)["latent.npy"])
     for position, value in damage:
         content[position] = value
+    message = ""
     try:
-        decoded = sample(0, **{"latent.npy": bytes(content[:length])})
+        latent = sample(0, **{"latent.npy": bytes(content[:length])}).latent
     except InputError as error:
-        assert "\n" not in str(error)
-    else:
-        assert decoded.latent.dim() == 3
-        assert decoded.latent.isfinite().all()
+        message = str(error)
+    assert "\n" not in message
+    assert message or (latent.dim() == 3 and latent.isfinite().all())
 
 
 def test_batch_stacks_samples_and_fills_up_captions_with_zeros() -> None:

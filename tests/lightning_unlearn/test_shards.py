@@ -83,7 +83,11 @@ def test_manifest_gives_counts_and_sizes(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / MANIFEST).read_bytes())
     assert manifest["vae"] == "mean"
     assert manifest["shards"] == [
-        {"name": f"coco-{number:06d}.tar", "samples": count, "bytes": (tmp_path / f"coco-{number:06d}.tar").stat().st_size}
+        {
+            "name": f"coco-{number:06d}.tar",
+            "samples": count,
+            "bytes": (tmp_path / f"coco-{number:06d}.tar").stat().st_size,
+        }
         for number, count in enumerate([2, 2, 1])
     ]
     assert [shard.samples for shard in shards] == [2, 2, 1]
@@ -112,7 +116,9 @@ def test_samples_are_taken_as_they_come_and_not_all_held(tmp_path: Path) -> None
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # WebDataset's
 def test_dots_in_a_key_do_not_end_it(tmp_path: Path) -> None:
-    sample = encode_sample("a.b/c.d", np.zeros((1, 2, 2), np.float32), np.zeros((1, 1, 1), np.float32), {"captions": ["c"]})
+    sample = encode_sample(
+        "a.b/c.d", np.zeros((1, 2, 2), np.float32), np.zeros((1, 1, 1), np.float32), {"captions": ["c"]}
+    )
     write_shards([sample], tmp_path)
     (read,) = webdataset.WebDataset(str(tmp_path / "shard-000000.tar"), shardshuffle=False)
     assert read["__key__"] == "a_b/c_d"

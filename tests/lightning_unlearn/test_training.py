@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning_unlearn.datamodules import TrainingDataModule
 from torch import Tensor, nn
 from toys import DIM, TOKENS, ToyDenoiser, ToyObjective, tiny_unet, toy_fields, toy_shards
 
-from lightning_unlearn.datamodules import TrainingDataModule
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.objective import DenoisingObjective
 from lightning_unlearn.samples import SampleBatch, ViewBatch, collate_samples, decode_sample
@@ -51,7 +51,9 @@ class ListRates(Callback):
 
 
 def batch_of(captions: list[int], flip: bool = False) -> SampleBatch:
-    return collate_samples("shard", [decode_sample(toy_fields(n, count, flip=flip)) for n, count in enumerate(captions)])
+    return collate_samples(
+        "shard", [decode_sample(toy_fields(n, count, flip=flip)) for n, count in enumerate(captions)]
+    )
 
 
 def mean_loss(network: nn.Module, objective: Any, batch: SampleBatch) -> float:
@@ -192,9 +194,7 @@ def test_training_starts_from_a_checkpoint_of_its_own(tmp_path: Path) -> None:
     trainer = Trainer(max_steps=2, **QUIET)
     trainer.fit(first, data)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    second = DiffusionModule(
-        ToyDenoiser(seed=2), ToyObjective(), weights=str(tmp_path / "a.ckpt"), prefix="network."
-    )
+    second = DiffusionModule(ToyDenoiser(seed=2), ToyObjective(), weights=str(tmp_path / "a.ckpt"), prefix="network.")
     for name, value in first.network.state_dict().items():
         assert torch.equal(second.network.state_dict()[name], value)
 
