@@ -223,8 +223,7 @@ class FisherAccumulator(Callback):
         factor = 1.0 / self.loss_scale
         if self.reduction == "mean":
             factor *= rows
-        if pl_module.automatic_optimization:
-            factor *= trainer.accumulate_grad_batches
+        factor *= trainer.accumulate_grad_batches  # Lightning lets it be 1 only with manual optimization
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None:
             factor /= float(scaler.get_scale())

@@ -94,3 +94,10 @@ class ScoringProgress(TQDMProgressBar):
         bar.n += len(batch)
         if (batch_idx + 1) % self.refresh_rate == 0:  # closing the bar shows the last count
             bar.refresh()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """End the bar's line, so that what is said of the exception gets one of its own."""
+        for bar in (self._train_progress_bar, self._predict_progress_bar):
+            if bar is not None:
+                bar.close()

@@ -57,6 +57,9 @@ def one_sentence() -> Iterator[None]:
         yield
     except MisconfigurationException as error:
         raise InputError(" ".join(str(error).split())) from error
+    except ModuleNotFoundError as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"A setting needs a package that is missing ({reason}); install it or change that.") from error
     except torch.OutOfMemoryError as error:
         raise InputError(
             "The device has too little memory; use a smaller batch_size and draw_batch_size, or fewer queries."
@@ -266,7 +269,12 @@ def fisher(arguments: list[str]) -> None:
     description = "Take the Fisher of a trained model, by passes over its training shards with frozen weights."
     with quiet(steps=True), one_sentence():
         cli = TrainerCLI("fisher", arguments, description, options, **BARE)
-        module, data, trainer = _parts(cli)
+        module, trainer = cli.model, cli.trainer
+        if not isinstance(module, UnlearningModule):
+            raise InputError(
+                "This command takes an UnlearningModule as model, which names the network, its objective and the "
+                f"parameters, not {type(module).__name__}; start from configs/sample.yaml."
+            )
         if cli.config.passes < 1:
             raise InputError(f"--passes must be at least 1, but is {cli.config.passes}.")
         trainer.fit_loop.max_epochs = cli.config.passes
@@ -275,8 +283,20 @@ def fisher(arguments: list[str]) -> None:
         _make_folder(output.parent)
         accumulator = FisherAccumulator(target="network", parameters=selection, path=str(output))
         trainer.callbacks.append(accumulator)  # type: ignore[attr-defined]
-        training = TrainingDataModule(
-            data.shard_patterns, data.batch_size, cli.config.seed, data.num_workers, allow_pipe=data.allow_pipe
+        data = _training_data(cli.datamodule, cli.config.seed)
+        say(f"Taking the Fisher in {_many(cli.config.passes, 'pass', 'passes')} over {data.shards} …")
+        trainer.fit(FisherPass(module.network, module.objective, selection, cli.config.seed), data)
+
+
+def _training_data(data: Any, seed: int) -> TrainingDataModule:
+    """The same shards, shuffled: a stream for training as it is, or that of an attribution's config."""
+    if isinstance(data, TrainingDataModule):
+        return data
+    if isinstance(data, AttributionDataModule):
+        return TrainingDataModule(
+            data.shard_patterns, data.batch_size, seed, data.num_workers, allow_pipe=data.allow_pipe
         )
-        say(f"Taking the Fisher in {_many(cli.config.passes, 'pass', 'passes')} over {data.shard_patterns} …")
-        trainer.fit(FisherPass(module.network, module.objective, selection, cli.config.seed), training)
+    raise InputError(
+        "This command takes an AttributionDataModule or a TrainingDataModule as data, "
+        f"not {type(data).__name__}; start from configs/sample.yaml."
+    )

@@ -87,6 +87,7 @@ class UnlearningModule(FrozenModule):
         self.rise_draws = rise_draws
         self.parameters_selection = parameters
         self._problem: Problem | None = None
+        self._base_losses: Tensor | None = None
 
     def _queries(self) -> list[Sample]:
         queries: list[Sample] | None = getattr(getattr(self.trainer, "datamodule", None), "queries", None)
@@ -137,7 +138,7 @@ class UnlearningModule(FrozenModule):
                 "This Trainer has run fit before and would count its epochs as steps of the unlearning; make a new Trainer."
             )
         # What an earlier fit of this module left; a checkpoint, if there is one, is loaded after this.
-        self._problem, self.results = None, {}
+        self._problem, self._base_losses, self.results = None, None, {}
         self._fingerprints = {}
         self.weights_fingerprint()  # before the Trainer's precision converts them
         self.trainer.fit_loop.max_epochs = self.strategy.steps
@@ -243,7 +244,9 @@ class UnlearningModule(FrozenModule):
 
     @torch.no_grad()
     def _target_losses(self, deltas: dict[str, Tensor] | None) -> Tensor:
-        """Mean losses ``(Q,)`` of all targets over the fixed draws, summed over ranks."""
+        """Mean losses ``(Q,)`` of all targets over the fixed draws, summed over ranks; under θ₀ measured only once."""
+        if deltas is None and self._base_losses is not None:
+            return self._base_losses
         trainer = self.trainer
         sums = torch.zeros(len(self.targets), dtype=torch.float64)
         for target, query in enumerate(self._queries()):
@@ -263,6 +266,8 @@ class UnlearningModule(FrozenModule):
             reduced = trainer.strategy.reduce(sums.to(self.device), reduce_op="sum")
             assert isinstance(reduced, Tensor)
             sums = reduced.cpu()
+        if deltas is None:
+            self._base_losses = sums / self.rise_draws
         return sums / self.rise_draws
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -12,12 +12,14 @@ _WARNINGS = (
     r"Found \d+ module\(s\) in eval mode",  # on purpose
     r"The '\w+' does not have many workers",  # nothing waits for the reading of shards
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 with torch 2.13
+    # What is logged so is the same on every process.
+    r"It is recommended to use `self\.log\('(loss_before|loss_after|rise|penalty)/",
     r"Starting from v1\.9\.0, `tensorboardX` has been removed",  # Lightning's own default logger, not the user's choice
 )
 _HINTS = re.compile("💡 Tip:|TPU available:")
 # Of a Trainer that a command steers; the command itself says what it does.
 _STEPS = re.compile(
-    "Seed set to|GPU available:|`Trainer.fit` stopped:|Restoring states from|Loaded model weights from"
+    r"(\[rank: \d+\] )?Seed set to|GPU available:|`Trainer.fit` stopped:|Restoring states from|Loaded model weights"
     r"|\d+ of \d+ shards are scored already|\d+ samples scored into"
 )
 
@@ -37,8 +39,9 @@ def quiet(*, steps: bool = False) -> Iterator[None]:
         message = record.getMessage()
         return not (_HINTS.match(message) or (steps and _STEPS.match(message)))
 
-    # What Lightning says on the first rank goes through one of these; which, depends on what was imported last.
-    loggers = [logging.getLogger(f"lightning.{part}.utilities.rank_zero") for part in ("pytorch", "fabric")]
+    # What Lightning says on the first rank goes through one of the first two, depending on what was imported last.
+    names = ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.seed")
+    loggers = [logging.getLogger(f"lightning.{name}") for name in names]
     for logger in loggers:
         logger.addFilter(wanted)
     try:

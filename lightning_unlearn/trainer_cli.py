@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -151,5 +152,8 @@ def _innermost(error: Exception) -> str:
         cause = cause.__cause__
     if isinstance(cause, InputError):
         return str(cause)
+    # The class whose constructor did not like its arguments.
+    frames = (frame for frame, _ in walk_tb(cause.__traceback__) if frame.f_code.co_name == "__init__")
+    made = next((type(frame.f_locals["self"]).__name__ for frame in frames if "self" in frame.f_locals), "A class")
     reason = " ".join(str(cause).split())[:400]
-    return f"The settings don't fit what they are for ({type(cause).__name__}: {reason}); correct them."
+    return f"{made} can't be made of its settings ({type(cause).__name__}: {reason}); correct them in the config."

@@ -116,7 +116,8 @@ class Newton(Strategy):
 
         # To first order the loss rises by c gᵀF⁻¹g, and with the direction d = F⁻¹g that is c dᵀFd.
         slopes = problem.fisher.quadratic(directions).to(base) / base
-        scales = find_scales(rises, slopes, self.target_increase * step / self.steps, problem.targets)
+        risen = problem.losses(before) / base - 1 if step > 1 else torch.zeros_like(base)
+        scales = find_scales(rises, slopes, self.target_increase * step / self.steps, problem.targets, risen)
         for name, scaled in _along(before, directions, scales).items():
             problem.deltas[name].detach().copy_(scaled)
 

@@ -18,7 +18,13 @@ NARROW, ABOUT = 1e-9, 1e-2
 MAX_EVALUATIONS = 40
 
 
-def find_scales(rises: Callable[[Tensor], Tensor], slopes: Tensor, wanted: float, targets: Sequence[str]) -> Tensor:
+def find_scales(
+    rises: Callable[[Tensor], Tensor],
+    slopes: Tensor,
+    wanted: float,
+    targets: Sequence[str],
+    risen: Tensor | None = None,
+) -> Tensor:
     """Scales at which all targets' losses have risen by ``wanted``, by bracketing and the Illinois form of regula falsi.
 
     All targets are searched at once, each in its own bracket; whoever is done stays where it is.
@@ -28,6 +34,7 @@ def find_scales(rises: Callable[[Tensor], Tensor], slopes: Tensor, wanted: float
         slopes: ``(Q,)`` first-order rise at scale 1, from which the first guess comes.
         wanted: The wanted rise.
         targets: ``Q`` names, for messages.
+        risen: ``(Q,)`` rise at scale 0, from earlier steps; none by default.
 
     Returns:
         ``(Q,)`` float64.
@@ -45,8 +52,12 @@ def find_scales(rises: Callable[[Tensor], Tensor], slopes: Tensor, wanted: float
         raise InputError(
             f"The loss of {flat[0]!r} has no finite gradient in the chosen weights, so it can't be unlearned; choose other weights, or check the model."
         )
-    scale = wanted / slopes
-    low, low_value = torch.zeros_like(scale), torch.full_like(scale, -wanted)  # at scale 0 nothing has risen
+    low_value = (torch.zeros_like(slopes) if risen is None else risen.double()) - wanted
+    beyond = [target for target, value in zip(targets, low_value.tolist(), strict=True) if value >= 0]
+    if beyond:
+        raise InputError(f"The loss of {beyond[0]!r} lies above what is wanted before the step; use fewer steps, or one.")
+    scale = -low_value / slopes
+    low = torch.zeros_like(scale)
     high, high_value = torch.full_like(scale, torch.inf), torch.full_like(scale, torch.nan)
     side = torch.zeros_like(scale)  # which end moved last: +1 the upper, -1 the lower
     done = torch.zeros_like(scale, dtype=torch.bool)

@@ -95,6 +95,13 @@ def test_each_epoch_deals_the_shards_anew(shards: Path) -> None:
     assert len(set(shares)) > 1
 
 
+def test_each_epoch_shuffles_the_samples_of_a_shard_anew(tmp_path: Path) -> None:
+    (first,) = epoch_of(toy_shards(tmp_path, 24, 24), epoch=0)
+    (second,) = epoch_of(tmp_path, epoch=1)
+    assert first != second
+    assert sorted(first) == sorted(second) == KEYS
+
+
 def test_order_does_not_depend_on_how_shards_are_named(shards: Path, tmp_path: Path) -> None:
     expected = epoch_of(shards)
     stream = stream_of(shards)

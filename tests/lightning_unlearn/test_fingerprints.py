@@ -83,6 +83,10 @@ def test_tensors_digest_tells_names_shapes_types_and_bytes_apart(other: dict[str
     assert tensors_digest(other) != tensors_digest({"a": torch.arange(6.0).reshape(2, 3)})
 
 
+def test_tensors_digest_tells_types_of_equal_bytes_apart() -> None:
+    assert tensors_digest({"a": torch.zeros(2)}) != tensors_digest({"a": torch.zeros(2, dtype=torch.int32)})
+
+
 def test_tensors_digest_takes_every_dtype_and_shape() -> None:
     tensors = [
         torch.tensor(1.0),

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from toys import ToyDenoiser, tiny_unet
 
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.loading import load_network, load_weights, read_checkpoint
+from lightning_unlearn.loading import load_network, load_weights, read_checkpoint, read_state
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -146,9 +146,9 @@ def test_weights_are_cast_to_the_networks_dtype(tmp_path: Path) -> None:
 def test_entries_that_are_no_tensors_are_no_weights(tmp_path: Path) -> None:
     state = ToyDenoiser(seed=1).state_dict()
     torch.save({"state_dict": {**state, "metric._extra_state": {"count": 3}}, "epoch": 3}, tmp_path / "a.ckpt")
-    assert_same(loaded(tmp_path / "a.ckpt"), state)
+    assert_same(read_state(str(tmp_path / "a.ckpt")), state)
     torch.save({**state, "step": 3}, tmp_path / "b.pt")
-    assert_same(loaded(tmp_path / "b.pt"), state)
+    assert_same(read_state(str(tmp_path / "b.pt")), state)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,0 +1,85 @@
+"""Toy runs of the command line: a YAML file, as a user would write it, on the shards and the network of attribution_runs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from attribution_runs import toy_model
+from toys import DIM, LATENT
+
+from lightning_unlearn.cli import main
+
+UNET: dict[str, Any] = {
+    "class_path": "diffusers.UNet2DConditionModel",
+    "init_args": {
+        "sample_size": LATENT[1],
+        "in_channels": LATENT[0],
+        "out_channels": LATENT[0],
+        "layers_per_block": 1,
+        "block_out_channels": [8, 8],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "cross_attention_dim": DIM,
+        "attention_head_dim": 2,
+        "norm_num_groups": 4,
+    },
+}
+
+
+def toy_config() -> dict[str, Any]:
+    """What a user's YAML holds; the folder of shards and weights is named by an environment variable."""
+    return {
+        "seed_everything": 0,
+        "model": {
+            "class_path": "UnlearningModule",
+            "init_args": {
+                "network": UNET,
+                "weights": "${oc.env:TOYS}/network.pt",
+                "fisher": "${oc.env:TOYS}/fisher.safetensors",
+                "rise_draws": 4,
+                "views": {"timesteps": 2},
+            },
+        },
+        "data": {
+            "class_path": "AttributionDataModule",
+            "init_args": {
+                "shards": "${oc.env:TOYS}/train",
+                "queries": "${oc.env:TOYS}/queries",
+                "draws": 6,
+                "draw_batch_size": 4,
+                "batch_size": 4,
+            },
+        },
+        "trainer": {"accelerator": "cpu", "devices": 1},
+    }
+
+
+def write_config(path: Path, config: dict[str, Any] | None = None) -> str:
+    """Write a YAML file, by default the toy one."""
+    os.environ["TOYS"] = str(toy_model())
+    path.write_text(yaml.safe_dump(config or toy_config(), sort_keys=False))
+    return str(path)
+
+
+def run(*arguments: str | Path) -> None:
+    """Run a command in this process."""
+    status = main([str(argument) for argument in arguments])
+    assert status == 0, f"{arguments} ended with status {status}"
+
+
+def run_program(*arguments: str | Path, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the installed program in a process of its own."""
+    program = Path(sys.executable).parent / "lightning-unlearn"
+    return subprocess.run(
+        [str(program), *map(str, arguments)],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
