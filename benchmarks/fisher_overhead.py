@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from common import PLAIN, SAMPLE, Seconds, now, parser, quiet, sample_network, show
 from lightning.pytorch import Callback, Trainer
+
 from lightning_unlearn.callbacks import FisherAccumulator
 from lightning_unlearn.datamodules import TrainingDataModule
-
 from lightning_unlearn.training import DiffusionModule
 
 BAR = 1.15

@@ -108,9 +108,9 @@ def samples(count: int, prefix: str) -> Iterator[dict[str, Any]]:
 def score(folder: Path, batch_size: int, workers: int) -> None:
     """The whole ``predict``, as a user runs it."""
     from lightning.pytorch import Trainer
+
     from lightning_unlearn.callbacks import ScoreWriter
     from lightning_unlearn.datamodules import AttributionDataModule
-
     from lightning_unlearn.deltas import DeltaStore
     from lightning_unlearn.module import UnlearningModule
     from lightning_unlearn.parameters import layer_parameters

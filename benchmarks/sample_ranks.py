@@ -1,10 +1,11 @@
-"""Where the picture that a query came from stands among all training pictures, on the sample data with default settings.
+"""Where the picture that a query came from stands among all training pictures, on the sample data.
 
     python benchmarks/sample_ranks.py --work runs/sample_ranks
 
-(a) 20 training pictures as queries: each should rank first. (b) 50 generated pictures: the picture of the prompt's caption should be in
-the top one per cent. Pixel and text similarity stand beside it; text similarity always finds the caption, since prompts are training
-captions, so (b) shows that the method is sane, not that it is skilful. Takes about 15 minutes on one thread; a second run reuses the scores.
+Default settings. (a) 20 training pictures as queries: each should rank first. (b) 50 generated pictures: the picture of
+the prompt's caption should be in the top one per cent. Pixel and text similarity stand beside it; text similarity
+always finds the caption, since prompts are training captions, so (b) shows that the method is sane, not that it is
+skilful. Takes about 15 minutes on one thread; a second run reuses the scores.
 """
 
 from __future__ import annotations
@@ -93,7 +94,8 @@ def main() -> None:
             values = np.sort([row[column] for row in rows])
             first, top = int((values == 0).sum()), int((values < len(samples) / 100).sum())
             print(
-                f"{kind:9} {name:16} first: {first}/{len(values)}  top 1 %: {top}/{len(values)}  ranks: {values.tolist()}"
+                f"{kind:9} {name:16} first: {first}/{len(values)}  top 1 %: {top}/{len(values)}  ranks: "
+                f"{values.tolist()}"
             )
     if arguments.json:
         arguments.json.write_text(json.dumps(ranks))

@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from common import PLAIN, SAMPLE, Seconds, now, parser, quiet, sample_network, show
 from lightning.pytorch import Trainer
+from torch import Tensor, nn
+
 from lightning_unlearn.callbacks import ScoreWriter
 from lightning_unlearn.datamodules import AttributionDataModule
 from lightning_unlearn.datamodules.reading import read_fields
 from lightning_unlearn.datamodules.sources import list_shards
-from torch import Tensor, nn
-
 from lightning_unlearn.deltas import DeltaStore
 from lightning_unlearn.module import UnlearningModule
 from lightning_unlearn.objective import DenoisingObjective

@@ -50,9 +50,9 @@ class _Open:
 class ScoreWriter(Callback):
     """Reduces deviations to scores and writes one Parquet file a shard, whole or not at all.
 
-    A restart with the same weights, Fisher, queries, views and rule leaves out the shards that are done; a folder of another run
-    is refused. A shard that fails (cut off, NaN losses, a full disk) is noted in ``failed/`` and the others go on; at the end a
-    single process raises, several processes say so and leave it to whoever reads the table.
+    A restart with the same weights, Fisher, queries, views and rule leaves out the shards that are done; a folder of
+    another run is refused. A shard that fails (cut off, NaN losses, a full disk) is noted in ``failed/`` and the others
+    go on; at the end a single process raises, several processes say so and leave it to whoever reads the table.
 
     Args:
         folder: Where ``run.json`` and ``scores/`` are kept.
@@ -102,7 +102,7 @@ class ScoreWriter(Callback):
             skip(done_shards(self.folder) - self._changed)
 
     def _changed_shards(self, datamodule: Any) -> frozenset[str]:
-        """The shards whose size is not the one that ``run.json`` has: they hold other samples than those that were scored."""
+        """The shards whose size is not the one in ``run.json``: they hold other samples than those that were scored."""
         recorded = (read_run(self.folder) or {}).get("shards", {})
         sizes = {shard_id(shard.url): shard.bytes for shard in getattr(datamodule, "shards", [])}
         return frozenset(name for name in sizes.keys() & recorded.keys() if sizes[name] != recorded[name]["bytes"])
@@ -119,7 +119,8 @@ class ScoreWriter(Callback):
         if run is not None and run["fingerprints"] != fingerprints:
             differing = [name for name in fingerprints if run["fingerprints"].get(name) != fingerprints[name]]
             raise InputError(
-                f"{self.folder} holds scores of another run (other {', '.join(differing)}); score into another folder, or remove it."
+                f"{self.folder} holds scores of another run (other {', '.join(differing)}); score into another "
+                "folder, or remove it."
             )
         # What an earlier run left of this rank's shards: scores of other samples, and notes of failures.
         to_score = getattr(getattr(trainer, "datamodule", None), "shards_to_score", list)
@@ -159,7 +160,8 @@ class ScoreWriter(Callback):
             self._write_run(content)
         except OSError as error:
             raise InputError(
-                f"The run can't be recorded in {self.folder} ({error.strerror}); free the disk, or score into another folder."
+                f"The run can't be recorded in {self.folder} ({error.strerror}); free the disk, or score into "
+                "another folder."
             ) from None
         done = len(done_shards(self.folder) & set(content["shards"]))
         if done:
@@ -203,7 +205,8 @@ class ScoreWriter(Callback):
             _, exact = reduce_losses(outputs.exact[0], outputs.exact[1:], self.rule)
             self.agreement = _agreement(scores, exact)
         keys = outputs.batch.keys
-        # A rule leaves out NaN, which stands for captions that a sample lacks; a loss that is NaN must not slip through so.
+        # A rule leaves out NaN, which stands for captions that a sample lacks; a loss that is NaN must not slip through
+        # so.
         slots = torch.arange(outputs.base.shape[-2])
         absent = (slots >= outputs.batch.caption_counts.cpu()[:, None])[:, None, :, None]  # (B, 1, captions, 1)
         losses = torch.cat([outputs.base[None], outputs.unlearned])  # (1 + Q, B, flips, captions, draws)
@@ -211,7 +214,10 @@ class ScoreWriter(Callback):
         if not good.all():
             bad = [key for key, fine in zip(keys, good.tolist(), strict=True) if not fine]
             if self.on_bad_sample == "error":
-                shard.failed = f"The loss of sample {bad[0]!r} in shard {outputs.batch.shard} is not finite; check the sample and the model, or set on_bad_sample to skip."
+                shard.failed = (
+                    f"The loss of sample {bad[0]!r} in shard {outputs.batch.shard} is not finite; check the sample and "
+                    "the model, or set on_bad_sample to skip."
+                )
                 return
             shard.skipped += len(bad)
             keys, base, scores = [key for key in keys if key not in bad], base[good], scores[good]
@@ -223,7 +229,8 @@ class ScoreWriter(Callback):
         name, count = outputs.batch.shard, outputs.batch.end_of_shard
         if len(shard.keys) + shard.skipped != count:
             raise InputError(
-                f"Shard {name} has {count} samples, but {len(shard.keys) + shard.skipped} arrived; run the same command again."
+                f"Shard {name} has {count} samples, but {len(shard.keys) + shard.skipped} arrived; run the same "
+                "command again."
             )
         write_shard_scores(
             self.folder, name, shard.keys, torch.cat(shard.base), torch.cat(shard.scores), queries, self._run
@@ -247,7 +254,10 @@ class ScoreWriter(Callback):
             run["seconds"] += time.monotonic() - self._started
             if self.agreement is not None:
                 run["rank_correlation_with_float32"] = self.agreement
-                rank_zero_info(f"Scores in {trainer.precision} rank the first batch as float32 does with a correlation of {self.agreement:.3f}.")
+                rank_zero_info(
+                    f"Scores in {trainer.precision} rank the first batch as float32 does with a correlation of "
+                    f"{self.agreement:.3f}."
+                )
             with contextlib.suppress(OSError):  # a full disk: the earlier run.json is as good but for the seconds
                 self._write_run(run)
         if self.skipped:

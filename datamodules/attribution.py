@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import Literal
 
 from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
 from lightning_unlearn.datamodules.reading import read_fields, read_samples
 from lightning_unlearn.datamodules.scoring import ScoringStream, check_shapes
 from lightning_unlearn.datamodules.sources import list_shards
-from torch.utils.data import DataLoader
-
 from lightning_unlearn.draws import DrawBatch, draw_batches
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.samples import Sample, SampleBatch, decode_sample
@@ -20,8 +20,9 @@ from lightning_unlearn.shards import ShardInfo, shard_id
 class AttributionDataModule(LightningDataModule):
     """``fit`` gets the queries' draws, ``predict`` every sample of the training shards once.
 
-    Shards are dealt to ranks here, in each rank's own process: the full list, largest first, ``shards[rank::world_size]``;
-    only then does a rank drop those that are done. A rank without a shard has nothing to do and is no error.
+    Shards are dealt to ranks here, in each rank's own process: the full list, largest first,
+    ``shards[rank::world_size]``; only then does a rank drop those that are done. A rank without a shard has nothing to
+    do and is no error.
 
     Args:
         shards: The training shards: folders, paths, brace patterns or http(s) addresses.
@@ -31,7 +32,8 @@ class AttributionDataModule(LightningDataModule):
         draw_batch_size: Draws a forward pass.
         batch_size: Samples a batch when scoring.
         num_workers: Processes that read shards, a rank; each reads one shard at a time.
-        on_bad_sample: Whether a sample that can't be used fails its shard (``error``) or is left out and counted (``skip``).
+        on_bad_sample: Whether a sample that can't be used fails its shard (``error``) or is left out and counted
+            (``skip``).
         allow_pipe: Whether ``pipe:`` addresses, which run commands, are let through.
         multiprocessing_context: How workers start; the system's default if not given.
 
@@ -107,7 +109,8 @@ class AttributionDataModule(LightningDataModule):
             missing = [key for key in self.query_keys if key not in found]
             if missing:
                 raise InputError(
-                    f"There is no query {missing[0]!r} in {self.query_patterns}; it holds {', '.join(list(found)[:5])} …"
+                    f"There is no query {missing[0]!r} in {self.query_patterns}; it holds "
+                    f"{', '.join(list(found)[:5])} …"
                 )
             found = {key: found[key] for key in self.query_keys}
         if not found:
@@ -116,7 +119,8 @@ class AttributionDataModule(LightningDataModule):
         for query in queries:
             if query.latent.shape != queries[0].latent.shape or query.text.shape[1:] != queries[0].text.shape[1:]:
                 raise InputError(
-                    f"The queries {queries[0].key!r} and {query.key!r} differ in shape; all queries of a run must have one shape."
+                    f"The queries {queries[0].key!r} and {query.key!r} differ in shape; all queries of a run must "
+                    "have one shape."
                 )
         return queries
 

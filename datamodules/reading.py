@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, BinaryIO, cast
 
-from lightning_unlearn.datamodules.remote import RemoteFile
 from typing_extensions import override
 from webdataset import tariterators
 from webdataset.gopen import gopen
 
+from lightning_unlearn.datamodules.remote import RemoteFile
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.samples import PICTURE_FIELDS, Sample, decode_sample
 from lightning_unlearn.shards import ShardInfo

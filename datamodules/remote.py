@@ -17,8 +17,8 @@ TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 class RemoteFile:
     """The bytes at an http(s) address; where a connection breaks, reading goes on from there.
 
-    WebDataset reads from a ``curl`` process with 30 retries. It can't tell a broken connection from the end of the file
-    before that process has ended, and what a retry brings is put behind what was there already.
+    WebDataset reads from a ``curl`` process, which does not take up a connection that breaks within a file: the shard
+    would have to be read again from its start. Nor is a connection that is refused tried again.
 
     Args:
         url: The address.

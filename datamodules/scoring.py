@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lightning_unlearn.datamodules.reading import read_fields
 from torch.utils.data import IterableDataset, get_worker_info
 
+from lightning_unlearn.datamodules.reading import read_fields
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.samples import Sample, SampleBatch, collate_samples, decode_sample
 from lightning_unlearn.shards import ShardInfo, shard_id
@@ -15,8 +15,8 @@ from lightning_unlearn.shards import ShardInfo, shard_id
 class ScoringStream(IterableDataset[SampleBatch]):
     """One rank's shards, each read by one worker from its first sample to its last.
 
-    A shard's last batch carries the count of its samples. A shard that can't be read to its end gives a batch with the error
-    instead, so that the other shards go on.
+    A shard's last batch carries the count of its samples. A shard that can't be read to its end gives a batch with the
+    error instead, so that the other shards go on.
 
     Args:
         shards: The shards of this rank.
@@ -80,6 +80,8 @@ def check_shapes(sample: Sample, query: Sample, url: str) -> None:
     """
     if sample.latent.shape != query.latent.shape or sample.text.shape[1:] != query.text.shape[1:]:
         raise InputError(
-            f"Sample {sample.key!r} in {url} has latent {tuple(sample.latent.shape)} and text {tuple(sample.text.shape[1:])}, "
-            f"but the query {query.key!r} has {tuple(query.latent.shape)} and {tuple(query.text.shape[1:])}; prepare both in the same way."
+            f"Sample {sample.key!r} in {url} has latent {tuple(sample.latent.shape)} and text "
+            f"{tuple(sample.text.shape[1:])}, "
+            f"but the query {query.key!r} has {tuple(query.latent.shape)} and {tuple(query.text.shape[1:])}; "
+            "prepare both in the same way."
         )

@@ -8,11 +8,11 @@ from itertools import islice
 from pathlib import Path
 
 from lightning.pytorch import LightningDataModule
-from lightning_unlearn.datamodules.reading import read_samples
-from lightning_unlearn.datamodules.sources import list_shards
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.filters import shuffle as shuffle_buffer
 
+from lightning_unlearn.datamodules.reading import read_samples
+from lightning_unlearn.datamodules.sources import list_shards
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import seed_of
 from lightning_unlearn.samples import Sample, SampleBatch, collate_samples

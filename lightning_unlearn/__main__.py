@@ -1,4 +1,4 @@
-"""``python -m lightning_unlearn``: the command line, in the form in which Lightning's launcher can start it again for each process."""
+"""``python -m lightning_unlearn``: the command line, as Lightning's launcher starts it again for each process."""
 
 import sys
 

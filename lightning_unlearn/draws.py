@@ -56,7 +56,8 @@ def draw_batches(
 ) -> list[DrawBatch]:
     """One rank's share of a step's draws of a target, in batches; the same number of batches on every rank.
 
-    Rank ``r`` takes the draws ``first + r``, ``first + r + world_size``, … Draw ``n`` takes caption ``n`` modulo their number.
+    Rank ``r`` takes the draws ``first + r``, ``first + r + world_size``, … Draw ``n`` takes caption ``n`` modulo their
+    number.
 
     Args:
         sample: The target's picture.
@@ -102,7 +103,8 @@ def draw_for_target(
 ) -> tuple[Tensor, Tensor]:
     """(timestep, noise) draws of a target, each keyed by its number.
 
-    Draw ``n`` of ``total`` is uniform in the stratum ``n mod total`` of the schedule; numbers from ``total`` on belong to later steps.
+    Draw ``n`` of ``total`` is uniform in the stratum ``n mod total`` of the schedule; numbers from ``total`` on belong
+    to later steps.
 
     Args:
         stream: ``"unlearning"`` for gradients, ``"rise"`` for the target's loss before and after.

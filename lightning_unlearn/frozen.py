@@ -19,7 +19,8 @@ from lightning_unlearn.samples import ViewBatch
 class FrozenModule(LightningModule):
     """A LightningModule whose network never changes, and whose parameters are deltas of it.
 
-    The network is in eval mode and left out of checkpoints, which say for which network, Fisher and queries their deltas are.
+    The network is in eval mode and left out of checkpoints, which say for which network, Fisher and queries their
+    deltas are.
 
     Args:
         network: The denoiser.
@@ -86,7 +87,8 @@ class FrozenModule(LightningModule):
         about = read_targets(checkpoint, "The checkpoint")
         if about["fingerprints"]["weights"] != self.weights_fingerprint():
             raise InputError(
-                "The deltas in the checkpoint were made for other weights than this network's; unlearn the queries again."
+                "The deltas in the checkpoint were made for other weights than this network's; unlearn the "
+                "queries again."
             )
         if self.trainer.state.fn == "fit" and about["targets"] != self.targets:
             raise InputError("The checkpoint was made for other queries; unlearn these anew, without ckpt_path.")
@@ -107,7 +109,8 @@ class FrozenModule(LightningModule):
         theirs = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
         if shapes != theirs:
             raise InputError(
-                "The deltas in the checkpoint are of other layers than the chosen ones; use the parameters they were made with."
+                "The deltas in the checkpoint are of other layers than the chosen ones; use the parameters they "
+                "were made with."
             )
         store.load_state_dict({name.removeprefix("deltas."): value for name, value in checkpoint["state_dict"].items()})
         self.deltas = store
@@ -116,11 +119,12 @@ class FrozenModule(LightningModule):
         self._fingerprints |= about["fingerprints"]
 
     def _exact(self) -> None:
-        """A delta is some 1e-4 of its weight: half precision would lose and TF32 drown it; the one is refused, the other off."""
+        """A delta is some 1e-4 of its weight: half precision would lose it, TF32 drown it, so both are off."""
         for name, parameter in layer_parameters(self.layers).items():
             if torch.promote_types(parameter.dtype, torch.float32) != parameter.dtype:
                 raise InputError(
-                    f"{name} is {parameter.dtype}, in which a delta would be lost; load the network in float32 and use precision 32-true."
+                    f"{name} is {parameter.dtype}, in which a delta would be lost; load the network in float32 "
+                    "and use precision 32-true."
                 )
         if self._tf32 is None:
             self._tf32 = (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
@@ -150,7 +154,8 @@ class FrozenModule(LightningModule):
         """What identifies the deltas.
 
         Returns:
-            Digests of the network's weights and objective, the Fisher, the unlearning's settings and queries, and the deltas.
+            Digests of the network's weights and objective, the Fisher, the unlearning's settings and queries, and the
+            deltas.
         """
         deltas = self.deltas.named() if self.deltas is not None else {}
         return {

@@ -36,8 +36,8 @@ class UnlearningModule(FrozenModule):
         τ(\hat z, z) = L(z, θ_{\hat z}) - L(z, θ_0)
 
     Wang et al. (arXiv 2406.09408, Eqs. 4 to 6). The deltas :math:`θ_{\hat z} - θ_0` of all queries are the module's
-    parameters, so that gradient accumulation, their reduction over ranks and checkpoints are Lightning's. The network is
-    frozen, in eval mode, and left out of checkpoints. It needs a datamodule with ``queries``, such as
+    parameters, so that gradient accumulation, their reduction over ranks and checkpoints are Lightning's. The network
+    is frozen, in eval mode, and left out of checkpoints. It needs a datamodule with ``queries``, such as
     :class:`~lightning_unlearn.datamodules.AttributionDataModule`.
 
     Args:
@@ -75,7 +75,7 @@ class UnlearningModule(FrozenModule):
     ) -> None:
         if rise_draws < 1:
             raise InputError(f"rise_draws must be at least 1, but is {rise_draws}.")
-        # Run-time settings are not hyper-parameters: LightningCLI would let those of a checkpoint override the command line.
+        # Run-time settings are not hyper-parameters: in LightningCLI a checkpoint's override the command line.
         if objective is None:
             objective = DenoisingObjective(network if isinstance(network, str) else None)
         super().__init__(load_network(network, weights, prefix, averaged), objective, parameters)
@@ -93,14 +93,15 @@ class UnlearningModule(FrozenModule):
         queries: list[Sample] | None = getattr(getattr(self.trainer, "datamodule", None), "queries", None)
         if queries is None:
             raise InputError(
-                "UnlearningModule needs a datamodule with queries: pass AttributionDataModule(queries=…) to trainer.fit."
+                "UnlearningModule needs a datamodule with queries: pass AttributionDataModule(queries=…) to "
+                "trainer.fit."
             )
         return queries
 
     # ------------------------------------------------------------------ fit: unlearning
 
     def configure_model(self) -> None:
-        """Make the deltas, one a query; Lightning calls this before it restores a checkpoint. In predict they come from the checkpoint."""
+        """Make the deltas, one a query, before a checkpoint is restored; in predict they come from the checkpoint."""
         if self.trainer.state.fn == "fit":
             self.deltas = DeltaStore(layer_parameters(self.layers), [query.key for query in self._queries()])
 
@@ -115,7 +116,8 @@ class UnlearningModule(FrozenModule):
         """
         if self.trainer.precision in ("16-true", "bf16-true", "transformer-engine"):
             raise InputError(
-                f"Precision {self.trainer.precision} would round the deltas away; use 32-true, or bf16-mixed for scoring."
+                f"Precision {self.trainer.precision} would round the deltas away; use 32-true, or bf16-mixed for "
+                "scoring."
             )
         if stage != "fit":
             return
@@ -123,7 +125,8 @@ class UnlearningModule(FrozenModule):
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
         if self.trainer.precision not in ("32-true", "64-true"):
             raise InputError(
-                f"The rise of a query's loss can't be measured in precision {self.trainer.precision}; unlearn with 32-true."
+                f"The rise of a query's loss can't be measured in precision {self.trainer.precision}; unlearn "
+                "with 32-true."
             )
         if self.trainer.gradient_clip_val is not None:
             raise InputError(
@@ -131,11 +134,13 @@ class UnlearningModule(FrozenModule):
             )
         if self.fisher_source is None:
             raise InputError(
-                "Unlearning needs a Fisher: train with FisherAccumulator or run `lightning-unlearn fisher`, and pass its file as fisher."
+                "Unlearning needs a Fisher: train with FisherAccumulator or run `lightning-unlearn fisher`, and "
+                "pass its file as fisher."
             )
         if self.trainer.current_epoch > 0:
             raise InputError(
-                "This Trainer has run fit before and would count its epochs as steps of the unlearning; make a new Trainer."
+                "This Trainer has run fit before and would count its epochs as steps of the unlearning; make a "
+                "new Trainer."
             )
         # What an earlier fit of this module left; a checkpoint, if there is one, is loaded after this.
         self._problem, self._base_losses, self.results = None, None, {}
@@ -148,7 +153,8 @@ class UnlearningModule(FrozenModule):
         """Load the Fisher, see that it is this network's, and set up the problem.
 
         Raises:
-            InputError: If the Fisher is of another model, or fit goes on from a checkpoint that was made in another way.
+            InputError: If the Fisher is of another model, or fit goes on from a checkpoint that was made in another
+                way.
         """
         if self._problem is not None:
             return
@@ -161,7 +167,8 @@ class UnlearningModule(FrozenModule):
         }
         if any(self._fingerprints.get(name, value) != value for name, value in made.items()):
             raise InputError(
-                "The checkpoint's deltas were made with another Fisher, other queries, draws or settings; unlearn anew, without ckpt_path."
+                "The checkpoint's deltas were made with another Fisher, other queries, draws or settings; "
+                "unlearn anew, without ckpt_path."
             )
         self._fingerprints |= made
         self.settings = self.unlearning_settings()
@@ -183,12 +190,14 @@ class UnlearningModule(FrozenModule):
             if theirs != spec:
                 what = f"has {theirs.weight_shape}" if theirs else "lacks it"
                 raise InputError(
-                    f"The Fisher in {where} is of another model or selection: layer {name} is {spec.weight_shape} here, but it {what}."
+                    f"The Fisher in {where} is of another model or selection: layer {name} is {spec.weight_shape} "
+                    f"here, but it {what}."
                 )
         distance = relative_distance(layer_parameters(self.layers), fisher.weights)
         if distance > FAR:
             rank_zero_warn(
-                f"The weights lie {distance:.0%} of their norm from those the Fisher in {where} was taken at; take it in the last part of training."
+                f"The weights lie {distance:.0%} of their norm from those the Fisher in {where} was taken at; "
+                "take it in the last part of training."
             )
         return fisher
 
@@ -205,7 +214,8 @@ class UnlearningModule(FrozenModule):
         batches = int(self.trainer.num_training_batches)
         if batches < len(self.trainer.datamodule.train_dataloader()):
             raise InputError(
-                "The Trainer leaves draws out, so the step would be wrong; don't use limit_train_batches, overfit_batches or fast_dev_run, but fewer draws."
+                "The Trainer leaves draws out, so the step would be wrong; don't use limit_train_batches, "
+                "overfit_batches or fast_dev_run, but fewer draws."
             )
         self.trainer.accumulate_grad_batches = batches
 
@@ -217,8 +227,8 @@ class UnlearningModule(FrozenModule):
             batch_idx: Its number.
 
         Returns:
-            A scalar. Scaled so that the gradient that reaches the optimizer is that of the sum over all draws divided by
-            their number, whatever gradient accumulation and DDP's mean divide by.
+            A scalar. Scaled so that the gradient that reaches the optimizer is that of the sum over all draws divided
+            by their number, whatever gradient accumulation and DDP's mean divide by.
         """
         assert self.deltas is not None
         weights = target_weights(layer_parameters(self.layers), self.deltas.named(), batch.target)
@@ -310,7 +320,8 @@ class UnlearningModule(FrozenModule):
         for target, loss_before, loss_after, penalty in zip(self.targets, before, after, penalties, strict=True):
             if not abs(loss_after) < float("inf"):
                 raise InputError(
-                    f"The loss of {target!r} is {loss_after} after unlearning; choose a smaller step, and check the model and the Fisher."
+                    f"The loss of {target!r} is {loss_after} after unlearning; choose a smaller step, and check "
+                    "the model and the Fisher."
                 )
             result = {
                 "loss_before": loss_before,

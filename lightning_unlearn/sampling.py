@@ -23,7 +23,9 @@ def generate(
     seeds: Sequence[int],
     steps: int = 40,
 ) -> Tensor:
-    """Generate latents by DDIM without noise of its own (Song et al., arXiv 2010.02502, Eq. 12 with σ = 0) and without guidance.
+    """Generate latents by DDIM, without noise of its own and without guidance.
+
+    Song et al. (arXiv 2010.02502, Eq. 12 with σ = 0).
 
     Args:
         network: A network of a known family.

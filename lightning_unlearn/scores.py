@@ -1,7 +1,8 @@
 """The score table: rules that reduce deviations, and the Parquet files they are kept in.
 
-A run's folder holds ``run.json`` (settings, fingerprints, targets, shards) and ``scores/``, one Parquet file a shard, with the
-columns ``key``, ``shard``, ``base_loss`` and a score for each query under the query's key, prefixed with ``score:``.
+A run's folder holds ``run.json`` (settings, fingerprints, targets, shards) and ``scores/``, one Parquet file a shard,
+with the columns ``key``, ``shard``, ``base_loss`` and a score for each query under the query's key, prefixed with
+``score:``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +160,8 @@ def write_shard_scores(
         write_atomically(path, stream.getvalue())
     except OSError as error:
         raise InputError(
-            f"The scores of shard {shard} can't be written to {path} ({error.strerror}); free the disk and run again: finished shards are kept."
+            f"The scores of shard {shard} can't be written to {path} ({error.strerror}); free the disk and run "
+            "again: finished shards are kept."
         ) from None
 
 
@@ -235,7 +238,8 @@ def read_scores(folder: str | Path, *, partial: bool = False) -> ScoreTable:
         note = folder / FAILED / f"{example}.json"
         why = f" ({json.loads(note.read_bytes())['error']})" if note.is_file() else ""
         raise InputError(
-            f"{len(missing)} of {len(run['shards'])} shards are not scored yet, e.g. {run['shards'][example]['url']}{why}; run the same command again."
+            f"{len(missing)} of {len(run['shards'])} shards are not scored yet, e.g. "
+            f"{run['shards'][example]['url']}{why}; run the same command again."
         )
     digest = run_digest(run["fingerprints"]).encode()
     tables = []
@@ -244,7 +248,8 @@ def read_scores(folder: str | Path, *, partial: bool = False) -> ScoreTable:
             table = pq.read_table(shard_path(folder, shard))
         except (pa.ArrowException, OSError) as error:
             raise InputError(
-                f"{shard_path(folder, shard)} can't be read ({str(error).splitlines()[0]}); remove it and run the same command again."
+                f"{shard_path(folder, shard)} can't be read ({str(error).splitlines()[0]}); remove it and run the "
+                "same command again."
             ) from None
         if (table.schema.metadata or {}).get(b"run") != digest:
             raise InputError(
@@ -257,10 +262,11 @@ def read_scores(folder: str | Path, *, partial: bool = False) -> ScoreTable:
     keys = joined.column("key").to_pylist()
     order = sorted(range(len(keys)), key=keys.__getitem__)
     shards = joined.column("shard").to_pylist()
-    for first, second in zip(order, order[1:], strict=False):
+    for first, second in pairwise(order):
         if keys[first] == keys[second]:
             raise InputError(
-                f"The key {keys[first]!r} stands in {shards[first]} and in {shards[second]}; keys must be unique over all shards."
+                f"The key {keys[first]!r} stands in {shards[first]} and in {shards[second]}; keys must be unique "
+                "over all shards."
             )
     queries = [name.removeprefix(PREFIX) for name in joined.column_names if name.startswith(PREFIX)]
     scores = np.stack([joined.column(PREFIX + query).to_numpy() for query in queries], 1)

@@ -1,8 +1,8 @@
 """Which views a sample is scored on, and their noise, as a pure function of a seed.
 
-A view is one evaluation of a sample's loss: a caption, a flip, a timestep and a noise. Everything is drawn on the CPU and
-keyed by names, so that batches, workers, ranks, the order of shards or a restart can't change it. Unlearning draws and scoring
-views come from streams with different names, which never meet.
+A view is one evaluation of a sample's loss: a caption, a flip, a timestep and a noise. Everything is drawn on the CPU
+and keyed by names, so that batches, workers, ranks, the order of shards or a restart can't change it. Unlearning draws
+and scoring views come from streams with different names, which never meet.
 """
 
 from __future__ import annotations
@@ -141,7 +141,8 @@ class Views:
         """
         if self.flips and batch.latents_flip is None:
             raise InputError(
-                "Flips are scored, but the shards hold no latent_flip.npy; prepare them with flips, or set flips to false."
+                "Flips are scored, but the shards hold no latent_flip.npy; prepare them with flips, or set flips "
+                "to false."
             )
         timesteps = self.draw_timesteps(num_timesteps).to(batch.latents.device)
         for flip in range(1 + self.flips):

@@ -3,8 +3,8 @@
     lightning-unlearn fit --config configs/train_sample.yaml
     python scripts/export_sample_model.py runs/train_sample
 
-It first checks that the model has learned: of 50 pictures generated for training captions, how many have their own caption's picture
-among the five nearest training pictures.
+It first checks that the model has learned: of 50 pictures generated for training captions, how many have their own
+caption's picture among the five nearest training pictures.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import numpy as np
 import safetensors.torch
 import torch
 import yaml
-from lightning_unlearn.datamodules.reading import read_samples
-from lightning_unlearn.datamodules.sources import list_shards
 from PIL import Image
 from torch import Tensor, nn
 
+from lightning_unlearn.datamodules.reading import read_samples
+from lightning_unlearn.datamodules.sources import list_shards
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import seed_of
 from lightning_unlearn.fisher import load_fisher
@@ -87,7 +87,8 @@ def check(network: nn.Module, samples: list[Sample], sheet: str | None) -> int:
     training = torch.stack([sample.latent for sample in samples])
     ranks = [nearest_rank(picture, own, training) for picture, own in zip(pictures, chosen, strict=True)]
     print(
-        f"own picture nearest: {sum(rank == 0 for rank in ranks)} of 50, among the five nearest: {sum(rank < 5 for rank in ranks)} of 50"
+        f"own picture nearest: {sum(rank == 0 for rank in ranks)} of 50, among the five nearest: "
+        f"{sum(rank < 5 for rank in ranks)} of 50"
     )
     if sheet is not None:
         rows = [torch.cat(list(pictures[start : start + 10]), 2) for start in range(0, 50, 10)]

@@ -13,10 +13,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from lightning_unlearn.datamodules.reading import read_samples
-from lightning_unlearn.datamodules.sources import list_shards
 from PIL import Image
 
+from lightning_unlearn.datamodules.reading import read_samples
+from lightning_unlearn.datamodules.sources import list_shards
 from lightning_unlearn.samples import Sample
 from lightning_unlearn.scores import read_scores
 

@@ -55,10 +55,11 @@ class NaturalGradient(torch.optim.Optimizer):
 class Newton(Strategy):
     r"""One or many steps of :math:`θ \leftarrow θ + \frac{α}{N} F^{-1} ∇L(\hat z, θ)`.
 
-    Wang et al. (arXiv 2406.09408, Eq. 5 and Appendix A). As there, the term :math:`N F (θ - θ_0)` is left out of later steps.
-    The size of the steps is given either as in the paper (``alpha`` and ``N``), or as the relative rise of the target's own
-    loss after the last of them (``target_increase``), which, unlike α, carries over from one model to another: after
-    step ``s`` of ``S`` the rise is ``s/S`` of it.
+    Wang et al. (arXiv 2406.09408, Eq. 5 and Appendix A). As there, the term :math:`N F (θ - θ_0)` is left out of later
+    steps.
+    The size of the steps is given either as in the paper (``alpha`` and ``N``), or as the relative rise of the target's
+    own loss after the last of them (``target_increase``), which, unlike α, carries over from one model to another:
+    after step ``s`` of ``S`` the rise is ``s/S`` of it.
 
     Args:
         steps: Number of steps.

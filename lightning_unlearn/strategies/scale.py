@@ -12,8 +12,8 @@ from lightning_unlearn.errors import InputError
 # The rise is found to this relative accuracy, near what float32 losses allow: the scale then depends on the losses
 # alone, not on how the search happened to get there, and any number of processes finds the same one.
 TOLERANCE = 1e-6
-# Where rounding doesn't let the loss come that near, the search ends when its bracket is this narrow, if the rise is about right;
-# if it isn't, the loss jumps over it, or turns NaN before it.
+# Where rounding doesn't let the loss come that near, the search ends when its bracket is this narrow, if the rise is
+# about right; if it isn't, the loss jumps over it, or turns NaN before it.
 NARROW, ABOUT = 1e-9, 1e-2
 MAX_EVALUATIONS = 40
 
@@ -25,7 +25,7 @@ def find_scales(
     targets: Sequence[str],
     risen: Tensor | None = None,
 ) -> Tensor:
-    """Scales at which all targets' losses have risen by ``wanted``, by bracketing and the Illinois form of regula falsi.
+    """Scales at which all targets' losses have risen by ``wanted``, by bracketing and regula falsi (Illinois).
 
     All targets are searched at once, each in its own bracket; whoever is done stays where it is.
 
@@ -50,12 +50,15 @@ def find_scales(
     flat = [target for target, slope in zip(targets, slopes.tolist(), strict=True) if not 0 < slope < float("inf")]
     if flat:
         raise InputError(
-            f"The loss of {flat[0]!r} has no finite gradient in the chosen weights, so it can't be unlearned; choose other weights, or check the model."
+            f"The loss of {flat[0]!r} has no finite gradient in the chosen weights, so it can't be unlearned; "
+            "choose other weights, or check the model."
         )
     low_value = (torch.zeros_like(slopes) if risen is None else risen.double()) - wanted
     beyond = [target for target, value in zip(targets, low_value.tolist(), strict=True) if value >= 0]
     if beyond:
-        raise InputError(f"The loss of {beyond[0]!r} lies above what is wanted before the step; use fewer steps, or one.")
+        raise InputError(
+            f"The loss of {beyond[0]!r} lies above what is wanted before the step; use fewer steps, or one."
+        )
     scale = -low_value / slopes
     low = torch.zeros_like(scale)
     high, high_value = torch.full_like(scale, torch.inf), torch.full_like(scale, torch.nan)
@@ -67,8 +70,8 @@ def find_scales(
         done |= value.abs() <= torch.where(narrow, ABOUT, TOLERANCE) * wanted
         if bool(done.all()):
             return scale
-        # A step so long that the loss is NaN went too far, however little we know of it; and a loss far above the wanted one
-        # says hardly more: taken as it is, it would keep the next scales near the lower end.
+        # A step so long that the loss is NaN went too far, however little we know of it; and a loss far above the
+        # wanted one says hardly more: taken as it is, it would keep the next scales near the lower end.
         above = (value > 0) | value.isnan()
         value = value.nan_to_num(nan=wanted).clamp(max=wanted)
         # Illinois: when the same end moves twice, halve the value at the other, or it would never move.

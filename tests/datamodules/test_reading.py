@@ -345,7 +345,7 @@ def free_port() -> int:
 
 def test_refused_connection_is_tried_again_and_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(remote.time, "sleep", waits.append)
+    monkeypatch.setattr(time, "sleep", waits.append)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     assert "refused" in refusal(f"http://127.0.0.1:{free_port()}/x.tar")
     assert waits == list(remote.WAITS)

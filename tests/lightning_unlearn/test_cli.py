@@ -212,7 +212,11 @@ def test_checkpoint_that_is_missing_unsafe_or_of_something_else_gets_one_sentenc
 ) -> None:
     torch.save({"state_dict": {"a": torch.ones(1)}, "hyper_parameters": {"lr": 1.0}}, tmp_path / "training.ckpt")
     torch.save({"code": Path("x")}, tmp_path / "unsafe.ckpt")
-    for name, part in (("missing", "no checkpoint"), ("training", "holds no deltas"), ("unsafe", "without running code")):
+    for name, part in (
+        ("missing", "no checkpoint"),
+        ("training", "holds no deltas"),
+        ("unsafe", "without running code"),
+    ):
         status, _, err = ends(command, "--config", config, "--ckpt_path", tmp_path / f"{name}.ckpt")
         assert_one_sentence(status, err, f"{name}.ckpt", part)
 
@@ -286,7 +290,9 @@ def test_prepare_makes_shards_that_can_be_read_of_ready_arrays(ends: Ends, tmp_p
     (tmp_path / "prepare.yaml").write_text(
         yaml.safe_dump({name: str(tmp_path / path) for name, path in options.items()})
     )
-    status, out, _ = ends("prepare", "--config", tmp_path / "prepare.yaml", "--samples_per_shard", "2", "--dtype", "float32")
+    status, out, _ = ends(
+        "prepare", "--config", tmp_path / "prepare.yaml", "--samples_per_shard", "2", "--dtype", "float32"
+    )
     assert status == 0
     assert out.splitlines()[-1] == f"5 samples in 3 shards written to {tmp_path / 'shards'}."
     samples = sorted(

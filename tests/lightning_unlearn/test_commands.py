@@ -16,19 +16,24 @@ import pytest
 import torch
 from attribution_runs import SAMPLES, toy_model
 from command_toys import run, run_program, toy_config, write_config
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning_unlearn.callbacks import FisherAccumulator, ScoreWriter
 from lightning_unlearn.datamodules import AttributionDataModule, TrainingDataModule
-from toys import DIM, ToyDenoiser, tiny_unet
+from lightning_unlearn.datamodules.sources import list_shards
+from lightning_unlearn.datamodules.training import TrainingStream
+from torch.utils.data import DataLoader
+from toys import ToyDenoiser, tiny_unet
 
 from lightning_unlearn.cli import main
+from lightning_unlearn.fingerprints import seed_of
 from lightning_unlearn.fisher import load_fisher
 from lightning_unlearn.loading import load_network
 from lightning_unlearn.module import UnlearningModule
 from lightning_unlearn.objective import DenoisingObjective
 from lightning_unlearn.scores import ScoreTable, read_scores
 from lightning_unlearn.training import FisherPass
+from lightning_unlearn.views import Views
 
 QUIET = ["--trainer.enable_progress_bar", "false"]
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
@@ -279,7 +284,9 @@ def test_scores_in_half_precision_say_how_they_rank_against_float32(
 def test_unlearning_in_half_precision_is_refused(
     precision: str, remedy: str, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = refused(capsys, "attribute", "--config", config, "--output", tmp_path / "run", "--trainer.precision", precision)
+    said = refused(
+        capsys, "attribute", "--config", config, "--output", tmp_path / "run", "--trainer.precision", precision
+    )
     assert precision in said
     assert remedy in said
 
@@ -493,7 +500,7 @@ def test_foreign_checkpoint_from_python(somebodys: Path, tmp_path: Path) -> None
 
     module = UnlearningModule(
         ToyDenoiser(), TheirObjective(2.0), str(tmp_path / "fisher.safetensors"), ["text", r"conv_.*"], rise_draws=4,
-        weights=str(somebodys / "plain.ckpt"), prefix="model.unet.", views=UNLEARNING_VIEWS,
+        weights=str(somebodys / "plain.ckpt"), prefix="model.unet.", views=Views(2),
     )  # fmt: skip
     data = AttributionDataModule(
         str(toy_model() / "train"), str(toy_model() / "queries"), draws=6, draw_batch_size=4, batch_size=4
@@ -512,3 +519,78 @@ def test_wrong_prefix_names_those_that_hold_the_network(
 ) -> None:
     config = write_config(tmp_path / "theirs.yaml", somebodys_config(somebodys, "plain.ckpt", prefix="unet."))
     assert "'model.unet.'" in refused(capsys, "attribute", "--config", config)
+
+
+# ---------------------------------------------------------------------- two processes, started by the program itself
+
+
+def test_attribute_in_two_processes_gives_the_same_scores_and_says_everything_once(
+    config: str, attributed: Path, tmp_path: Path
+) -> None:
+    done = run_program("attribute", "--config", config, "--output", "run", *TWO, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    ours = read_scores(tmp_path / "run")
+    assert ours.run["world_size"] == 2
+    assert_same_scores(ours, read_scores(attributed))
+    for line in (
+        "Unlearning 2 queries with 6 draws each on cpu …",
+        "Deltas: run/deltas.ckpt",
+        f"Scoring {SAMPLES} samples in 5 shards on cpu …",
+        "Report: run/report.html",
+    ):
+        assert done.stdout.splitlines().count(line) == 1
+    noise = (
+        "Warning",
+        "warn(",
+        "Tip",
+        "sync_dist",
+        "deprecated",
+        "max_epochs",
+        "eval mode",
+        "workers",
+        "args parameter",
+    )
+    assert [word for word in noise if word in done.stdout + done.stderr] == []
+
+
+class OneRanksPass(FisherPass):
+    """A Fisher pass as one of two ranks makes it."""
+
+    def __init__(self, rank: int) -> None:
+        network = load_network(tiny_unet(), str(toy_model() / "network.pt"))
+        super().__init__(network, DenoisingObjective(), "text_kv")
+        self.rank = rank
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        torch.manual_seed(seed_of("fisher", 0, self.rank))
+
+
+class OneRanksData(LightningDataModule):
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        shards = list_shards(str(toy_model() / "train"))
+        stream = TrainingStream(shards, self.rank, 2, 4, SAMPLES // 8, seed=0, keys=None, shuffle=5000)
+        return DataLoader(stream, batch_size=None)
+
+
+def test_fisher_in_two_processes_sums_over_ranks(config: str, tmp_path: Path) -> None:
+    options = ("--passes", "1", "--output", "fisher.safetensors")
+    done = run_program("fisher", "--config", config, *options, *QUIET, *TWO, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    fisher = load_fisher(str(tmp_path / "fisher.safetensors"))
+    assert fisher.count == SAMPLES
+    expected: dict[str, torch.Tensor] = {}
+    for rank in (0, 1):
+        accumulator = FisherAccumulator("network", path=str(tmp_path / f"rank-{rank}.safetensors"))
+        Trainer(
+            max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            callbacks=[accumulator],
+        ).fit(OneRanksPass(rank), OneRanksData(rank))  # fmt: skip
+        for name, total in load_fisher(str(tmp_path / f"rank-{rank}.safetensors")).tensors().items():
+            expected[name] = expected.get(name, 0) + total
+    for name, total in fisher.tensors().items():
+        torch.testing.assert_close(total, expected[name], rtol=1e-5, atol=0)
