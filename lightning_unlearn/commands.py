@@ -83,7 +83,8 @@ def predict(arguments: list[str]) -> None:
         arguments: Options.
     """
     with quiet(), one_sentence():
-        TrainerCLI("predict", arguments, "Score under the deltas of a checkpoint: Lightning's predict.", run=True)
+        description = "Score under the deltas of a checkpoint: Lightning's predict."
+        TrainerCLI("predict", arguments, description, run=True, enable_checkpointing=False)
 
 
 def attribute(arguments: list[str]) -> None:

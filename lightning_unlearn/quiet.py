@@ -16,6 +16,8 @@ _WARNINGS = (
     r"It is recommended to use `self\.log\('(loss_before|loss_after|rise|penalty)/",
     r"Starting from v1\.9\.0, `tensorboardX` has been removed",  # Lightning's own default logger, not the user's choice
 )
+# Of the Fisher's passes, which take no step.
+_STEP_WARNINGS = (r"`LightningModule.configure_optimizers` returned `None`",)
 _HINTS = re.compile("💡 Tip:|TPU available:")
 # Of a Trainer that a command steers; the command itself says what it does.
 _STEPS = re.compile(
@@ -46,7 +48,7 @@ def quiet(*, steps: bool = False) -> Iterator[None]:
         logger.addFilter(wanted)
     try:
         with warnings.catch_warnings():
-            for message in _WARNINGS:
+            for message in (*_WARNINGS, *(_STEP_WARNINGS if steps else ())):
                 warnings.filterwarnings("ignore", message=message)
             yield
     finally:

@@ -1,18 +1,24 @@
-"""Toy runs of the command line: a YAML file, as a user would write it, on the shards and the network of attribution_runs."""
+"""Toy runs of the command line: a YAML file as a user writes it, shards, and a small trained network with its Fisher."""
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
-from attribution_runs import toy_model
-from toys import DIM, LATENT
+from toys import DIM, LATENT, TOKENS, tiny_unet, toy_shards
 
 from lightning_unlearn.cli import main
+from lightning_unlearn.objective import DenoisingObjective
+from lightning_unlearn.samples import ViewBatch
+
+SAMPLES, SHARDS = 24, 5
 
 UNET: dict[str, Any] = {
     "class_path": "diffusers.UNet2DConditionModel",
@@ -29,6 +35,36 @@ UNET: dict[str, Any] = {
         "norm_num_groups": 4,
     },
 }
+
+
+_FOLDERS: list[tempfile.TemporaryDirectory[str]] = []
+
+
+@functools.cache
+def toy_folder() -> Path:
+    """A folder with training shards, queries, the weights of a tiny UNet that learned a little, and its Fisher."""
+    _FOLDERS.append(tempfile.TemporaryDirectory(prefix="command-toys-"))
+    folder = Path(_FOLDERS[-1].name)
+    toy_shards(folder / "train", SAMPLES, 5)
+    toy_shards(folder / "queries", 2, 2, prefix="query")
+    network, objective = tiny_unet(), DenoisingObjective()
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(40):
+        batch = ViewBatch(
+            torch.randn(8, *LATENT, generator=generator), torch.randn(8, TOKENS, DIM, generator=generator)
+        )
+        timesteps = torch.randint(0, objective.num_timesteps, (8,), generator=generator)
+        loss = objective(network, batch, timesteps, torch.randn(batch.latents.shape, generator=generator)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    torch.save(network.state_dict(), folder / "network.pt")
+    os.environ["TOYS"] = str(folder)
+    (folder / "toy.yaml").write_text(yaml.safe_dump(toy_config()))
+    made = ("--passes", "2", "--output", folder / "fisher.safetensors", "--trainer.enable_progress_bar", "false")
+    run("fisher", "--config", folder / "toy.yaml", *made)
+    return folder
 
 
 def toy_config() -> dict[str, Any]:
@@ -61,7 +97,7 @@ def toy_config() -> dict[str, Any]:
 
 def write_config(path: Path, config: dict[str, Any] | None = None) -> str:
     """Write a YAML file, by default the toy one."""
-    os.environ["TOYS"] = str(toy_model())
+    os.environ["TOYS"] = str(toy_folder())
     path.write_text(yaml.safe_dump(config or toy_config(), sort_keys=False))
     return str(path)
 

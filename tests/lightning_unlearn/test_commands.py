@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from attribution_runs import SAMPLES, toy_model
-from command_toys import run, run_program, toy_config, write_config
+from command_toys import SAMPLES, run, run_program, toy_config, toy_folder, write_config
 from lightning.pytorch import Callback, LightningDataModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning_unlearn.callbacks import FisherAccumulator, ScoreWriter
 from lightning_unlearn.datamodules import AttributionDataModule, TrainingDataModule
 from lightning_unlearn.datamodules.sources import list_shards
@@ -314,18 +313,18 @@ def test_fisher_counts_every_sample_in_every_pass(fisher_file: Path) -> None:
     assert fisher.count == 3 * SAMPLES
     assert fisher.provenance["module"] == "lightning_unlearn.training.FisherPass"
     assert fisher.provenance["objective"] == DenoisingObjective().settings()
-    weights = torch.load(toy_model() / "network.pt", weights_only=True)
+    weights = torch.load(toy_folder() / "network.pt", weights_only=True)
     assert fisher.weights.keys() == fisher.parameter_shapes.keys()
     assert all(torch.equal(weight, weights[name]) for name, weight in fisher.weights.items())
 
 
 def test_fisher_command_is_the_accumulator_over_frozen_passes(fisher_file: Path, tmp_path: Path) -> None:
-    network = load_network(tiny_unet(), str(toy_model() / "network.pt"))
+    network = load_network(tiny_unet(), str(toy_folder() / "network.pt"))
     accumulator = FisherAccumulator("network", path=str(tmp_path / "fisher.safetensors"))
     Trainer(
         max_epochs=3, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         callbacks=[accumulator],
-    ).fit(FisherPass(network, DenoisingObjective(), "text_kv"), TrainingDataModule(str(toy_model() / "train"), 4))  # fmt: skip
+    ).fit(FisherPass(network, DenoisingObjective(), "text_kv"), TrainingDataModule(str(toy_folder() / "train"), 4))  # fmt: skip
     theirs, ours = load_fisher(str(tmp_path / "fisher.safetensors")), load_fisher(str(fisher_file))
     assert theirs.count == ours.count
     assert theirs.tensors().keys() == ours.tensors().keys()
@@ -426,17 +425,17 @@ def somebodys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     from somebodys_module import Training  # type: ignore[import-not-found]
 
     def train(name: str, *callbacks: Callback) -> None:
-        trainer = Trainer(
-            max_epochs=3, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, callbacks=list(callbacks),
-        )  # fmt: skip
-        trainer.fit(Training())
-        trainer.save_checkpoint(folder / name)
+        # Saved while it trains: at its end Lightning puts the averaged weights in the place of the raw ones.
+        saving = ModelCheckpoint(dirpath=folder, filename=name, every_n_train_steps=11)
+        Trainer(
+            max_epochs=3, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+            callbacks=[*callbacks, saving],
+        ).fit(Training())  # fmt: skip
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        train("plain.ckpt")
-        train("averaged.ckpt", EMAWeightAveraging(decay=0.9))
+        train("plain")
+        train("averaged", EMAWeightAveraging(decay=0.9))
     yield folder
     sys.path.remove(str(folder))
 
@@ -503,7 +502,7 @@ def test_foreign_checkpoint_from_python(somebodys: Path, tmp_path: Path) -> None
         weights=str(somebodys / "plain.ckpt"), prefix="model.unet.", views=Views(2),
     )  # fmt: skip
     data = AttributionDataModule(
-        str(toy_model() / "train"), str(toy_model() / "queries"), draws=6, draw_batch_size=4, batch_size=4
+        str(toy_folder() / "train"), str(toy_folder() / "queries"), draws=6, draw_batch_size=4, batch_size=4
     )
     trainer = Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
@@ -557,7 +556,7 @@ class OneRanksPass(FisherPass):
     """A Fisher pass as one of two ranks makes it."""
 
     def __init__(self, rank: int) -> None:
-        network = load_network(tiny_unet(), str(toy_model() / "network.pt"))
+        network = load_network(tiny_unet(), str(toy_folder() / "network.pt"))
         super().__init__(network, DenoisingObjective(), "text_kv")
         self.rank = rank
 
@@ -572,7 +571,7 @@ class OneRanksData(LightningDataModule):
         self.rank = rank
 
     def train_dataloader(self) -> DataLoader[Any]:
-        shards = list_shards(str(toy_model() / "train"))
+        shards = list_shards(str(toy_folder() / "train"))
         stream = TrainingStream(shards, self.rank, 2, 4, SAMPLES // 8, seed=0, keys=None, shuffle=5000)
         return DataLoader(stream, batch_size=None)
 
