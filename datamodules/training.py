@@ -6,16 +6,17 @@ import random
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.filters import shuffle as shuffle_buffer
 
-from lightning_unlearn.datamodules.reading import read_samples
+from lightning_unlearn.datamodules.reading import read_fields
 from lightning_unlearn.datamodules.sources import list_shards
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import seed_of
-from lightning_unlearn.samples import Sample, SampleBatch, collate_samples
+from lightning_unlearn.samples import Sample, SampleBatch, collate_samples, decode_sample
 from lightning_unlearn.shards import ShardInfo
 
 
@@ -83,9 +84,10 @@ class TrainingStream(IterableDataset[SampleBatch]):
             raw = self._chosen(mine, slot, 1 if by_shard else slots)
             rng = random.Random(seed_of("training-samples", self.seed, self.epoch, turn, slot))
             without.update(shard.url for shard in mine)
-            for sample in shuffle_buffer(self.shuffle, initial=self.shuffle, rng=rng)(raw):
+            # Undecoded samples wait in the buffer: float16 bytes, half the size of what they become.
+            for fields in shuffle_buffer(self.shuffle, initial=self.shuffle, rng=rng)(raw):
                 without.clear()
-                yield sample
+                yield decode_sample(fields)
             # With chosen keys, the shards of one turn may hold none of them, and those of the next do.
             if len(without) == len(shards):
                 raise InputError(
@@ -94,14 +96,14 @@ class TrainingStream(IterableDataset[SampleBatch]):
                 )
             turn += 1
 
-    def _chosen(self, shards: list[ShardInfo], slot: int, slots: int) -> Iterator[Sample]:
+    def _chosen(self, shards: list[ShardInfo], slot: int, slots: int) -> Iterator[dict[str, Any]]:
         position = 0
         for shard in shards:
-            for sample in read_samples(shard):
-                if self.keys is not None and sample.key not in self.keys:
+            for fields in read_fields(shard):
+                if self.keys is not None and fields["__key__"] not in self.keys:
                     continue
                 if position % slots == slot % slots:
-                    yield sample
+                    yield fields
                 position += 1
 
 

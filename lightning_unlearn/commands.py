@@ -82,9 +82,9 @@ def predict(arguments: list[str]) -> None:
     Args:
         arguments: Options.
     """
-    with quiet(), one_sentence():
-        description = "Score under the deltas of a checkpoint: Lightning's predict."
-        TrainerCLI("predict", arguments, description, run=True, enable_checkpointing=False)
+    # Predict writes no checkpoint, but has Lightning's callback for them.
+    with quiet("The dirpath has changed from"), one_sentence():
+        TrainerCLI("predict", arguments, "Score under the deltas of a checkpoint: Lightning's predict.", run=True)
 
 
 def attribute(arguments: list[str]) -> None:
@@ -268,7 +268,8 @@ def fisher(arguments: list[str]) -> None:
         parser.add_argument("--seed", type=int, default=0, help="Of captions, timesteps and noise.")
 
     description = "Take the Fisher of a trained model, by passes over its training shards with frozen weights."
-    with quiet(steps=True), one_sentence():
+    # Frozen weights need no optimizer.
+    with quiet("`LightningModule.configure_optimizers` returned `None`", steps=True), one_sentence():
         cli = TrainerCLI("fisher", arguments, description, options, **BARE)
         module, trainer = cli.model, cli.trainer
         if not isinstance(module, UnlearningModule):

@@ -93,8 +93,8 @@ class UnlearningModule(Unlearning):
             # Only this shard fails; the others go on.
             batch = SampleBatch(
                 batch.shard,
-                error=f"Flips are scored, but shard {batch.shard} holds no latent_flip.npy; prepare it with flips, or set "
-                "flips to false.",
+                error=f"Flips are scored, but shard {batch.shard} holds no latent_flip.npy; prepare it with flips, "
+                "or set flips to false.",
             )
         return deviations(self.loss, self.layers, self.deltas, self.views, batch, self.device, compare=batch_idx == 0)
 

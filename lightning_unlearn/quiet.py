@@ -16,8 +16,6 @@ _WARNINGS = (
     r"It is recommended to use `self\.log\('(loss_before|loss_after|rise|penalty)/",
     r"Starting from v1\.9\.0, `tensorboardX` has been removed",  # Lightning's own default logger, not the user's choice
 )
-# Of the Fisher's passes, which take no step.
-_STEP_WARNINGS = (r"`LightningModule.configure_optimizers` returned `None`",)
 _HINTS = re.compile("💡 Tip:|TPU available:")
 # Of a Trainer that a command steers; the command itself says what it does.
 _STEPS = re.compile(
@@ -27,10 +25,11 @@ _STEPS = re.compile(
 
 
 @contextmanager
-def quiet(*, steps: bool = False) -> Iterator[None]:
+def quiet(*warned: str, steps: bool = False) -> Iterator[None]:
     """While it lasts, known hints are not printed; all other warnings and messages are.
 
     Args:
+        *warned: How other warnings that don't apply begin, as regular expressions.
         steps: Whether what a Trainer says of its own steps is left out too.
 
     Yields:
@@ -48,7 +47,7 @@ def quiet(*, steps: bool = False) -> Iterator[None]:
         logger.addFilter(wanted)
     try:
         with warnings.catch_warnings():
-            for message in (*_WARNINGS, *(_STEP_WARNINGS if steps else ())):
+            for message in (*_WARNINGS, *warned):
                 warnings.filterwarnings("ignore", message=message)
             yield
     finally:

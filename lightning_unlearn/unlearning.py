@@ -16,6 +16,7 @@ from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import digest, settings_digest, tensors_digest
 from lightning_unlearn.fisher import Fisher, load_fisher
 from lightning_unlearn.frozen import FrozenModule
+from lightning_unlearn.guards import check_precision, check_unlearning
 from lightning_unlearn.objective import Objective
 from lightning_unlearn.parameters import layer_parameters, layer_specs
 from lightning_unlearn.samples import Sample, ViewBatch
@@ -88,36 +89,19 @@ class Unlearning(FrozenModule):
             stage: Lightning's.
 
         Raises:
-            InputError: If the Trainer clips gradients, scales losses or was used before, or the Fisher is missing.
+            InputError: If the Trainer can't be used, or the Fisher is missing.
         """
-        if self.trainer.precision in ("16-true", "bf16-true", "transformer-engine"):
-            raise InputError(
-                f"Precision {self.trainer.precision} would round the deltas away; use 32-true, or bf16-mixed for "
-                "scoring."
-            )
+        check_precision(self.trainer)
         if stage != "fit":
             return
-        # The network is in eval mode on purpose.
-        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
-        if self.trainer.precision not in ("32-true", "64-true"):
-            raise InputError(
-                f"The rise of a query's loss can't be measured in precision {self.trainer.precision}; unlearn "
-                "with 32-true."
-            )
-        if self.trainer.gradient_clip_val is not None:
-            raise InputError(
-                "The Trainer clips gradients, which would change the unlearning step; leave gradient_clip_val out."
-            )
+        check_unlearning(self.trainer)
         if self.fisher_source is None:
             raise InputError(
                 "Unlearning needs a Fisher: train with FisherAccumulator or run `lightning-unlearn fisher`, and "
                 "pass its file as fisher."
             )
-        if self.trainer.current_epoch > 0:
-            raise InputError(
-                "This Trainer has run fit before and would count its epochs as steps of the unlearning; make a "
-                "new Trainer."
-            )
+        # The network is in eval mode on purpose.
+        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
         # What an earlier fit of this module left; a checkpoint, if there is one, is loaded after this.
         self._problem, self._base_losses, self.results = None, None, {}
         self._fingerprints = {}

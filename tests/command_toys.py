@@ -1,4 +1,4 @@
-"""Toy runs of the command line: a YAML file as a user writes it, shards, and a small trained network with its Fisher."""
+"""Toy runs of the command line: a YAML file as a user writes it, shards, and a small network with its Fisher."""
 
 from __future__ import annotations
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 import yaml
 from command_toys import toy_config, write_config
-from lightning_unlearn.datamodules.reading import read_samples
-from lightning_unlearn.datamodules.sources import list_shards
 from toys import DIM, LATENT, TOKENS
 
 import lightning_unlearn
 from lightning_unlearn.cli import COMMANDS, main
+from lightning_unlearn.datamodules.reading import read_samples
+from lightning_unlearn.datamodules.sources import list_shards
 from lightning_unlearn.usage import foreign_class, sentence
 
 
@@ -253,7 +253,8 @@ def test_module_of_pytorch_lightning_gets_one_sentence_with_the_remedy(
     command: str, ends: Ends, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / f"others_{command}.py").write_text(
-        "import pytorch_lightning as pl\nclass Module(pl.LightningModule):\n    pass\nclass Back(pl.Callback):\n    pass\n"
+        "import pytorch_lightning as pl\n\n"
+        "class Module(pl.LightningModule):\n    pass\n\nclass Back(pl.Callback):\n    pass\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     theirs = {"model": {"class_path": f"others_{command}.Module"}}

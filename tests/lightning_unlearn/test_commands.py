@@ -15,16 +15,13 @@ import numpy as np
 import pytest
 import torch
 from command_toys import SAMPLES, run, run_program, toy_config, toy_folder, write_config
-from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from lightning_unlearn.callbacks import FisherAccumulator, ScoreWriter
-from lightning_unlearn.datamodules import AttributionDataModule, TrainingDataModule
-from lightning_unlearn.datamodules.sources import list_shards
-from lightning_unlearn.datamodules.training import TrainingStream
-from torch.utils.data import DataLoader
 from toys import ToyDenoiser, tiny_unet
 
+from lightning_unlearn.callbacks import FisherAccumulator, ScoreWriter
 from lightning_unlearn.cli import main
+from lightning_unlearn.datamodules import AttributionDataModule, TrainingDataModule
 from lightning_unlearn.fingerprints import seed_of
 from lightning_unlearn.fisher import load_fisher
 from lightning_unlearn.loading import load_network
@@ -57,6 +54,12 @@ def files(folder: Path) -> dict[str, tuple[int, bytes]]:
     """Time of change and content of the files that must not be made again."""
     found = [folder / "deltas.ckpt", *sorted((folder / "scores").glob("*.parquet"))]
     return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in found}
+
+
+def bare_trainer(*callbacks: Callback, **settings: Any) -> Trainer:
+    """A Trainer that prints and saves nothing."""
+    off = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return Trainer(accelerator="cpu", devices=1, callbacks=list(callbacks), **{**off, **settings})
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
@@ -182,6 +185,10 @@ def test_warnings_of_others_are_still_heard(config: str, tmp_path: Path, monkeyp
             *("attribute", "--config", config, "--output", tmp_path / "run", *QUIET),
             *("--trainer.callbacks", "warning_callback.Warns"),
         )
+
+
+# Advice on loaders and steps is Lightning's to give where a test makes a Trainer itself.
+pytestmark = pytest.mark.filterwarnings("ignore:.*(many workers|eval mode|max_epochs|LeafSpec|returned `None`).*")
 
 
 # ---------------------------------------------------------------------- fit and predict
@@ -321,10 +328,8 @@ def test_fisher_counts_every_sample_in_every_pass(fisher_file: Path) -> None:
 def test_fisher_command_is_the_accumulator_over_frozen_passes(fisher_file: Path, tmp_path: Path) -> None:
     network = load_network(tiny_unet(), str(toy_folder() / "network.pt"))
     accumulator = FisherAccumulator("network", path=str(tmp_path / "fisher.safetensors"))
-    Trainer(
-        max_epochs=3, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        callbacks=[accumulator],
-    ).fit(FisherPass(network, DenoisingObjective(), "text_kv"), TrainingDataModule(str(toy_folder() / "train"), 4))  # fmt: skip
+    passes = FisherPass(network, DenoisingObjective(), "text_kv")
+    bare_trainer(accumulator, max_epochs=3).fit(passes, TrainingDataModule(str(toy_folder() / "train"), 4))
     theirs, ours = load_fisher(str(tmp_path / "fisher.safetensors")), load_fisher(str(fisher_file))
     assert theirs.count == ours.count
     assert theirs.tensors().keys() == ours.tensors().keys()
@@ -427,10 +432,7 @@ def somebodys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     def train(name: str, *callbacks: Callback) -> None:
         # Saved while it trains: at its end Lightning puts the averaged weights in the place of the raw ones.
         saving = ModelCheckpoint(dirpath=folder, filename=name, every_n_train_steps=11)
-        Trainer(
-            max_epochs=3, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-            callbacks=[*callbacks, saving],
-        ).fit(Training())  # fmt: skip
+        bare_trainer(*callbacks, saving, max_epochs=3, enable_checkpointing=True).fit(Training())
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -498,16 +500,19 @@ def test_foreign_checkpoint_from_python(somebodys: Path, tmp_path: Path) -> None
     from somebodys_module import TheirObjective
 
     module = UnlearningModule(
-        ToyDenoiser(), TheirObjective(2.0), str(tmp_path / "fisher.safetensors"), ["text", r"conv_.*"], rise_draws=4,
-        weights=str(somebodys / "plain.ckpt"), prefix="model.unet.", views=Views(2),
-    )  # fmt: skip
+        ToyDenoiser(),
+        TheirObjective(2.0),
+        str(tmp_path / "fisher.safetensors"),
+        ["text", r"conv_.*"],
+        views=Views(2),
+        rise_draws=4,
+        weights=str(somebodys / "plain.ckpt"),
+        prefix="model.unet.",
+    )
     data = AttributionDataModule(
         str(toy_folder() / "train"), str(toy_folder() / "queries"), draws=6, draw_batch_size=4, batch_size=4
     )
-    trainer = Trainer(
-        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        callbacks=[ScoreWriter(str(tmp_path / "python"))],
-    )  # fmt: skip
+    trainer = bare_trainer(ScoreWriter(str(tmp_path / "python")))
     trainer.fit(module, data)
     trainer.predict(module, data)
     assert_same_scores(read_scores(tmp_path / "python"), read_scores(tmp_path / "run"))
@@ -565,15 +570,17 @@ class OneRanksPass(FisherPass):
         torch.manual_seed(seed_of("fisher", 0, self.rank))
 
 
-class OneRanksData(LightningDataModule):
+class OneRanksData(TrainingDataModule):
+    """The batches that one of two ranks sees."""
+
     def __init__(self, rank: int) -> None:
-        super().__init__()
+        super().__init__(str(toy_folder() / "train"), batch_size=4)
         self.rank = rank
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        shards = list_shards(str(toy_folder() / "train"))
-        stream = TrainingStream(shards, self.rank, 2, 4, SAMPLES // 8, seed=0, keys=None, shuffle=5000)
-        return DataLoader(stream, batch_size=None)
+    def train_dataloader(self) -> Any:
+        loader = super().train_dataloader()
+        loader.stream.rank, loader.stream.world_size, loader.stream.steps = self.rank, 2, SAMPLES // 8
+        return loader
 
 
 def test_fisher_in_two_processes_sums_over_ranks(config: str, tmp_path: Path) -> None:
@@ -585,10 +592,7 @@ def test_fisher_in_two_processes_sums_over_ranks(config: str, tmp_path: Path) ->
     expected: dict[str, torch.Tensor] = {}
     for rank in (0, 1):
         accumulator = FisherAccumulator("network", path=str(tmp_path / f"rank-{rank}.safetensors"))
-        Trainer(
-            max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            callbacks=[accumulator],
-        ).fit(OneRanksPass(rank), OneRanksData(rank))  # fmt: skip
+        bare_trainer(accumulator, max_epochs=1).fit(OneRanksPass(rank), OneRanksData(rank))
         for name, total in load_fisher(str(tmp_path / f"rank-{rank}.safetensors")).tensors().items():
             expected[name] = expected.get(name, 0) + total
     for name, total in fisher.tensors().items():

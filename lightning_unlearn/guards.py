@@ -1,0 +1,45 @@
+"""Settings of a Trainer that would give wrong deltas or scores without a word."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Trainer
+
+from lightning_unlearn.errors import InputError
+
+
+def check_precision(trainer: Trainer) -> None:
+    """Refuse precisions in which weights themselves are rounded: a delta is some 1e-4 of its weight.
+
+    Args:
+        trainer: The Trainer.
+
+    Raises:
+        InputError: If its precision would lose the deltas.
+    """
+    if trainer.precision in ("16-true", "bf16-true", "transformer-engine"):
+        raise InputError(
+            f"Precision {trainer.precision} would round the deltas away; use 32-true, or bf16-mixed for scoring."
+        )
+
+
+def check_unlearning(trainer: Trainer) -> None:
+    """Refuse what would change an unlearning step or skip it.
+
+    Args:
+        trainer: The Trainer, before it fits.
+
+    Raises:
+        InputError: If it measures losses in low precision, clips gradients or was used before.
+    """
+    if trainer.precision not in ("32-true", "64-true"):
+        raise InputError(
+            f"The rise of a query's loss can't be measured in precision {trainer.precision}; unlearn with 32-true."
+        )
+    if trainer.gradient_clip_val is not None:
+        raise InputError(
+            "The Trainer clips gradients, which would change the unlearning step; leave gradient_clip_val out."
+        )
+    if trainer.current_epoch > 0:
+        raise InputError(
+            "This Trainer has run fit before and would count its epochs as steps of the unlearning; make a new Trainer."
+        )
