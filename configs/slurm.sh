@@ -11,6 +11,6 @@
 #SBATCH --time=04:00:00
 #SBATCH --requeue
 set -euo pipefail
-srun python -m lightning_unlearn attribute \
+srun python -m lightning_unlearn attribute "$@" \
   --trainer.num_nodes "$SLURM_JOB_NUM_NODES" --trainer.devices "$SLURM_NTASKS_PER_NODE" \
-  --trainer.strategy ddp --data.init_args.num_workers 4 "$@"
+  --trainer.strategy ddp --data.init_args.num_workers 4

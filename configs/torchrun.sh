@@ -9,5 +9,5 @@ set -euo pipefail
 exec python -m torch.distributed.run \
   --nnodes="$NNODES" --node-rank="$NODE_RANK" --nproc-per-node="${DEVICES:-1}" \
   --master-addr="$MASTER_ADDR" --master-port="${MASTER_PORT:-29500}" \
-  -m lightning_unlearn attribute \
-  --trainer.num_nodes "$NNODES" --trainer.devices "${DEVICES:-1}" --trainer.strategy ddp "$@"
+  -m lightning_unlearn attribute "$@" \
+  --trainer.num_nodes "$NNODES" --trainer.devices "${DEVICES:-1}" --trainer.strategy ddp

@@ -60,7 +60,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         _run(arguments[0], _find_configs(arguments[1:]))
     except InputError as error:
-        print(f"lightning-unlearn: {error}", file=sys.stderr)
+        print(f"{_rank()}lightning-unlearn: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("lightning-unlearn: stopped.", file=sys.stderr)
@@ -77,6 +77,12 @@ def _run(command: str, arguments: list[str]) -> None:
         from lightning_unlearn import commands
 
         getattr(commands, command)(arguments)
+
+
+def _rank() -> str:
+    """Which process speaks, for all but the first."""
+    rank = next((os.environ[name] for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ), "0")
+    return "" if rank == "0" else f"[rank {rank}] "
 
 
 def _configs_folder() -> Path:

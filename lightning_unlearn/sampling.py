@@ -41,10 +41,10 @@ def generate(
     from diffusers import DDIMScheduler
 
     parameter = next(network.parameters())
-    scheduler = DDIMScheduler.from_config(objective.scheduler.config)
+    scheduler: Any = DDIMScheduler.from_config(objective.scheduler.config)  # type: ignore[no-untyped-call]
     scheduler.set_timesteps(steps, device=parameter.device)
     noise = [torch.randn(tuple(shape), generator=generator_for("sampling", seed)) for seed in seeds]
-    latents = torch.stack(noise).to(parameter) * scheduler.init_noise_sigma
+    latents: Tensor = torch.stack(noise).to(parameter) * scheduler.init_noise_sigma
     views = ViewBatch(latents, text.to(parameter))
     for timestep in scheduler.timesteps:
         prediction = family_of(network).predict(network, latents, timestep.expand(len(latents)), views)

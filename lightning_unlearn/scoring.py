@@ -88,7 +88,8 @@ def measure_losses(
             with added:
                 # Copied to the CPU once a target: a copy waits for the device.
                 measured = [loss.under(weights, view.batch, view.timesteps, view.noise).double() for view in chunk]
-            for view, values in zip(chunk, torch.cat(measured).cpu().split([len(v) for v in measured]), strict=True):
+            sizes = [len(values) for values in measured]
+            for view, values in zip(chunk, torch.split(torch.cat(measured).cpu(), sizes), strict=True):
                 losses[1 + target, view.rows, view.flip, view.caption, view.draw] = values
     return losses
 

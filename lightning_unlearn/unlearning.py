@@ -68,8 +68,12 @@ class Unlearning(FrozenModule):
         self._problem: Problem | None = None
         self._base_losses: Tensor | None = None
 
+    @property
+    def _datamodule(self) -> Any:
+        return getattr(self.trainer, "datamodule", None)
+
     def _queries(self) -> list[Sample]:
-        queries: list[Sample] | None = getattr(getattr(self.trainer, "datamodule", None), "queries", None)
+        queries: list[Sample] | None = getattr(self._datamodule, "queries", None)
         if queries is None:
             raise InputError(
                 "UnlearningModule needs a datamodule with queries: pass AttributionDataModule(queries=…) to "
@@ -123,7 +127,7 @@ class Unlearning(FrozenModule):
         fisher.finalize(self.damping)
         made = {
             "fisher": tensors_digest(fisher.tensors()),
-            "unlearning": self.unlearning_fingerprint(self.trainer.datamodule),
+            "unlearning": self.unlearning_fingerprint(self._datamodule),
         }
         if any(self._fingerprints.get(name, value) != value for name, value in made.items()):
             raise InputError(
@@ -172,7 +176,7 @@ class Unlearning(FrozenModule):
             InputError: If the Trainer would leave some of them out.
         """
         batches = int(self.trainer.num_training_batches)
-        if batches < len(self.trainer.datamodule.train_dataloader()):
+        if batches < len(self._datamodule.train_dataloader()):
             raise InputError(
                 "The Trainer leaves draws out, so the step would be wrong; don't use limit_train_batches, "
                 "overfit_batches or fast_dev_run, but fewer draws."
@@ -228,7 +232,7 @@ class Unlearning(FrozenModule):
                 self.rise_draws,
                 trainer.global_rank,
                 trainer.world_size,
-                getattr(getattr(trainer, "datamodule", None), "draw_batch_size", self.rise_draws),
+                getattr(self._datamodule, "draw_batch_size", self.rise_draws),
             ):
                 losses = self._draw_losses(batch, weights, "rise").double().cpu()
                 sums[target] += (losses * batch.weights).sum()

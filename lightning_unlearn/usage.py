@@ -6,6 +6,8 @@ import re
 import sys
 from typing import Any
 
+from omegaconf.errors import OmegaConfBaseException
+
 # What jsonargparse says around the reason.
 _AROUND = (
     "Does not validate against",
@@ -15,6 +17,7 @@ _AROUND = (
     "Problem with given class_path",
     "Expected a <class 'NoneType'>",
     "Expected a path but",
+    "object_type=",
 )
 
 
@@ -71,6 +74,22 @@ class OneSentence:
 
     exit_on_error: bool
     prog: str
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Parse; an interpolation in a YAML file that leads nowhere is an error like others.
+
+        Args:
+            *args: Jsonargparse's.
+            **kwargs: Jsonargparse's.
+
+        Returns:
+            The settings.
+        """
+        parser: Any = super()
+        try:
+            return parser.parse_args(*args, **kwargs)
+        except OmegaConfBaseException as error:
+            return self.error(str(error))
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Say what is wrong and leave.

@@ -28,7 +28,7 @@ def show(axis: plt.Axes, sample: Sample, title: str) -> None:
     """Draw a sample's picture with a title under it."""
     assert sample.picture is not None
     axis.imshow(Image.open(io.BytesIO(sample.picture)).convert("RGB"), interpolation="nearest")
-    axis.set_title(title, fontsize=8, y=-0.02, va="top", color="#333333", wrap=True)
+    axis.set_title(title if len(title) <= 18 else title[:17] + "…", fontsize=8, y=-0.08, va="top", color="#333333")
 
 
 def main() -> None:
@@ -45,14 +45,14 @@ def main() -> None:
         for shard in list_shards(table.run["query_shards"])
         for sample in read_samples(shard, pictures=True)
     }
-    figure, axes = plt.subplots(QUERIES, TOP + 2, figsize=(9, QUERIES * 1.22), width_ratios=[1, 0.25] + [1] * TOP)
+    figure, axes = plt.subplots(QUERIES, TOP + 2, figsize=(9, QUERIES * 1.28), width_ratios=[1, 0.25] + [1] * TOP)
     for axis in axes.flat:
         axis.set_axis_off()
     for row, query in enumerate([key for key in table.queries if key.startswith("generated")][:QUERIES]):
         show(axes[row, 0], queries[query], f"“{queries[query].captions[0]}”")
         for column, (key, _) in enumerate(table.top(query, TOP)):
-            show(axes[row, column + 2], samples[key], samples[key].captions[0][:22])
-    figure.subplots_adjust(0.01, 0.05, 0.99, 0.99, 0.12, 0.3)
+            show(axes[row, column + 2], samples[key], samples[key].captions[0])
+    figure.subplots_adjust(0.01, 0.05, 0.99, 0.99, 0.12, 0.36)
     figure.savefig(arguments.output, dpi=140, facecolor="white")
 
 

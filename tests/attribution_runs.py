@@ -1,4 +1,4 @@
-"""Unlearning and scoring of toys: in this process, or, run as a script with a JSON file of jobs, in processes of its own."""
+"""Unlearning and scoring of toys: in this process, or, as a script with a JSON file of jobs, in others."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning_unlearn.callbacks import ScoreWriter
-from lightning_unlearn.datamodules import AttributionDataModule
 from reference import per_sample_gradients, sums_of_squares
 from torch import Tensor, nn
 from toys import DIM, LATENT, TOKENS, ToyDenoiser, ToyObjective, tiny_unet
 
+from lightning_unlearn.callbacks import ScoreWriter
+from lightning_unlearn.datamodules import AttributionDataModule
 from lightning_unlearn.fingerprints import tensors_digest
 from lightning_unlearn.fisher import DiagonalFisher
 from lightning_unlearn.module import UnlearningModule
@@ -34,8 +34,8 @@ from lightning_unlearn.views import Views
 SAMPLES = 24
 # Both numbers of captions and of samples in a shard differ, as they do in real data.
 SAMPLES_PER_SHARD = 5
-# Linear and Conv2d layers, with and without bias. With queries and keys as well, so small a network would have its attention
-# saturated before its loss rises by a tenth, and a second step would multiply the first one's rounding.
+# Linear and Conv2d layers, with and without bias. With queries and keys as well, so small a network would have its
+# attention saturated before its loss rises by a tenth, and a second step would multiply the first one's rounding.
 CHOSEN = ["conv_in", "conv_out", r".*attn2\.to_(v|out\.0)"]
 
 
@@ -54,7 +54,7 @@ def trainer(folder: Path, *callbacks: Callback, **settings: Any) -> Trainer:
 
 
 def ragged_fields(numbers: Any = range(SAMPLES), prefix: str = "sample") -> list[dict[str, Any]]:
-    """Samples with one to three captions, and flips, whose pictures follow from their captions, so that text matters."""
+    """Samples with one to three captions and flips, whose pictures follow from their captions, so that text matters."""
     means = np.random.default_rng(1234).standard_normal((TOKENS, DIM, *LATENT)) / np.sqrt(TOKENS * DIM)
     fields = []
     for number in numbers:
@@ -81,13 +81,17 @@ def random_fisher(network: nn.Module, parameters: str | list[str]) -> DiagonalFi
     fisher = DiagonalFisher(layer_specs(layers))
     generator = torch.Generator().manual_seed(5)
     kept = layer_parameters(layers)
-    fisher.load_tensors({name: (torch.rand(value.shape, generator=generator) + 0.1).to(value) * 3 for name, value in kept.items()})
+    fisher.load_tensors(
+        {name: (torch.rand(value.shape, generator=generator) + 0.1).to(value) * 3 for name, value in kept.items()}
+    )
     fisher.count = 3
     fisher.weights = {name: value.detach().clone() for name, value in kept.items()}
     return fisher
 
 
-def exact_fisher(network: nn.Module, objective: Objective, samples: list[Sample], parameters: str | list[str]) -> DiagonalFisher:
+def exact_fisher(
+    network: nn.Module, objective: Objective, samples: list[Sample], parameters: str | list[str]
+) -> DiagonalFisher:
     """The diagonal Fisher over one view of each sample, one backward pass a sample."""
     layers = select_layers(network, parameters)
     kept = layer_parameters(layers)
@@ -119,7 +123,7 @@ _FOLDERS: list[tempfile.TemporaryDirectory[str]] = []
 
 @functools.cache
 def toy_model() -> Path:
-    """A folder with shards, queries, and a tiny UNet that learned a little of them, with its Fisher; made once a process."""
+    """A folder with shards, queries, a tiny UNet that learned a little of them, and its Fisher; made once a process."""
     _FOLDERS.append(tempfile.TemporaryDirectory(prefix="attribution-toys-"))
     folder = Path(_FOLDERS[-1].name)
     write_shards(ragged_fields(), folder / "train", samples_per_shard=SAMPLES_PER_SHARD)
@@ -130,7 +134,9 @@ def toy_model() -> Path:
     generator = torch.Generator().manual_seed(1)
     for _ in range(60):
         rows = torch.randint(0, SAMPLES, (8,), generator=generator).tolist()
-        batch = ViewBatch(torch.stack([samples[row].latent for row in rows]), torch.stack([samples[row].text[0] for row in rows]))
+        batch = ViewBatch(
+            torch.stack([samples[row].latent for row in rows]), torch.stack([samples[row].text[0] for row in rows])
+        )
         timesteps = torch.randint(0, objective.num_timesteps, (8,), generator=generator)
         loss = objective(network, batch, timesteps, torch.randn(batch.latents.shape, generator=generator)).mean()
         optimizer.zero_grad()
@@ -149,11 +155,18 @@ def toy_deltas() -> Path:
     return folder / "deltas.ckpt"
 
 
-def toy_module(folder: Path, strategy: Newton | None = None, views: Views | None = None, **settings: Any) -> UnlearningModule:
+def toy_module(
+    folder: Path, strategy: Newton | None = None, views: Views | None = None, **settings: Any
+) -> UnlearningModule:
     """The module of :func:`toy_model`."""
     network = tiny_unet()
     network.load_state_dict(torch.load(folder / "network.pt", weights_only=True))
-    settings = {"views": views or Views(2, flips=True, noise="per_sample"), "rise_draws": 16, "parameters": CHOSEN, **settings}
+    settings = {
+        "views": views or Views(2, flips=True, noise="per_sample"),
+        "rise_draws": 16,
+        "parameters": CHOSEN,
+        **settings,
+    }
     return UnlearningModule(network, fisher=str(folder / "fisher.safetensors"), strategy=strategy, **settings)
 
 
@@ -177,7 +190,9 @@ def toy_data(folder: Path, shards: str = "train", **settings: Any) -> Attributio
     return AttributionDataModule(str(folder / shards), str(folder / "queries"), **{**defaults, **settings})
 
 
-def unlearn(module: UnlearningModule, data: AttributionDataModule, checkpoint: Path | None = None, **settings: Any) -> Trainer:
+def unlearn(
+    module: UnlearningModule, data: AttributionDataModule, checkpoint: Path | None = None, **settings: Any
+) -> Trainer:
     """Run fit, and keep its checkpoint."""
     found = trainer(data_folder(data), **settings)
     found.fit(module, data)

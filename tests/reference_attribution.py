@@ -98,7 +98,11 @@ def mean_gradient(naive: Naive, delta: Weights, losses: Sequence[Callable[[nn.Mo
 
 
 def newton_delta(
-    naive: Naive, fisher: Weights, damping: float, step_size: float, draws: Sequence[Sequence[Callable[[nn.Module], Tensor]]]
+    naive: Naive,
+    fisher: Weights,
+    damping: float,
+    step_size: float,
+    draws: Sequence[Sequence[Callable[[nn.Module], Tensor]]],
 ) -> dict[str, Tensor]:
     """Steps of ``δ ← δ + (α/N) F⁻¹ ∇L(θ₀ + δ)``, with the losses of each step's draws."""
     delta = {name: torch.zeros_like(value) for name, value in naive.base.items()}

@@ -16,11 +16,11 @@ import pytest
 import torch
 from attribution_runs import SAMPLES, SAMPLES_PER_SHARD, ragged_fields, score, toy_data, trainer
 from lightning.pytorch import LightningModule
-from lightning_unlearn.callbacks import ScoreWriter
 from torch import Tensor, nn
 from toys import LATENT, ToyDenoiser, ToyObjective, toy_shards
 
 import lightning_unlearn.scores
+from lightning_unlearn.callbacks import ScoreWriter
 from lightning_unlearn.deltas import DeltaStore
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.module import UnlearningModule
@@ -296,7 +296,7 @@ def test_bad_sample_is_left_out_and_counted_if_asked_for(
 
 def test_bad_first_sample_stops_before_any_work_or_is_left_out_if_asked_for(folder: Path) -> None:
     repack(shard(folder, 1), lambda files: {**files, "sample-00005.json": b"{}"})
-    with pytest.raises(InputError, match="'sample-00005' .*has no captions"):
+    with pytest.raises(InputError, match=r"'sample-00005' .*has no captions"):
         run(folder)
     assert not (folder / "out").exists()
     writer = run(folder, on_bad_sample="skip")
@@ -329,7 +329,7 @@ class PartlyNaN(ToyObjective):
 def test_loss_that_is_nan_in_one_view_only_does_not_slip_through(folder: Path, rule: str, base_too: bool) -> None:
     latent = next(iter(toy_data_samples(folder, 8)))
     found = module(objective=PartlyNaN(latent, base_too))
-    with pytest.raises(InputError, match="loss of sample 'sample-00008' .*is not finite"):
+    with pytest.raises(InputError, match=r"loss of sample 'sample-00008' .*is not finite"):
         run(folder, found, {"rule": rule})
     assert len(done_shards(folder / "out")) == SHARDS - 1
     writer = run(folder, found, {"rule": rule, "on_bad_sample": "skip"})
@@ -351,7 +351,7 @@ def test_shard_without_flips_fails_alone_when_flips_are_scored(folder: Path) -> 
 
     repack(shard(folder, 1), without_flips)
     for batch_size in (1, 4):
-        with pytest.raises(InputError, match="1 shards could not be scored.*shard-000001.* holds no latent_flip.npy"):
+        with pytest.raises(InputError, match=r"1 shards could not be scored.*shard-000001.* holds no latent_flip.npy"):
             run(folder, module(Views(2, flips=True)), batch_size=batch_size)
         assert len(done_shards(folder / "out")) == SHARDS - 1
 
@@ -360,7 +360,9 @@ def test_key_in_two_shards_is_found_when_the_table_is_read(folder: Path) -> None
     shutil.copy(shard(folder, 0), folder / "train" / "copy.tar")
     (folder / "train" / MANIFEST).unlink()
     run(folder)
-    with pytest.raises(InputError, match=r"'sample-00000' stands in (copy-\w+ and in shard|shard-000000-\w+ and in copy)"):
+    with pytest.raises(
+        InputError, match=r"'sample-00000' stands in (copy-\w+ and in shard|shard-000000-\w+ and in copy)"
+    ):
         read_scores(folder / "out")
 
 
@@ -383,7 +385,9 @@ def test_full_disk_keeps_the_finished_shards_and_a_restart_completes_the_table(
         patch.setattr(lightning_unlearn.scores, "write_atomically", full)
         # Notes and run.json find no room either, once the first of them could be written.
         patch.setattr("lightning_unlearn.callbacks.score_writer.write_atomically", only_first(real))
-        with pytest.raises(InputError, match=f"{SHARDS - room} shards could not be .*No space left on device.*free the disk"):
+        with pytest.raises(
+            InputError, match=f"{SHARDS - room} shards could not be .*No space left on device.*free the disk"
+        ):
             run(folder)
     assert len(done_shards(folder / "out")) == room
     assert run(folder).scored == SAMPLES - room * SAMPLES_PER_SHARD
@@ -407,7 +411,7 @@ def test_disk_that_is_full_from_the_start_is_one_sentence(folder: Path, monkeypa
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("lightning_unlearn.callbacks.score_writer.write_atomically", full)
-    with pytest.raises(InputError, match="can't be recorded in .*No space left on device"):
+    with pytest.raises(InputError, match=r"can't be recorded in .*No space left on device"):
         run(folder)
 
 
@@ -420,7 +424,9 @@ def test_really_full_disk_keeps_the_finished_shards(folder: Path) -> None:
     if mounted.returncode:
         pytest.skip(f"no permission to mount a small disk: {mounted.stderr.strip()}")
     try:
-        with pytest.raises(InputError, match=r"shards could not be scored, the others are kept.*No space left on device"):
+        with pytest.raises(
+            InputError, match=r"shards could not be scored, the others are kept.*No space left on device"
+        ):
             run(folder)
         done = done_shards(out)
         assert 0 < len(done) < SHARDS

@@ -12,10 +12,10 @@ import torch
 from attribution_runs import SAMPLES, SAMPLES_PER_SHARD, decoded, ragged_fields, toy_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning_unlearn.datamodules import AttributionDataModule
-from lightning_unlearn.datamodules.scoring import ScoringStream
 from toys import toy_fields, toy_shards
 
+from lightning_unlearn.datamodules import AttributionDataModule
+from lightning_unlearn.datamodules.scoring import ScoringStream
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.samples import Sample, SampleBatch
 from lightning_unlearn.shards import MANIFEST, ShardInfo, npy_bytes, shard_id, write_shards

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command_toys import SAMPLES, run, run_program, toy_config, toy_folder, write_config
+from command_toys import SAMPLES, run, toy_config, toy_folder, write_config
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from toys import ToyDenoiser, tiny_unet
@@ -22,7 +22,6 @@ from toys import ToyDenoiser, tiny_unet
 from lightning_unlearn.callbacks import FisherAccumulator, ScoreWriter
 from lightning_unlearn.cli import main
 from lightning_unlearn.datamodules import AttributionDataModule, TrainingDataModule
-from lightning_unlearn.fingerprints import seed_of
 from lightning_unlearn.fisher import load_fisher
 from lightning_unlearn.loading import load_network
 from lightning_unlearn.module import UnlearningModule
@@ -523,77 +522,3 @@ def test_wrong_prefix_names_those_that_hold_the_network(
 ) -> None:
     config = write_config(tmp_path / "theirs.yaml", somebodys_config(somebodys, "plain.ckpt", prefix="unet."))
     assert "'model.unet.'" in refused(capsys, "attribute", "--config", config)
-
-
-# ---------------------------------------------------------------------- two processes, started by the program itself
-
-
-def test_attribute_in_two_processes_gives_the_same_scores_and_says_everything_once(
-    config: str, attributed: Path, tmp_path: Path
-) -> None:
-    done = run_program("attribute", "--config", config, "--output", "run", *TWO, folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    ours = read_scores(tmp_path / "run")
-    assert ours.run["world_size"] == 2
-    assert_same_scores(ours, read_scores(attributed))
-    for line in (
-        "Unlearning 2 queries with 6 draws each on cpu …",
-        "Deltas: run/deltas.ckpt",
-        f"Scoring {SAMPLES} samples in 5 shards on cpu …",
-        "Report: run/report.html",
-    ):
-        assert done.stdout.splitlines().count(line) == 1
-    noise = (
-        "Warning",
-        "warn(",
-        "Tip",
-        "sync_dist",
-        "deprecated",
-        "max_epochs",
-        "eval mode",
-        "workers",
-        "args parameter",
-    )
-    assert [word for word in noise if word in done.stdout + done.stderr] == []
-
-
-class OneRanksPass(FisherPass):
-    """A Fisher pass as one of two ranks makes it."""
-
-    def __init__(self, rank: int) -> None:
-        network = load_network(tiny_unet(), str(toy_folder() / "network.pt"))
-        super().__init__(network, DenoisingObjective(), "text_kv")
-        self.rank = rank
-
-    def on_train_start(self) -> None:
-        super().on_train_start()
-        torch.manual_seed(seed_of("fisher", 0, self.rank))
-
-
-class OneRanksData(TrainingDataModule):
-    """The batches that one of two ranks sees."""
-
-    def __init__(self, rank: int) -> None:
-        super().__init__(str(toy_folder() / "train"), batch_size=4)
-        self.rank = rank
-
-    def train_dataloader(self) -> Any:
-        loader = super().train_dataloader()
-        loader.stream.rank, loader.stream.world_size, loader.stream.steps = self.rank, 2, SAMPLES // 8
-        return loader
-
-
-def test_fisher_in_two_processes_sums_over_ranks(config: str, tmp_path: Path) -> None:
-    options = ("--passes", "1", "--output", "fisher.safetensors")
-    done = run_program("fisher", "--config", config, *options, *QUIET, *TWO, folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    fisher = load_fisher(str(tmp_path / "fisher.safetensors"))
-    assert fisher.count == SAMPLES
-    expected: dict[str, torch.Tensor] = {}
-    for rank in (0, 1):
-        accumulator = FisherAccumulator("network", path=str(tmp_path / f"rank-{rank}.safetensors"))
-        bare_trainer(accumulator, max_epochs=1).fit(OneRanksPass(rank), OneRanksData(rank))
-        for name, total in load_fisher(str(tmp_path / f"rank-{rank}.safetensors")).tensors().items():
-            expected[name] = expected.get(name, 0) + total
-    for name, total in fisher.tensors().items():
-        torch.testing.assert_close(total, expected[name], rtol=1e-5, atol=0)

@@ -51,7 +51,9 @@ def jobs(out: Path) -> list[dict[str, Any]]:
     for name, settings in {**FITS, **PREDICTS}.items():
         (out / name).mkdir(parents=True)
         kind = "fit" if name in FITS else "predict"
-        found.append({"kind": kind, "folder": str(folder), "out": str(out / name), "deltas": str(toy_deltas()), **settings})
+        found.append(
+            {"kind": kind, "folder": str(folder), "out": str(out / name), "deltas": str(toy_deltas()), **settings}
+        )
     return found
 
 
@@ -92,7 +94,9 @@ def run_processes(commands: list[list[str]]) -> str:
 
 
 @pytest.fixture(scope="module", params=sorted(RUNS))
-def spread(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str]:
+def spread(
+    request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, int, str]:
     """Where one run of all jobs left its files, its number of processes, and what it printed."""
     out = tmp_path_factory.mktemp("spread")
     settings = RUNS[request.param]

@@ -66,8 +66,12 @@ def test_a_draw_takes_the_caption_of_its_number_whoever_has_it(**case: int) -> N
 
 @settings(deadline=None)
 @given(total=st.integers(1, 50), step=st.integers(0, 3), length=st.integers(1, 1000), seed=st.integers(0, 100))
-def test_the_draws_of_a_step_are_one_in_each_stratum_of_the_schedule(total: int, step: int, length: int, seed: int) -> None:
-    timesteps, _ = draw_for_target("unlearning", seed, "key", range(step * total, (step + 1) * total), total, length, (1,))
+def test_the_draws_of_a_step_are_one_in_each_stratum_of_the_schedule(
+    total: int, step: int, length: int, seed: int
+) -> None:
+    timesteps, _ = draw_for_target(
+        "unlearning", seed, "key", range(step * total, (step + 1) * total), total, length, (1,)
+    )
     for place, timestep in enumerate(timesteps.tolist()):
         start, end = place * length / total, (place + 1) * length / total
         assert math.floor(start - 1e-6) <= timestep <= math.ceil(end + 1e-6) - 1

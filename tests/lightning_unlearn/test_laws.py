@@ -18,7 +18,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from attribution_runs import SAMPLES, SAMPLES_PER_SHARD, ragged_fields, score, toy_data, toy_deltas, toy_model, toy_module
+from attribution_runs import (
+    SAMPLES,
+    SAMPLES_PER_SHARD,
+    ragged_fields,
+    score,
+    toy_data,
+    toy_deltas,
+    toy_model,
+    toy_module,
+)
 from lightning.pytorch import Callback
 
 from lightning_unlearn.scores import ScoreTable, done_shards, read_scores, shard_path
@@ -81,7 +90,9 @@ def test_scores_do_not_depend_on_the_order_of_shards(expected: ScoreTable, tmp_p
 
 
 @pytest.mark.parametrize("samples_per_shard", [1, 7, 99])
-def test_scores_do_not_depend_on_how_shards_are_cut(expected: ScoreTable, tmp_path: Path, samples_per_shard: int) -> None:
+def test_scores_do_not_depend_on_how_shards_are_cut(
+    expected: ScoreTable, tmp_path: Path, samples_per_shard: int
+) -> None:
     folder = toy_model()
     order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(3)).tolist()
     cut = folder / f"cut-{samples_per_shard}"
@@ -124,7 +135,7 @@ def test_shared_noise_gives_two_copies_of_a_picture_one_score_and_noise_of_their
     assert (abs(own[0] - own[1]) > 1e-3 * abs(own[0])).all()
 
 
-class Stopped(RuntimeError):
+class StopError(RuntimeError):
     pass
 
 
@@ -134,7 +145,7 @@ class StopAfter(Callback):
 
     def on_predict_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
         if batch_idx == self.batches:
-            raise Stopped
+            raise StopError
 
 
 @pytest.mark.parametrize("batches", [0, 1, 5])
@@ -142,7 +153,7 @@ def test_run_that_is_stopped_and_started_again_gives_the_same_scores(
     expected: ScoreTable, tmp_path: Path, batches: int
 ) -> None:
     out = tmp_path / "out"
-    with pytest.raises(Stopped):
+    with pytest.raises(StopError):
         scored(out, StopAfter(batches), batch_size=3)
     done = done_shards(out)
     assert len(done) == batches // 2  # a shard of five samples takes two batches of three

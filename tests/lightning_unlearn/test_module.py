@@ -170,7 +170,9 @@ def test_precision_64_true_sees_the_same_draws_as_a_network_in_float64(folder: P
     checkpoint = tmp_path / "deltas.ckpt"
     unlearn(by_trainer, toy_data(folder, draws=12), checkpoint, precision="64-true")
     for name, delta in deltas_of(wide).items():
-        torch.testing.assert_close(deltas_of(by_trainer)[name], delta, rtol=0, atol=2e-6 * float(delta.abs().max()))  # the toy's own schedule is float32 in one
+        torch.testing.assert_close(
+            deltas_of(by_trainer)[name], delta, rtol=0, atol=2e-6 * float(delta.abs().max())
+        )  # the toy's own schedule is float32 in one
     score(wide, toy_data(folder), tmp_path / "wide", None)
     score(module(views=wide.views), toy_data(folder), tmp_path / "trainer", checkpoint, precision="64-true")
     wide_scores, scores = read_scores(tmp_path / "wide").scores, read_scores(tmp_path / "trainer").scores
@@ -267,9 +269,17 @@ def test_base_weights_are_the_same_bits_after_fit_and_predict(folder: Path, tmp_
 
 @pytest.mark.parametrize(
     "settings",
-    [{"max_epochs": 7}, {"max_epochs": 1, "max_steps": 1}, {"max_steps": 50}, {"min_epochs": 5}, {"accumulate_grad_batches": 3}],
+    [
+        {"max_epochs": 7},
+        {"max_epochs": 1, "max_steps": 1},
+        {"max_steps": 50},
+        {"min_epochs": 5},
+        {"accumulate_grad_batches": 3},
+    ],
 )
-def test_trainer_takes_the_strategys_number_of_steps_whatever_it_is_told(folder: Path, settings: dict[str, Any]) -> None:
+def test_trainer_takes_the_strategys_number_of_steps_whatever_it_is_told(
+    folder: Path, settings: dict[str, Any]
+) -> None:
     expected = unlearned(folder, module(strategy=Newton(2, alpha=1.0, N=20)))
     found = module(strategy=Newton(2, alpha=1.0, N=20))
     run = unlearn(found, toy_data(folder, draws=12), **settings)
@@ -496,7 +506,7 @@ def test_fit_without_a_fisher_or_with_a_missing_file_is_an_error(folder: Path) -
 
 
 def test_fisher_of_other_layers_is_an_error_that_names_one(folder: Path) -> None:
-    with pytest.raises(InputError, match="another model or selection: layer conv_in is .* but it lacks it"):
+    with pytest.raises(InputError, match=r"another model or selection: layer conv_in is .* but it lacks it"):
         unlearned(folder, module(fisher=random_fisher(ToyDenoiser(), ["text"])))
     other = random_fisher(PartlyUsed(), "all")
     other.layers["text"] = type(other.layers["text"])("text", (5, 7), True)
@@ -531,7 +541,7 @@ def test_rise_that_cannot_be_reached_is_an_error_that_names_the_query(folder: Pa
         def __call__(self, *arguments: Any) -> Tensor:
             return torch.tanh(super().__call__(*arguments))  # below 1, so it can't rise tenfold
 
-    with pytest.raises(InputError, match="loss of 'query-0000[01]' can't be raised by 10 .*smaller target_increase"):
+    with pytest.raises(InputError, match=r"loss of 'query-0000[01]' can't be raised by 10 .*smaller target_increase"):
         unlearned(folder, module(objective=Bounded(), strategy=Newton(target_increase=10.0)))
 
 
@@ -546,7 +556,7 @@ def test_nan_in_the_weights_is_an_error_that_names_a_query(folder: Path, strateg
 
 
 def test_step_that_is_far_too_long_is_an_error_that_names_a_query(folder: Path) -> None:
-    with pytest.raises(InputError, match="loss of 'query-00000' is (inf|nan) after unlearning; choose a smaller step"):
+    with pytest.raises(InputError, match=r"loss of 'query-00000' is (inf|nan) after unlearning; choose a smaller step"):
         unlearned(folder, module(strategy=Newton(alpha=1e38, N=1)))
 
 
@@ -565,7 +575,9 @@ def test_numbers_out_of_range_are_errors(folder: Path, wrong: dict[str, Any]) ->
         unlearned(folder, module(**wrong))
 
 
-def test_unlearning_and_scoring_noise_of_a_training_picture_used_as_a_query_are_disjoint(folder: Path, tmp_path: Path) -> None:
+def test_unlearning_and_scoring_noise_of_a_training_picture_used_as_a_query_are_disjoint(
+    folder: Path, tmp_path: Path
+) -> None:
     """A picture that is query and sample at once, seed 0 for both: no noise tensor is drawn twice."""
     drawn: list[Tensor] = []
 

@@ -32,7 +32,9 @@ from lightning_unlearn.scores import (
 FINGERPRINTS = {"weights": "abc", "views": "def"}
 
 
-def losses(samples: int, queries: int, flips: int, captions: int, draws: int, seed: int = 0) -> tuple[Tensor, Tensor, list[int]]:
+def losses(
+    samples: int, queries: int, flips: int, captions: int, draws: int, seed: int = 0
+) -> tuple[Tensor, Tensor, list[int]]:
     """Losses of samples with one to all captions; NaN where there is no such caption."""
     generator = torch.Generator().manual_seed(seed)
     base = torch.rand(samples, flips, captions, draws, generator=generator, dtype=torch.float64) + 0.1
@@ -166,13 +168,13 @@ def test_incomplete_table_says_why_the_shard_that_it_names_failed(run: Path) -> 
 
 def test_key_in_two_shards_is_refused_with_both_names(run: Path) -> None:
     write(run, "two", ["b", "a"], [[0, 0], [0, 0]])
-    with pytest.raises(InputError, match="'a' stands in (one and in two|two and in one)"):
+    with pytest.raises(InputError, match=r"'a' stands in (one and in two|two and in one)"):
         read_scores(run)
 
 
 def test_scores_of_another_run_are_not_mixed_in(run: Path) -> None:
     write_run(run, dict.fromkeys(("one", "two")), {**FINGERPRINTS, "views": "other"})
-    with pytest.raises(InputError, match="scores of one .* are of another run"):
+    with pytest.raises(InputError, match=r"scores of one .* are of another run"):
         read_scores(run)
 
 
@@ -181,7 +183,7 @@ def test_folder_without_a_run_or_without_scores_is_refused(tmp_path: Path) -> No
     with pytest.raises(InputError, match="There are no scores in"):
         read_scores(tmp_path)
     write_run(tmp_path, {"one": None})
-    with pytest.raises(InputError, match="No shard in .* is scored yet"):
+    with pytest.raises(InputError, match=r"No shard in .* is scored yet"):
         read_scores(tmp_path, partial=True)
 
 

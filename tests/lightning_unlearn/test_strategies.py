@@ -133,7 +133,9 @@ def test_delta_of_a_wanted_rise_is_that_of_bisection_along_the_natural_gradient(
         direction = natural_step(gradient, problem.mean_fisher(), DAMPING, 1.0)
         over = problem.losses(query, "rise", range(5), 5)
 
-        def mean_loss(scale: float, naive: Naive = naive, direction: dict[str, Tensor] = direction, over: Any = over) -> float:
+        def mean_loss(
+            scale: float, naive: Naive = naive, direction: dict[str, Tensor] = direction, over: Any = over
+        ) -> float:
             delta = {key: scale * value for key, value in direction.items()}
             return math.fsum(naive.value(delta, loss) for loss in over) / len(over)
 
@@ -223,7 +225,9 @@ def test_natural_gradient_steps_along_minus_the_preconditioned_gradient() -> Non
 def test_optimizer_has_one_group_a_layer(folder: Path) -> None:
     module, _ = toy().unlearn(folder, Newton(alpha=1.0, N=10))
     groups = module.trainer.optimizers[0].param_groups
-    assert [group["names"] for group in groups] == [[f"{n}.weight", f"{n}.bias"] for n in ("conv_in", "text", "conv_out")]
+    assert [group["names"] for group in groups] == [
+        [f"{n}.weight", f"{n}.bias"] for n in ("conv_in", "text", "conv_out")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -299,7 +303,9 @@ def test_scales_are_found_on_any_rising_function(
 
 
 @settings(max_examples=100, deadline=None)
-@given(reachable=CURVES, kind=st.sampled_from(["saturating", "nan"]), bend=st.floats(0.1, 10), share=st.floats(1.01, 50))
+@given(
+    reachable=CURVES, kind=st.sampled_from(["saturating", "nan"]), bend=st.floats(0.1, 10), share=st.floats(1.01, 50)
+)
 def test_a_rise_that_cannot_be_reached_is_an_error_that_names_the_query(
     reachable: tuple[str, float, float], kind: str, bend: float, share: float
 ) -> None:
@@ -321,7 +327,9 @@ def test_a_jump_over_the_wanted_rise_is_not_taken_for_it() -> None:
 
 def test_rounding_of_float32_losses_does_not_stop_the_search() -> None:
     for wanted in (1e-3, 0.1, 1.0):
-        scales = find_scales(lambda c: (1 + c.float() + c.float() ** 2).double() - 1, torch.tensor([1.0]), wanted, ["query"])
+        scales = find_scales(
+            lambda c: (1 + c.float() + c.float() ** 2).double() - 1, torch.tensor([1.0]), wanted, ["query"]
+        )
         assert float(scales + scales**2) == pytest.approx(wanted, abs=max(2e-7, 2e-6 * wanted))
 
 

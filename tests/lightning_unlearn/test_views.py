@@ -16,7 +16,11 @@ from lightning_unlearn.errors import InputError
 from lightning_unlearn.samples import SampleBatch, collate_samples
 from lightning_unlearn.views import Views, place_timesteps
 
-RANGES = st.tuples(st.integers(0, 99), st.integers(1, 100)).filter(lambda r: r[0] < r[1]).map(lambda r: (r[0] / 100, r[1] / 100))
+RANGES = (
+    st.tuples(st.integers(0, 99), st.integers(1, 100))
+    .filter(lambda r: r[0] < r[1])
+    .map(lambda r: (r[0] / 100, r[1] / 100))
+)
 
 
 def ragged(captions: tuple[int, ...] = (1, 3, 2), *, flip: bool = True) -> SampleBatch:
@@ -32,7 +36,13 @@ def all_noise(views: Views, batch: SampleBatch) -> dict[tuple[str, int, int, int
 
 
 @settings(deadline=None)
-@given(strata=st.integers(1, 40), noises=st.integers(1, 4), span=RANGES, length=st.integers(1, 1000), seed=st.integers(0, 2**40))
+@given(
+    strata=st.integers(1, 40),
+    noises=st.integers(1, 4),
+    span=RANGES,
+    length=st.integers(1, 1000),
+    seed=st.integers(0, 2**40),
+)
 def test_each_timestep_lies_in_its_stratum_of_the_range(
     strata: int, noises: int, span: tuple[float, float], length: int, seed: int
 ) -> None:
@@ -125,7 +135,10 @@ def test_a_samples_noise_does_not_depend_on_its_batch() -> None:
 def test_unlearning_draws_rise_draws_and_scoring_views_share_nothing() -> None:
     # The same seed, the same key, the same numbers: only the names of the streams tell them apart.
     batch = ragged((1,), flip=False)
-    found = [*all_noise(Views(8, noise="per_sample", seed=0), batch).values(), *all_noise(Views(8, seed=0), batch).values()]
+    found = [
+        *all_noise(Views(8, noise="per_sample", seed=0), batch).values(),
+        *all_noise(Views(8, seed=0), batch).values(),
+    ]
     for stream in ("unlearning", "rise"):
         found.extend(draw_for_target(stream, 0, batch.keys[0], range(8), 8, 1000, LATENT)[1])  # type: ignore[arg-type]
     for one, two in itertools.combinations(found, 2):
@@ -166,7 +179,7 @@ def test_views_come_in_the_batchs_dtype_with_the_same_draws() -> None:
 
 
 def test_flips_without_flipped_latents_are_refused() -> None:
-    with pytest.raises(InputError, match="no latent_flip.npy"):
+    with pytest.raises(InputError, match=r"no latent_flip.npy"):
         list(Views(flips=True).of(ragged(flip=False), 1000))
 
 
