@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,9 +11,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
+from lightning_unlearn.callbacks.own_loss import find_network, own_loss_factor
 from lightning_unlearn.capture import GradientCapture
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher import FISHERS, Fisher
@@ -133,7 +133,7 @@ class FisherAccumulator(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers and put hooks on them; nothing is captured yet."""
-        layers = select_layers(self._network(pl_module), self.parameters)
+        layers = select_layers(find_network(pl_module, self.target), self.parameters)
         frozen = [name for name, layer in layers.items() if not any(p.requires_grad for p in layer.parameters())]
         if frozen:
             raise InputError(
@@ -151,21 +151,6 @@ class FisherAccumulator(Callback):
         self._capture.enabled = False
         self._capture.attach()
         self._watched = self._saw_gradient = False
-
-    def _network(self, pl_module: LightningModule) -> nn.Module:
-        try:
-            network = attrgetter(self.target)(pl_module) if self.target else pl_module
-        except AttributeError:
-            names = ", ".join(name for name, _ in pl_module.named_children())
-            raise InputError(
-                f"{type(pl_module).__name__} has no {self.target!r}; set the target to one of its parts: {names}."
-            ) from None
-        if not isinstance(network, nn.Module):
-            raise InputError(
-                f"{self.target!r} of {type(pl_module).__name__} is a {type(network).__name__}, not a module; "
-                "name the network."
-            )
-        return network
 
     def should_capture(self, step: int, epoch: int, batch_idx: int) -> bool:
         """Whether a batch is taken; override for another rule.
@@ -205,11 +190,11 @@ class FisherAccumulator(Callback):
             return
         self._saw_gradient = True
         rows = len(next(iter(captured.values())))
-        factor = self._factor(trainer, pl_module, rows)
+        factor = own_loss_factor(trainer, pl_module, rows, self.reduction, self.loss_scale, self.sample_weights)
         captured = {name: layer.scaled(factor) for name, layer in captured.items()}
-        if not all(
-            tensor.isfinite().all() for layer in captured.values() for tensor in (layer.inputs, layer.output_gradients)
-        ):
+        tensors = [tensor for layer in captured.values() for tensor in (layer.inputs, layer.output_gradients)]
+        # Asked once for all tensors: each answer waits for the device.
+        if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
             self.skipped_batches += 1  # the GradScaler skips this step too
             return
         assert self._local is not None
@@ -217,31 +202,6 @@ class FisherAccumulator(Callback):
         if isinstance(factor, Tensor):
             self._local.count -= int((factor == 0).sum())
         self._steps = [self._steps[0] if self._steps else trainer.global_step, trainer.global_step]
-
-    def _factor(self, trainer: Trainer, pl_module: LightningModule, rows: int) -> float | Tensor:
-        """What a sample's captured gradient is multiplied with to be that of its own loss."""
-        factor = 1.0 / self.loss_scale
-        if self.reduction == "mean":
-            factor *= rows
-        factor *= trainer.accumulate_grad_batches  # Lightning lets it be 1 only with manual optimization
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if scaler is not None:
-            factor /= float(scaler.get_scale())
-        if self.sample_weights is None:
-            return factor
-        try:
-            weights = torch.as_tensor(attrgetter(self.sample_weights)(pl_module)).detach()
-        except AttributeError:
-            raise InputError(
-                f"{type(pl_module).__name__} has no {self.sample_weights!r}; "
-                "set it to each sample's weight in training_step."
-            ) from None
-        if weights.shape != (rows,):
-            raise InputError(
-                f"{self.sample_weights!r} has shape {tuple(weights.shape)}, but the batch has {rows} samples; "
-                "it must hold one weight a sample."
-            )
-        return torch.where(weights == 0, 0.0, factor / weights)
 
     @override
     def on_train_batch_end(
@@ -316,7 +276,7 @@ class FisherAccumulator(Callback):
                 "gradient was finite. No Fisher is written."
             )
             return
-        layers = select_layers(self._network(pl_module), self.parameters)
+        layers = select_layers(find_network(pl_module, self.target), self.parameters)
         total.weights = {name: parameter.detach() for name, parameter in layer_parameters(layers).items()}
         total.provenance = {
             "module": f"{type(pl_module).__module__}.{type(pl_module).__qualname__}",
@@ -328,6 +288,9 @@ class FisherAccumulator(Callback):
         objective = getattr(pl_module, "objective", None)
         if isinstance(objective, Objective):
             total.provenance["objective"] = objective.settings()
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_info("fast_dev_run: no Fisher is written, as no checkpoint is.")
+            return
         path = Path(trainer.default_root_dir) / self.path
         if trainer.is_global_zero:
             total.save(path)

@@ -119,10 +119,13 @@ class TrainerCLI(LightningCLI):
             **kwargs: Lightning's.
 
         Returns:
-            It; the unlearning knows how many epochs it takes, so that nobody need be warned.
+            It; the unlearning knows how many epochs it takes and when it logs, so that nobody need be warned.
         """
-        if isinstance(self.model, UnlearningModule) and self._get(self.config_init, "trainer")["max_epochs"] is None:
-            kwargs["max_epochs"] = self.model.strategy.steps
+        if isinstance(self.model, UnlearningModule):
+            settings = self._get(self.config_init, "trainer")
+            for name, value in (("max_epochs", self.model.strategy.steps), ("log_every_n_steps", 1)):
+                if settings[name] is None:
+                    kwargs[name] = value
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:

@@ -430,11 +430,15 @@ def test_backward_passes_of_validation_by_hand_are_not_counted(tmp_path: Path) -
     assert fisher.count == 8
 
 
-def test_fast_dev_run_goes_through(tmp_path: Path) -> None:
-    module = Validating()
-    fisher = fit(tmp_path, module, fast_dev_run=True, inference_mode=False)
+def test_fast_dev_run_goes_through_and_leaves_an_earlier_file_alone(tmp_path: Path) -> None:
+    earlier = tmp_path / "fisher.safetensors"
+    earlier.write_bytes(b"of a long training")
+    module, accumulator = Validating(), FisherAccumulator(parameters="all")
+    trainer_for(tmp_path, accumulator, fast_dev_run=True, inference_mode=False).fit(module, loader(samples()))
+    fisher = accumulator.total()
     assert_sums(fisher, *expected_sums(module.seen))
     assert fisher.count == 3
+    assert earlier.read_bytes() == b"of a long training"
 
 
 def test_other_callbacks_gradients_between_batches_are_not_counted(tmp_path: Path) -> None:

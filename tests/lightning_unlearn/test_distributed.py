@@ -5,7 +5,6 @@ Starting processes is slow, so each number of them runs all its jobs in one go a
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import socket
@@ -68,7 +67,6 @@ def data() -> Path:
     return folder
 
 
-@functools.cache
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
