@@ -96,6 +96,11 @@ class ScoringProgress(TQDMProgressBar):
             bar.refresh()
 
     @override
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End the bar's line before anybody says what was scored, in ``on_predict_end``."""
+        self.predict_progress_bar.close()
+
+    @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """End the bar's line, so that what is said of the exception gets one of its own."""
         for bar in (self._train_progress_bar, self._predict_progress_bar):

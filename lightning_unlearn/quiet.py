@@ -40,9 +40,9 @@ def quiet(*warned: str, steps: bool = False) -> Iterator[None]:
         message = record.getMessage()
         return not (_HINTS.match(message) or (steps and _STEPS.match(message)))
 
-    # What Lightning says on the first rank goes through one of the first two, depending on what was imported last.
-    names = ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.seed")
-    loggers = [logging.getLogger(f"lightning.{name}") for name in names]
+    # What Lightning says on the first rank goes through one of these, depending on which was imported last.
+    trees = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
+    loggers = [logging.getLogger(f"{tree}.utilities.{name}") for tree in trees for name in ("rank_zero", "seed")]
     for logger in loggers:
         logger.addFilter(wanted)
     try:

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+
 from lightning_unlearn.objective import Objective
 from lightning_unlearn.samples import ViewBatch
 from lightning_unlearn.shards import encode_sample, write_shards
-from torch import Tensor, nn
 
 LATENT = (3, 8, 8)
 TOKENS, DIM = 4, 6
@@ -84,7 +85,13 @@ def toy_fields(number: int, captions: int = 1, *, flip: bool = False, prefix: st
 
 
 def toy_shards(
-    folder: Path, samples: int = 12, samples_per_shard: int = 4, captions: int = 1, *, flip: bool = False, prefix: str = "sample"
+    folder: Path,
+    samples: int = 12,
+    samples_per_shard: int = 4,
+    captions: int = 1,
+    *,
+    flip: bool = False,
+    prefix: str = "sample",
 ) -> Path:
     """A folder of shards of random samples."""
     fields = [toy_fields(number, captions, flip=flip, prefix=prefix) for number in range(samples)]

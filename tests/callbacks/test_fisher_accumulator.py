@@ -16,12 +16,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
-from lightning_unlearn.callbacks import FisherAccumulator
 from reference import per_sample_gradients, sums_of_squares
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from toys import DIM, LATENT, TOKENS, ToyDenoiser, ToyObjective, tiny_unet
 
+from lightning_unlearn.callbacks import FisherAccumulator
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher import Fisher, load_fisher
 from lightning_unlearn.objective import DenoisingObjective

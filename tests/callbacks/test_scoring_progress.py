@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning_unlearn.callbacks import ScoreWriter, ScoringProgress
-from lightning_unlearn.datamodules import AttributionDataModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 from toys import tiny_unet, toy_shards
 
+from lightning_unlearn.callbacks import ScoreWriter, ScoringProgress
+from lightning_unlearn.datamodules import AttributionDataModule
 from lightning_unlearn.deltas import DeltaStore
+from lightning_unlearn.errors import InputError
 from lightning_unlearn.module import UnlearningModule
 from lightning_unlearn.parameters import layer_parameters
 from lightning_unlearn.shards import MANIFEST
@@ -147,3 +148,34 @@ def test_fit_and_another_modules_predict_show_the_ordinary_bar_of_batches(
     assert "Epoch 0: 100%" in printed
     assert "Predicting DataLoader 0: 100%" in printed
     assert "samples" not in printed
+
+
+class Speaks(Callback):
+    """Prints at the end, or raises at the second batch."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.fails = fails
+
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if self.fails and pl_module.trainer.predict_loop.batch_progress.current.ready == 2:
+            raise InputError("something is wrong")
+
+    def on_predict_end(self, *_: Any) -> None:
+        print("what was done")
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_what_is_said_at_the_end_gets_a_line_of_its_own(
+    first: bool, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bar, speaks = ScoringProgress(), Speaks()
+    trainer(shards, *([speaks, bar] if first else [bar, speaks])).predict(unlearned(), data(shards))
+    assert capsys.readouterr().out.splitlines()[-1] == "what was done"
+
+
+def test_what_is_said_of_a_failure_gets_a_line_of_its_own(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InputError):
+        trainer(shards, Speaks(fails=True), ScoringProgress()).predict(unlearned(), data(shards))
+    printed = capsys.readouterr().out
+    assert "3/11" in printed
+    assert printed.endswith("\n")

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toys import toy_fields, toy_shards
+
 from lightning_unlearn.datamodules import remote
 from lightning_unlearn.datamodules.reading import read_fields, read_samples
 from lightning_unlearn.datamodules.sources import list_shards
-from toys import toy_fields, toy_shards
-
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.shards import ShardInfo, write_shards
 

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from lightning_unlearn.datamodules.sources import list_shards, read_manifest
 from toys import toy_fields, toy_shards
 
+from lightning_unlearn.datamodules.sources import list_shards, read_manifest
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.shards import MANIFEST, ShardInfo, write_shards
 

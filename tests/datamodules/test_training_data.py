@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning_unlearn.datamodules import TrainingDataModule
-from lightning_unlearn.datamodules.sources import list_shards
-from lightning_unlearn.datamodules.training import TrainingStream
 from torch import Tensor
 from toys import toy_fields, toy_shards
 
+from lightning_unlearn.datamodules import TrainingDataModule
+from lightning_unlearn.datamodules.sources import list_shards
+from lightning_unlearn.datamodules.training import TrainingStream
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.samples import SampleBatch
 from lightning_unlearn.shards import MANIFEST, write_shards

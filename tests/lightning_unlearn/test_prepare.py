@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning_unlearn.datamodules.reading import read_samples
-from lightning_unlearn.datamodules.sources import list_shards
 from PIL import Image, ImageOps
 from torch import Tensor
 from toys import tiny_unet
 
+from lightning_unlearn.datamodules.reading import read_samples
+from lightning_unlearn.datamodules.sources import list_shards
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import generator_for, tensors_digest
 from lightning_unlearn.preparation.prepare import prepare

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning_unlearn.datamodules import TrainingDataModule
 from torch import Tensor, nn
 from toys import DIM, TOKENS, ToyDenoiser, ToyObjective, tiny_unet, toy_fields, toy_shards
 
+from lightning_unlearn.datamodules import TrainingDataModule
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.objective import DenoisingObjective
 from lightning_unlearn.samples import SampleBatch, ViewBatch, collate_samples, decode_sample
