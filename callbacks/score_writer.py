@@ -23,7 +23,7 @@ from lightning_unlearn.scores import (
     FAILED,
     RULES,
     RUN_FILE,
-    done_shards,
+    is_scored,
     read_run,
     reduce_losses,
     run_digest,
@@ -82,7 +82,9 @@ class ScoreWriter(Callback):
         self.agreement: float | None = None
         self._run = ""
         self._started = 0.0
-        self._changed: frozenset[str] = frozenset()
+        self._finished: set[str] = set()
+        self._unnoted = False
+        self._versions: dict[str, str] = {}  # of the shards' content
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -97,23 +99,23 @@ class ScoreWriter(Callback):
         trainer.predict_loop.return_predictions = False
         datamodule = getattr(trainer, "datamodule", None)
         skip = getattr(datamodule, "skip_shards", None)
-        self._changed = self._changed_shards(datamodule)
+        self._versions = {shard_id(shard.url): shard.version for shard in getattr(datamodule, "shards", [])}
         if skip is not None:
-            skip(done_shards(self.folder) - self._changed)
+            skip(self._done())
 
-    def _changed_shards(self, datamodule: Any) -> frozenset[str]:
-        """The shards whose size is not the one in ``run.json``: they hold other samples than those that were scored."""
-        recorded = (read_run(self.folder) or {}).get("shards", {})
-        sizes = {shard_id(shard.url): shard.bytes for shard in getattr(datamodule, "shards", [])}
-        return frozenset(name for name in sizes.keys() & recorded.keys() if sizes[name] != recorded[name]["bytes"])
+    def _done(self) -> frozenset[str]:
+        """The shards of this run whose scores are written, and are of the samples that they hold now."""
+        return frozenset(name for name, version in self._versions.items() if is_scored(self.folder, name, version))
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse to mix runs, and record this one."""
         assert isinstance(pl_module, UnlearningModule)
+        pl_module.require_deltas()  # callbacks come before the module, and there is nothing to record without them
         self._open, self.failures, self.scored, self.skipped = {}, {}, 0, 0
+        self._finished, self._unnoted = set(), False
         self._started = time.monotonic()
-        fingerprints = {**pl_module.fingerprints(), "rule": self.rule}
+        fingerprints = {**pl_module.fingerprints(), "rule": self.rule, "precision": str(trainer.precision)}
         self._run = run_digest(fingerprints)
         run = read_run(self.folder)
         if run is not None and run["fingerprints"] != fingerprints:
@@ -122,21 +124,24 @@ class ScoreWriter(Callback):
                 f"{self.folder} holds scores of another run (other {', '.join(differing)}); score into another "
                 "folder, or remove it."
             )
-        # What an earlier run left of this rank's shards: scores of other samples, and notes of failures.
-        to_score = getattr(getattr(trainer, "datamodule", None), "shards_to_score", list)
-        for name in (shard_id(shard.url) for shard in to_score()):
+        # What an earlier run noted of this rank's shards.
+        for name in self._to_score(trainer):
             (self.folder / FAILED / f"{name}.json").unlink(missing_ok=True)
-            if name in self._changed:
-                shard_path(self.folder, name).unlink(missing_ok=True)
         if trainer.is_global_zero:
             self._record(trainer, pl_module, fingerprints, run or {})
+        # Nobody must take another rank's old notes for new ones.
+        trainer.strategy.barrier("scores")
+
+    def _to_score(self, trainer: Trainer) -> list[str]:
+        shards = getattr(getattr(trainer, "datamodule", None), "shards_to_score", list)
+        return [shard_id(shard.url) for shard in shards()]
 
     def _record(
         self, trainer: Trainer, pl_module: UnlearningModule, fingerprints: dict[str, str], run: dict[str, Any]
     ) -> None:
         datamodule = getattr(trainer, "datamodule", None)
         shards = {
-            shard_id(s.url): {"url": s.url, "samples": s.samples, "bytes": s.bytes}
+            shard_id(s.url): {"url": s.url, "samples": s.samples, "bytes": s.bytes, "version": s.version}
             for s in getattr(datamodule, "shards", [])
         }
         prompts = {query.key: query.captions for query in getattr(datamodule, "queries", [])}
@@ -149,7 +154,7 @@ class ScoreWriter(Callback):
             "targets": {
                 key: {"captions": prompts.get(key, []), **pl_module.results.get(key, {})} for key in pl_module.targets
             },
-            "shards": {**run.get("shards", {}), **shards},
+            "shards": shards,
             "query_shards": getattr(datamodule, "query_patterns", None),
             "versions": {name: _version(name) for name in PACKAGES},
             "world_size": trainer.world_size,
@@ -163,7 +168,7 @@ class ScoreWriter(Callback):
                 f"The run can't be recorded in {self.folder} ({error.strerror}); free the disk, or score into "
                 "another folder."
             ) from None
-        done = len(done_shards(self.folder) & set(content["shards"]))
+        done = len(self._done())
         if done:
             rank_zero_info(f"{done} of {len(content['shards'])} shards are scored already.")
 
@@ -232,22 +237,28 @@ class ScoreWriter(Callback):
                 f"Shard {name} has {count} samples, but {len(shard.keys) + shard.skipped} arrived; run the same "
                 "command again."
             )
-        write_shard_scores(
-            self.folder, name, shard.keys, torch.cat(shard.base), torch.cat(shard.scores), queries, self._run
-        )
+        base, scores = torch.cat(shard.base), torch.cat(shard.scores)
+        version = self._versions.get(name, "")
+        write_shard_scores(self.folder, name, shard.keys, base, scores, queries, self._run, version)
+        self._finished.add(name)
         self.scored += len(shard.keys)
         self.skipped += shard.skipped + outputs.batch.skipped
 
     def _fail(self, shard: str, error: str) -> None:
         self.failures[shard] = error
-        # Where the disk is full there is no room for a note either; the message at the end has it.
-        with contextlib.suppress(OSError):
+        try:
             (self.folder / FAILED).mkdir(parents=True, exist_ok=True)
             write_atomically(self.folder / FAILED / f"{shard}.json", json.dumps({"error": error}).encode())
+        except OSError:
+            # Where the disk is full there is no room for a note either, and others would wait for it.
+            self._unnoted = True
 
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what was done, left out and failed."""
+        for name in self._to_score(trainer):
+            if name not in self._finished and name not in self.failures:
+                self._fail(name, f"Shard {name} was not read to its end; run the same command again, without limits.")
         if trainer.is_global_zero:
             run = read_run(self.folder)
             assert run is not None
@@ -266,8 +277,8 @@ class ScoreWriter(Callback):
         if self.failures:
             first = next(iter(self.failures.values()))
             message = f"{len(self.failures)} shards could not be scored, the others are kept. {first}"
-            # Raising on one of several ranks would end the others' work; whoever reads the table is told.
-            if trainer.world_size == 1:
+            # Raising on one of several ranks ends the others' work; whoever reads the table finds the notes.
+            if trainer.world_size == 1 or self._unnoted:
                 raise InputError(message)
             print(message)
 

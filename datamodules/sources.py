@@ -80,7 +80,9 @@ def _manifest(folder: Path, manifests: dict[str, dict[str, ShardInfo]]) -> dict[
     if str(folder) not in manifests:
         entries: list[dict[str, Any]] = read_manifest(folder).get("shards", [])
         manifests[str(folder)] = {
-            entry["name"]: ShardInfo(str(folder / entry["name"]), entry.get("samples"), entry.get("bytes"))
+            entry["name"]: ShardInfo(
+                str(folder / entry["name"]), entry.get("samples"), entry.get("bytes"), entry.get("sha256")
+            )
             for entry in entries
         }
     return manifests[str(folder)]

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_only
@@ -26,7 +23,7 @@ from lightning_unlearn.quiet import quiet
 from lightning_unlearn.samples import Sample
 from lightning_unlearn.scores import FAILED, RULES, SCORES, read_run, read_scores, shard_path
 from lightning_unlearn.shards import ShardInfo, shard_id
-from lightning_unlearn.trainer_cli import TrainerCLI
+from lightning_unlearn.trainer_cli import TrainerCLI, one_sentence
 from lightning_unlearn.training import FisherPass
 
 # What a Trainer that a command steers need not have.
@@ -41,29 +38,6 @@ def say(message: str) -> None:
         message: A line.
     """
     print(message, flush=True)
-
-
-@contextmanager
-def one_sentence() -> Iterator[None]:
-    """While it lasts, errors of the libraries below that a person can do something about become one sentence.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        InputError: In their place.
-    """
-    try:
-        yield
-    except MisconfigurationException as error:
-        raise InputError(" ".join(str(error).split())) from error
-    except ModuleNotFoundError as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"A setting needs a package that is missing ({reason}); install it or change that.") from error
-    except torch.OutOfMemoryError as error:
-        raise InputError(
-            "The device has too little memory; use a smaller batch_size and draw_batch_size, or fewer queries."
-        ) from error
 
 
 def fit(arguments: list[str]) -> None:

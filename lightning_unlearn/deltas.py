@@ -53,7 +53,7 @@ def target_weights(parameters: Mapping[str, Tensor], deltas: Mapping[str, Tensor
     Returns:
         Parameter name to weight.
     """
-    return {name: parameters[name].detach() + deltas[name][target] for name in deltas}
+    return {name: parameters[name].detach() + deltas[name][target].to(parameters[name].dtype) for name in deltas}
 
 
 class NetworkLoss(nn.Module):

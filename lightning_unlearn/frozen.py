@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,9 +12,10 @@ from torch import nn
 
 from lightning_unlearn.deltas import CHECKPOINT_KEY, DeltaStore, NetworkLoss, read_targets
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.fingerprints import settings_digest, tensors_digest
+from lightning_unlearn.fingerprints import digest, settings_digest, tensors_digest
 from lightning_unlearn.objective import Objective
 from lightning_unlearn.parameters import layer_parameters, select_layers
+from lightning_unlearn.precision import ExactFloat32
 from lightning_unlearn.samples import ViewBatch
 
 
@@ -37,7 +40,7 @@ class FrozenModule(LightningModule):
         self.results: dict[str, dict[str, float]] = {}
         self.settings: dict[str, Any] = {}
         self._fingerprints: dict[str, str] = {}
-        self._tf32: tuple[bool, bool] | None = None
+        self._float32 = ExactFloat32()
         # The checkpoint holds only the deltas.
         self.strict_loading = False
 
@@ -90,6 +93,11 @@ class FrozenModule(LightningModule):
                 "The deltas in the checkpoint were made for other weights than this network's; unlearn the "
                 "queries again."
             )
+        if about["settings"].get("objective") != self.objective.settings():
+            raise InputError(
+                "The deltas in the checkpoint were made with another objective; use that one, or unlearn the queries "
+                "again."
+            )
         if self.trainer.state.fn == "fit" and about["targets"] != self.targets:
             raise InputError("The checkpoint was made for other queries; unlearn these anew, without ckpt_path.")
         self.load_deltas(checkpoint)
@@ -112,6 +120,8 @@ class FrozenModule(LightningModule):
                 "The deltas in the checkpoint are of other layers than the chosen ones; use the parameters they "
                 "were made with."
             )
+        # In the type they were made in, so that they and their fingerprint come back as they were.
+        store.to(next(iter(checkpoint["state_dict"].values())).dtype)
         store.load_state_dict({name.removeprefix("deltas."): value for name, value in checkpoint["state_dict"].items()})
         self.deltas = store
         self.results = {target: dict(result) for target, result in about["results"].items()}
@@ -126,28 +136,28 @@ class FrozenModule(LightningModule):
                     f"{name} is {parameter.dtype}, in which a delta would be lost; load the network in float32 "
                     "and use precision 32-true."
                 )
-        if self._tf32 is None:
-            self._tf32 = (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        self._float32.start()
 
     def teardown(self, stage: str) -> None:
-        """Give TF32 back as it was.
+        """Give back the precision of products as it was.
 
         Args:
             stage: Lightning's.
         """
-        if self._tf32 is not None:
-            torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = self._tf32
-            self._tf32 = None
+        self._float32.stop()
 
     def weights_fingerprint(self) -> str:
-        """Digest of the network's weights.
+        """Digest of the network: its weights, and settings that leave no trace in them, such as the number of heads.
 
         Returns:
             32 hexadecimal characters.
         """
         if "weights" not in self._fingerprints:
-            self._fingerprints["weights"] = tensors_digest(self.network.state_dict())
+            config = getattr(self.network, "config", None)
+            plain = isinstance(config, Mapping)
+            form = {name: value for name, value in config.items() if name[0] != "_"} if plain else repr(self.network)
+            form = json.dumps([type(self.network).__qualname__, form], sort_keys=True, default=str)
+            self._fingerprints["weights"] = digest(form, tensors_digest(self.network.state_dict()))
         return self._fingerprints["weights"]
 
     def fingerprints(self) -> dict[str, str]:

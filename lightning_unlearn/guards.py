@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from lightning_unlearn.errors import InputError
 
@@ -34,6 +35,10 @@ def check_unlearning(trainer: Trainer) -> None:
     if trainer.precision not in ("32-true", "64-true"):
         raise InputError(
             f"The rise of a query's loss can't be measured in precision {trainer.precision}; unlearn with 32-true."
+        )
+    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        raise InputError(
+            f"{type(trainer.strategy).__name__} cuts weights apart, and deltas with them; use strategy auto or ddp."
         )
     if trainer.gradient_clip_val is not None:
         raise InputError(

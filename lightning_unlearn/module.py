@@ -75,6 +75,14 @@ class UnlearningModule(Unlearning):
             InputError: If there are none.
         """
         self._exact()
+        self.require_deltas()
+
+    def require_deltas(self) -> None:
+        """Refuse to score without deltas.
+
+        Raises:
+            InputError: If there are none.
+        """
         if not self.targets:
             raise InputError("There are no deltas to score with; run fit first, or pass its checkpoint as ckpt_path.")
 

@@ -52,9 +52,17 @@ class Objective(ABC):
         """What tells this objective from another, as JSON; it enters the fingerprint of every run.
 
         Returns:
-            JSON-like settings. By default the name of the class.
+            JSON-like settings. By default the name of the class, and those of its attributes that are numbers, strings
+            or lists of them.
         """
-        return {"class": f"{type(self).__module__}.{type(self).__qualname__}"}
+        plain = {name: value for name, value in vars(self).items() if _is_plain(value)}
+        return {"class": f"{type(self).__module__}.{type(self).__qualname__}", **plain}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 class DenoisingObjective(Objective):
@@ -115,7 +123,7 @@ class DenoisingObjective(Objective):
 
     def _weight(self, timesteps: Tensor) -> Tensor:
         assert self.snr_gamma is not None
-        alphas_cumprod = self.scheduler.alphas_cumprod.to(timesteps.device, torch.float64)[timesteps]  # (B,)
+        alphas_cumprod = self.scheduler.alphas_cumprod.cpu().double()[timesteps.cpu()]  # (B,)
         snr: Tensor = alphas_cumprod / (1 - alphas_cumprod)
         clipped = snr.clamp(max=self.snr_gamma)
         if self.prediction_type == "epsilon":

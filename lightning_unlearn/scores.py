@@ -128,7 +128,14 @@ def shard_path(folder: Path, shard: str) -> Path:
 
 
 def write_shard_scores(
-    folder: Path, shard: str, keys: Sequence[str], base_losses: Tensor, scores: Tensor, queries: Sequence[str], run: str
+    folder: Path,
+    shard: str,
+    keys: Sequence[str],
+    base_losses: Tensor,
+    scores: Tensor,
+    queries: Sequence[str],
+    run: str,
+    version: str = "",
 ) -> None:
     """Write one shard's scores, whole or not at all.
 
@@ -140,6 +147,7 @@ def write_shard_scores(
         scores: ``(B, Q)``.
         queries: ``Q`` query keys.
         run: Digest of the run's fingerprints, kept in the file.
+        version: Of the shard's content, kept in the file.
 
     Raises:
         InputError: If the disk is full or the folder can't be written.
@@ -151,7 +159,7 @@ def write_shard_scores(
     }
     for number, query in enumerate(queries):
         columns[PREFIX + query] = pa.array(scores[:, number].float().contiguous().numpy())
-    table = pa.table(columns).replace_schema_metadata({"run": run})
+    table = pa.table(columns).replace_schema_metadata({"run": run, "content": version})
     stream = io.BytesIO()
     pq.write_table(table, stream)
     path = shard_path(folder, shard)
@@ -163,6 +171,35 @@ def write_shard_scores(
             f"The scores of shard {shard} can't be written to {path} ({error.strerror}); free the disk and run "
             "again: finished shards are kept."
         ) from None
+
+
+def is_scored(folder: Path, shard: str, version: str) -> bool:
+    """Whether a shard's scores are written, and are of the samples that it holds now.
+
+    Args:
+        folder: The run's folder.
+        shard: The shard's identifier.
+        version: Of its content (:attr:`~lightning_unlearn.shards.ShardInfo.version`).
+
+    Returns:
+        Whether they are; a file that can't be read counts as none.
+    """
+    try:
+        return _content(folder, shard) == version
+    except InputError:
+        return False
+
+
+def _content(folder: Path, shard: str) -> str | None:
+    """The version of the shard's content that a file of scores is of, ``None`` if there is no file."""
+    path = shard_path(folder, shard)
+    if not path.is_file():
+        return None
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path} can't be read ({str(error).splitlines()[0]}); run the same command again.") from None
+    return bytes(metadata.get(b"content", b"")).decode()
 
 
 def done_shards(folder: Path) -> frozenset[str]:
@@ -231,7 +268,7 @@ def read_scores(folder: str | Path, *, partial: bool = False) -> ScoreTable:
     run = read_run(folder)
     if run is None:
         raise InputError(f"There are no scores in {folder}; run `lightning-unlearn attribute` or `predict` first.")
-    missing = [shard for shard in run["shards"] if not shard_path(folder, shard).is_file()]
+    missing = [shard for shard, info in run["shards"].items() if _content(folder, shard) != info.get("version", "")]
     if missing and not partial:
         # One that failed says why.
         example = next((shard for shard in missing if (folder / FAILED / f"{shard}.json").is_file()), missing[0])
@@ -243,7 +280,7 @@ def read_scores(folder: str | Path, *, partial: bool = False) -> ScoreTable:
         )
     digest = run_digest(run["fingerprints"]).encode()
     tables = []
-    for shard in sorted(done_shards(folder) & set(run["shards"])):
+    for shard in sorted(set(run["shards"]) - set(missing)):
         try:
             table = pq.read_table(shard_path(folder, shard))
         except (pa.ArrowException, OSError) as error:

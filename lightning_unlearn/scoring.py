@@ -84,12 +84,12 @@ def measure_losses(
         for target in range(-1, len(deltas.targets)):
             weights = {} if target < 0 or autocast else target_weights(parameters, stacked, target)
             # Autocast would round the sum of weight and delta, and lose the delta.
-            added = added_deltas(layers, stacked, target) if target >= 0 and autocast else nullcontext()
+            added = added_deltas(layers, stacked, target if target >= 0 else None) if autocast else nullcontext()
             with added:
                 # Copied to the CPU once a target: a copy waits for the device.
-                measured = [loss.under(weights, view.batch, view.timesteps, view.noise).double() for view in chunk]
+                measured = [loss.under(weights, view.batch, view.timesteps, view.noise) for view in chunk]
             sizes = [len(values) for values in measured]
-            for view, values in zip(chunk, torch.split(torch.cat(measured).cpu(), sizes), strict=True):
+            for view, values in zip(chunk, torch.split(torch.cat(measured).cpu().double(), sizes), strict=True):
                 losses[1 + target, view.rows, view.flip, view.caption, view.draw] = values
     return losses
 

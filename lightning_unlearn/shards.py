@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -26,11 +27,23 @@ class ShardInfo:
         url: Path or http(s) address.
         samples: How many samples it holds, if known.
         bytes: Its size, if known.
+        sha256: Of its bytes, if known.
     """
 
     url: str
     samples: int | None = None
     bytes: int | None = None
+    sha256: str | None = None
+
+    @property
+    def version(self) -> str:
+        """What changes when a local shard is made anew, if only with other numbers in it."""
+        path = Path(self.url)
+        stat = path.stat() if "://" not in self.url and path.is_file() else None
+        size = stat.st_size if stat is not None else self.bytes
+        if self.sha256 is not None:
+            return f"{self.sha256}-{size}"
+        return f"{size}-{stat.st_mtime_ns}" if stat is not None else str(size)
 
 
 def shard_id(url: str) -> str:
@@ -150,7 +163,8 @@ def write_shards(
             for sample in pending:
                 writer.write(dict(sample))
         write_atomically(path, stream.getvalue())
-        shards.append(ShardInfo(str(path), len(pending), path.stat().st_size))
+        content = stream.getvalue()
+        shards.append(ShardInfo(str(path), len(pending), len(content), hashlib.sha256(content).hexdigest()))
         pending.clear()
 
     for sample in samples:
@@ -171,6 +185,9 @@ def write_manifest(folder: str | os.PathLike[str], shards: Sequence[ShardInfo], 
         shards: What it holds.
         about: More facts.
     """
-    entries = [{"name": Path(shard.url).name, "samples": shard.samples, "bytes": shard.bytes} for shard in shards]
+    entries = [
+        {"name": Path(shard.url).name, "samples": shard.samples, "bytes": shard.bytes, "sha256": shard.sha256}
+        for shard in shards
+    ]
     content = json.dumps({**about, "shards": entries}, indent=1, ensure_ascii=False)
     write_atomically(Path(folder) / MANIFEST, content.encode() + b"\n")

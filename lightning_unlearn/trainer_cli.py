@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from traceback import walk_tb
 from typing import Any
 
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -160,3 +163,26 @@ def _innermost(error: Exception) -> str:
     made = next((type(frame.f_locals["self"]).__name__ for frame in frames if "self" in frame.f_locals), "A class")
     reason = " ".join(str(cause).split())[:400]
     return f"{made} can't be made of its settings ({type(cause).__name__}: {reason}); correct them in the config."
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """While it lasts, errors of the libraries below that a person can do something about become one sentence.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        InputError: In their place.
+    """
+    try:
+        yield
+    except MisconfigurationException as error:
+        raise InputError(f"{' '.join(str(error).split()).rstrip('.')}.") from error
+    except ModuleNotFoundError as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"A setting needs a package that is missing ({reason}); install it or change that.") from error
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            "The device has too little memory; use a smaller batch_size and draw_batch_size, or fewer queries."
+        ) from error

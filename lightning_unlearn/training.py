@@ -45,7 +45,7 @@ class DiffusionModule(LightningModule):
     ) -> None:
         super().__init__()
         self.network = load_network(network, weights, prefix).train()
-        self.objective = objective or DenoisingObjective()
+        self.objective = objective or DenoisingObjective(network if isinstance(network, str) else None)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.flips = flips

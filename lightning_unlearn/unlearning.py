@@ -126,7 +126,7 @@ class Unlearning(FrozenModule):
         fisher = self._load_fisher().to(self.device)
         fisher.finalize(self.damping)
         made = {
-            "fisher": tensors_digest(fisher.tensors()),
+            "fisher": _fisher_digest(fisher),
             "unlearning": self.unlearning_fingerprint(self._datamodule),
         }
         if any(self._fingerprints.get(name, value) != value for name, value in made.items()):
@@ -234,7 +234,7 @@ class Unlearning(FrozenModule):
                 trainer.world_size,
                 getattr(self._datamodule, "draw_batch_size", self.rise_draws),
             ):
-                losses = self._draw_losses(batch, weights, "rise").double().cpu()
+                losses = self._draw_losses(batch, weights, "rise").cpu().double()
                 sums[target] += (losses * batch.weights).sum()
         if trainer.world_size > 1:
             reduced = trainer.strategy.reduce(sums.to(self.device), reduce_op="sum")
@@ -317,7 +317,7 @@ class Unlearning(FrozenModule):
         Returns:
             32 hexadecimal characters.
         """
-        return tensors_digest(self._load_fisher().tensors())
+        return _fisher_digest(self._load_fisher())
 
     def unlearning_fingerprint(self, datamodule: Any) -> str:
         """Digest of what deltas depend on besides weights and Fisher: settings, queries and their draws.
@@ -334,3 +334,7 @@ class Unlearning(FrozenModule):
         order = [query.key for query in datamodule.queries]
         settings = {**self.unlearning_settings(), "draws": datamodule.draws, "queries": order}
         return digest(settings_digest(settings), tensors_digest(tensors))
+
+
+def _fisher_digest(fisher: Fisher) -> str:
+    return digest(fisher.kind, fisher.count, tensors_digest(fisher.tensors()))

@@ -2,7 +2,7 @@
 
 A view is one evaluation of a sample's loss: a caption, a flip, a timestep and a noise. Everything is drawn on the CPU
 and keyed by names, so that batches, workers, ranks, the order of shards or a restart can't change it. Unlearning draws
-and scoring views come from streams with different names, which never meet.
+and scoring views come from streams with different names, of their own.
 """
 
 from __future__ import annotations

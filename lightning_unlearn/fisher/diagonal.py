@@ -106,7 +106,7 @@ class DiagonalFisher(Fisher):
         for spec in self.layers.values():
             means = {name: self.sums[name] / self.count for name in spec.parameter_shapes}
             numel = sum(mean.numel() for mean in means.values())
-            layer_mean = sum(float(mean.sum(dtype=torch.float64)) for mean in means.values()) / numel
+            layer_mean = sum(float(mean.cpu().double().sum()) for mean in means.values()) / numel
             if not layer_mean < float("inf"):
                 raise InputError(f"The Fisher of layer {spec.name} is not finite; make it again.")
             if layer_mean == 0:

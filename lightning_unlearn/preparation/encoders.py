@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import generator_for, tensors_digest
+from lightning_unlearn.precision import ExactFloat32
 from lightning_unlearn.preparation.inputs import Array, Item, stack_pixels
 
 
@@ -66,7 +67,7 @@ class VaeLatents:
     def latents(self, items: Sequence[Item], *, mirrored: bool) -> Array:
         """See :class:`LatentSource`."""
         pixels = torch.from_numpy(stack_pixels(items, mirrored=mirrored)).to(self.device)
-        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        with ExactFloat32():
             distribution = self.vae.encode(pixels).latent_dist
         latents = distribution.mean  # (B, C, H, W)
         if self.kept == "sample":

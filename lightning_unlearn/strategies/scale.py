@@ -15,7 +15,7 @@ TOLERANCE = 1e-6
 # Where rounding doesn't let the loss come that near, the search ends when its bracket is this narrow, if the rise is
 # about right; if it isn't, the loss jumps over it, or turns NaN before it.
 NARROW, ABOUT = 1e-9, 1e-2
-MAX_EVALUATIONS = 40
+MAX_EVALUATIONS = 60
 
 
 def find_scales(

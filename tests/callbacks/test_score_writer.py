@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas
 import pytest
 import torch
@@ -117,7 +118,7 @@ def test_run_file_tells_how_the_scores_came_about(folder: Path) -> None:
     assert set(about["shards"]) == done_shards(folder / "out")
     sizes = {entry["url"]: (entry["samples"], entry["bytes"]) for entry in about["shards"].values()}
     assert sizes[str(shard(folder, 0))] == (SAMPLES_PER_SHARD, shard(folder, 0).stat().st_size)
-    assert about["fingerprints"] == {**found.fingerprints(), "rule": "difference"}
+    assert about["fingerprints"] == {**found.fingerprints(), "rule": "difference", "precision": "32-true"}
     assert about["versions"]["torch"]
     assert about["seconds"] > 0
 
@@ -193,12 +194,54 @@ def test_other_weights_of_the_network_are_another_run(folder: Path) -> None:
         run(folder, other)
 
 
+def test_shard_with_other_samples_of_the_same_size_is_scored_again(folder: Path) -> None:
+    run(folder)
+    before = read_scores(folder / "out")
+    size = shard(folder, 1).stat().st_size
+    fields = [*ragged_fields(range(SAMPLES))]
+    for sample in fields[SAMPLES_PER_SHARD : 2 * SAMPLES_PER_SHARD]:
+        latent = np.load(io.BytesIO(sample["latent.npy"]), allow_pickle=False)
+        sample["latent.npy"] = npy_bytes(-latent)
+    write_shards(fields, folder / "train", samples_per_shard=SAMPLES_PER_SHARD)
+    assert shard(folder, 1).stat().st_size == size
+    assert run(folder).scored == SAMPLES_PER_SHARD
+    assert not np.array_equal(read_scores(folder / "out").scores, before.scores)
+
+
+def test_shard_that_is_left_out_later_is_waited_for_by_nobody(folder: Path) -> None:
+    run(folder)
+    (folder / "train" / MANIFEST).unlink()
+    shard(folder, 0).unlink()
+    run(folder)
+    assert len(read_scores(folder / "out").keys) == SAMPLES - SAMPLES_PER_SHARD
+
+
+def test_scores_in_another_precision_are_another_run(folder: Path) -> None:
+    run(folder)
+    with pytest.raises(InputError, match=r"another run .*precision"):
+        trainer(folder, ScoreWriter(str(folder / "out")), precision="bf16-mixed").predict(module(), toy_data(folder))
+
+
+def test_predict_without_deltas_leaves_no_record(folder: Path) -> None:
+    found = module()
+    found.deltas = None
+    with pytest.raises(InputError, match="no deltas to score with"):
+        trainer(folder, ScoreWriter(str(folder / "out"))).predict(found, toy_data(folder))
+    assert read_run(folder / "out") is None
+
+
+def test_shard_that_a_limit_cut_short_is_named(folder: Path) -> None:
+    run_of = trainer(folder, ScoreWriter(str(folder / "out")), limit_predict_batches=1)
+    with pytest.raises(InputError, match="not read to its end"):
+        run_of.predict(module(), toy_data(folder))
+
+
 def test_shard_that_was_replaced_by_one_of_another_size_is_scored_again(folder: Path) -> None:
+    (folder / "train" / MANIFEST).unlink()
     run(folder)
     fields = ragged_fields(range(5)) + ragged_fields(range(90, 100))
     write_shards(fields, folder / "new", samples_per_shard=99)
     shutil.copy(folder / "new" / "shard-000000.tar", shard(folder, 0))
-    (folder / "train" / MANIFEST).unlink()
     assert run(folder).scored == 15
     assert "sample-00099" in read_scores(folder / "out").keys
     assert run(folder).scored == 0

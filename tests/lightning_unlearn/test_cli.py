@@ -19,6 +19,7 @@ import lightning_unlearn
 from lightning_unlearn.cli import COMMANDS, main
 from lightning_unlearn.datamodules.reading import read_samples
 from lightning_unlearn.datamodules.sources import list_shards
+from lightning_unlearn.errors import InputError
 from lightning_unlearn.usage import foreign_class, sentence
 
 
@@ -180,6 +181,7 @@ def test_wrong_value_gets_one_sentence_that_names_the_option(
         ("--model.init_args.parameters", "text_qv", ["text_qv", "text_kv"]),
         ("--data.init_args.draws", "0", ["draws"]),
         ("--trainer.accelerator", "tpu", ["torch_xla"]),
+        ("--trainer.profiler", "nonsense", ["profiler"]),
         ("--rule", "best", ["best", "difference", "ratio"]),
         # Shown by the run itself.
         ("--model.init_args.fisher", "nowhere.safetensors", ["nowhere.safetensors"]),
@@ -204,6 +206,19 @@ def test_output_that_can_not_be_made_shows_before_long_work(ends: Ends, config: 
     status, out, err = ends("attribute", "--config", config, "--output", tmp_path / "file" / "run")
     assert_one_sentence(status, err, "file/run", "--output")
     assert "Unlearning" not in out
+
+
+def test_deltas_that_can_not_be_written_get_one_sentence(ends: Ends, config: str, tmp_path: Path) -> None:
+    (tmp_path / "run" / "deltas.ckpt").mkdir(parents=True)
+    status, _, err = ends("attribute", "--config", config, "--output", tmp_path / "run")
+    assert_one_sentence(status, err, "deltas.ckpt", "free the disk")
+
+
+def test_device_without_memory_gets_one_sentence_with_the_remedy() -> None:
+    from lightning_unlearn.trainer_cli import one_sentence
+
+    with pytest.raises(InputError, match="smaller batch_size"), one_sentence():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
 
 @pytest.mark.parametrize("command", ["fit", "predict"])

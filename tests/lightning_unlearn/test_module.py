@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import itertools
 import warnings
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from lightning_unlearn.fisher import DiagonalFisher
 from lightning_unlearn.module import UnlearningModule
 from lightning_unlearn.objective import DenoisingObjective, Objective
 from lightning_unlearn.parameters import layer_parameters
+from lightning_unlearn.precision import BACKENDS
 from lightning_unlearn.scores import read_scores
 from lightning_unlearn.shards import write_shards
 from lightning_unlearn.strategies import Newton
@@ -335,16 +337,51 @@ def test_tf32_is_off_while_it_runs_and_given_back(folder: Path) -> None:
 
     class Look(Callback):
         def on_train_batch_start(self, *_: Any) -> None:
-            seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+            seen.extend(attrgetter(name)(torch.backends).fp32_precision for name in BACKENDS)
 
-    before = (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    before = torch.get_float32_matmul_precision()
+    # What Lightning tells people with Tensor Cores to set; on a CPU it means bfloat16.
+    torch.set_float32_matmul_precision("medium")
+    lower = [attrgetter(name)(torch.backends).fp32_precision for name in BACKENDS]
     try:
         trainer(folder, Look()).fit(module(), toy_data(folder, draws=12))
-        assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == (True, True)
+        assert [attrgetter(name)(torch.backends).fp32_precision for name in BACKENDS] == lower
     finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
-    assert set(seen) == {(False, False)}
+        torch.set_float32_matmul_precision(before)
+    assert set(seen) == {"ieee"}
+    assert "bf16" in lower
+
+
+def test_tf32_set_in_the_new_way_is_off_while_it_runs(folder: Path) -> None:
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        trainer(folder).fit(module(), toy_data(folder, draws=12))
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_settings_that_leave_no_trace_in_the_weights_are_in_the_fingerprint() -> None:
+    one, other = tiny_unet(attention_head_dim=2), tiny_unet(attention_head_dim=4)
+    other.load_state_dict(one.state_dict())
+    marks = [UnlearningModule(network, DenoisingObjective()).weights_fingerprint() for network in (one, other)]
+    assert marks[0] != marks[1]
+
+
+def test_deltas_of_another_objective_are_refused(folder: Path, tmp_path: Path) -> None:
+    class Other(ToyObjective):
+        num_timesteps = 9
+
+        def __init__(self) -> None:
+            self.scale = 2.0
+
+    run = unlearn(module(), toy_data(folder, draws=12))
+    run.save_checkpoint(tmp_path / "deltas.ckpt", weights_only=False)
+    found = module()
+    found.loss.objective = Other()
+    with pytest.raises(InputError, match="made with another objective"):
+        trainer(folder).predict(found, toy_data(folder), ckpt_path=tmp_path / "deltas.ckpt")
 
 
 def test_what_happened_to_each_query_is_logged(folder: Path, tmp_path: Path) -> None:

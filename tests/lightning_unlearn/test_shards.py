@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -87,6 +88,7 @@ def test_manifest_gives_counts_and_sizes(tmp_path: Path) -> None:
             "name": f"coco-{number:06d}.tar",
             "samples": count,
             "bytes": (tmp_path / f"coco-{number:06d}.tar").stat().st_size,
+            "sha256": hashlib.sha256((tmp_path / f"coco-{number:06d}.tar").read_bytes()).hexdigest(),
         }
         for number, count in enumerate([2, 2, 1])
     ]

@@ -202,6 +202,6 @@ def test_training_starts_from_a_checkpoint_of_its_own(tmp_path: Path) -> None:
 def test_network_may_be_named_by_its_folder(tmp_path: Path) -> None:
     wanted = tiny_unet()
     wanted.save_pretrained(tmp_path)  # type: ignore[operator]
-    module = DiffusionModule(str(tmp_path))
+    module = DiffusionModule(str(tmp_path), DenoisingObjective())
     assert all(torch.equal(value, wanted.state_dict()[name]) for name, value in module.network.state_dict().items())
     assert module.network.training
