@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,9 @@ def main(args: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    # Checkpoints are read without pickle, by Lightning too.
-    os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
-    os.environ.setdefault("LIGHTNING_UNLEARN_SAMPLE", str(_sample_folder()))
     try:
-        _run(arguments[0], _find_configs(arguments[1:]))
+        with _environment():
+            _run(arguments[0], _find_configs(arguments[1:]))
     except InputError as error:
         print(f"{_rank()}lightning-unlearn: {error}", file=sys.stderr)
         return 1
@@ -66,6 +65,23 @@ def main(args: Sequence[str] | None = None) -> int:
         print("lightning-unlearn: stopped.", file=sys.stderr)
         return 130
     return 0
+
+
+@contextmanager
+def _environment() -> Iterator[None]:
+    """Variables that a command, and the processes that it starts, run with."""
+    wanted = {
+        # Checkpoints are read without pickle, by Lightning too.
+        "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1",
+        "LIGHTNING_UNLEARN_SAMPLE": str(_sample_folder()),
+    }
+    added = wanted.keys() - os.environ.keys()
+    os.environ |= {name: wanted[name] for name in added}
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
 
 
 def _run(command: str, arguments: list[str]) -> None:

@@ -21,7 +21,7 @@ from lightning_unlearn.loading import read_checkpoint
 from lightning_unlearn.module import UnlearningModule
 from lightning_unlearn.quiet import quiet
 from lightning_unlearn.samples import Sample
-from lightning_unlearn.scores import FAILED, RULES, SCORES, read_run, read_scores, shard_path
+from lightning_unlearn.scores import FAILED, RULES, SCORES, is_scored, read_run, read_scores
 from lightning_unlearn.shards import ShardInfo, shard_id
 from lightning_unlearn.trainer_cli import TrainerCLI, one_sentence
 from lightning_unlearn.training import FisherPass
@@ -136,7 +136,7 @@ class _Announcer(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         shards: list[ShardInfo] = trainer.datamodule.shards  # type: ignore[attr-defined]
-        left = [shard for shard in shards if not shard_path(self.folder, shard_id(shard.url)).is_file()]
+        left = [shard for shard in shards if not is_scored(self.folder, shard_id(shard.url), shard.version)]
         if len(left) < len(shards):
             say(
                 f"{len(shards) - len(left)} of {_many(len(shards), 'shard')} scored already, in {self.folder / SCORES}."
@@ -179,11 +179,13 @@ def _wait_for_scores(folder: Path) -> None:
     """Other processes may still write; there is no barrier after predict, so that a slow one times nobody out."""
     run = read_run(folder)
     assert run is not None
+    waiting = {shard: info["version"] for shard, info in run["shards"].items()}
     said = False
-    while any(
-        not shard_path(folder, shard).is_file() and not (folder / FAILED / f"{shard}.json").is_file()
-        for shard in run["shards"]
-    ):
+    while waiting := {
+        shard: version
+        for shard, version in waiting.items()
+        if not is_scored(folder, shard, version) and not (folder / FAILED / f"{shard}.json").is_file()
+    }:
         if not said:
             say("Waiting for the scores of other processes …")
             said = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,13 @@ def _from_diffusers(folder: Path) -> nn.Module:
         name = json.loads((folder / "config.json").read_bytes())["_class_name"]
         # Not AutoModel, which can't say what was missing (diffusers 0.42).
         network_class: Any = getattr(diffusers, name)
-        network, found = network_class.from_pretrained(str(folder), local_files_only=True, output_loading_info=True)
+        network, found = network_class.from_pretrained(
+            str(folder),
+            local_files_only=True,
+            output_loading_info=True,
+            # By default it warns where accelerate is not installed.
+            low_cpu_mem_usage=find_spec("accelerate") is not None,
+        )
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {_first_line(str(error))}"
         raise InputError(f"{folder} holds no network that diffusers can load ({reason}); save it again.") from None

@@ -136,8 +136,22 @@ class TrainerCLI(LightningCLI):
         self._check_checkpoint()
 
     def before_predict(self) -> None:
-        """Look at the checkpoint before Lightning does."""
+        """Look at the checkpoint before Lightning does, and that scores don't get lost.
+
+        Raises:
+            InputError: If no callback would keep them.
+        """
         self._check_checkpoint()
+        theirs: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        kept = any(
+            type(callback).on_predict_batch_end is not Callback.on_predict_batch_end
+            for callback in theirs
+            if not isinstance(callback, ProgressBar)
+        )
+        if isinstance(self.model, UnlearningModule) and not kept:
+            raise InputError(
+                "Nothing would keep the scores; add --trainer.callbacks+=ScoreWriter --trainer.callbacks.folder=FOLDER."
+            )
 
     def _check_checkpoint(self) -> None:
         path = self.config[self.command].get("ckpt_path")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -42,6 +44,12 @@ class Ends:
 @pytest.fixture
 def ends(capsys: pytest.CaptureFixture[str]) -> Ends:
     return Ends(capsys)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning may leave its logs where a command is started."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
@@ -130,6 +138,13 @@ def test_printed_config_is_one_that_gives_the_same_again(ends: Ends, config: str
     assert yaml.safe_load(once)["model"]["init_args"]["views"]["timesteps"] == 2
 
 
+def test_environment_is_left_as_it_was(ends: Ends, config: str) -> None:
+    before = dict(os.environ)
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in before
+    ends("attribute", "--config", config, "--print_config")
+    assert dict(os.environ) == before
+
+
 # ---------------------------------------------------------------------- what wrong options get
 
 
@@ -193,9 +208,8 @@ def test_wrong_value_gets_one_sentence_that_names_the_option(
     ],
 )
 def test_what_can_not_be_used_gets_one_sentence(
-    option: str, value: str, parts: list[str], ends: Ends, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    option: str, value: str, parts: list[str], ends: Ends, config: str
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     quiet = ["--trainer.enable_progress_bar", "false"]
     status, _, err = ends("attribute", "--config", config, *quiet, option, value)
     assert_one_sentence(status, err, *parts)
@@ -209,9 +223,16 @@ def test_output_that_can_not_be_made_shows_before_long_work(ends: Ends, config: 
 
 
 def test_deltas_that_can_not_be_written_get_one_sentence(ends: Ends, config: str, tmp_path: Path) -> None:
-    (tmp_path / "run" / "deltas.ckpt").mkdir(parents=True)
-    status, _, err = ends("attribute", "--config", config, "--output", tmp_path / "run")
+    # As a full disk does it, but for this process only.
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        quiet = ("--trainer.enable_progress_bar", "false")
+        status, _, err = ends("attribute", "--config", config, "--output", tmp_path / "run", *quiet)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert_one_sentence(status, err, "deltas.ckpt", "free the disk")
+    assert not list((tmp_path / "run").glob("*.ckpt"))
 
 
 def test_device_without_memory_gets_one_sentence_with_the_remedy() -> None:

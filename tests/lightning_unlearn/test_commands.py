@@ -34,6 +34,12 @@ QUIET = ["--trainer.enable_progress_bar", "false"]
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning may leave its logs where a command is started."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> str:
     return write_config(tmp_path / "toy.yaml")
@@ -224,6 +230,12 @@ def test_command_line_wins_over_what_the_checkpoint_was_made_with(config: str, f
     assert read_scores(tmp_path / "run").run["views"]["timesteps"] == 3
 
 
+def test_predict_that_would_lose_its_scores_is_refused(
+    config: str, fitted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "callbacks+=ScoreWriter" in refused(capsys, "predict", "--config", config, "--ckpt_path", fitted)
+
+
 def test_command_line_wins_over_hyperparameters_that_a_users_module_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,8 +311,10 @@ def test_unlearning_in_half_precision_is_refused(
 def test_scoring_with_half_precision_weights_is_refused(
     config: str, fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = refused(capsys, "predict", "--config", config, "--ckpt_path", fitted, "--trainer.precision", "bf16-true")
-    assert "bf16-true" in said
+    writer = ("--trainer.callbacks+=ScoreWriter", f"--trainer.callbacks.folder={tmp_path / 'run'}")
+    half = ("--trainer.precision", "bf16-true")
+    assert "bf16-true" in refused(capsys, "predict", "--config", config, "--ckpt_path", fitted, *half, *writer)
+    assert not (tmp_path / "run" / "scores").exists()
 
 
 # ---------------------------------------------------------------------- fisher
