@@ -153,9 +153,10 @@ class FrozenModule(LightningModule):
             32 hexadecimal characters.
         """
         if "weights" not in self._fingerprints:
-            config = getattr(self.network, "config", None)
-            plain = isinstance(config, Mapping)
-            form = {name: value for name, value in config.items() if name[0] != "_"} if plain else repr(self.network)
+            config: Any = getattr(self.network, "config", None)
+            form: Any = repr(self.network)
+            if isinstance(config, Mapping):
+                form = {name: value for name, value in config.items() if not name.startswith("_")}
             form = json.dumps([type(self.network).__qualname__, form], sort_keys=True, default=str)
             self._fingerprints["weights"] = digest(form, tensors_digest(self.network.state_dict()))
         return self._fingerprints["weights"]
