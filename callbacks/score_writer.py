@@ -141,7 +141,7 @@ class ScoreWriter(Callback):
     ) -> None:
         datamodule = getattr(trainer, "datamodule", None)
         shards = {
-            shard_id(s.url): {"url": s.url, "samples": s.samples, "bytes": s.bytes, "version": s.version}
+            shard_id(s.url): {"url": _absolute(s.url), "samples": s.samples, "bytes": s.bytes, "version": s.version}
             for s in getattr(datamodule, "shards", [])
         }
         prompts = {query.key: query.captions for query in getattr(datamodule, "queries", [])}
@@ -155,7 +155,7 @@ class ScoreWriter(Callback):
                 key: {"captions": prompts.get(key, []), **pl_module.results.get(key, {})} for key in pl_module.targets
             },
             "shards": shards,
-            "query_shards": getattr(datamodule, "query_patterns", None),
+            "query_shards": [_absolute(pattern) for pattern in _as_list(getattr(datamodule, "query_patterns", []))],
             "versions": {name: _version(name) for name in PACKAGES},
             "world_size": trainer.world_size,
             "seconds": run.get("seconds", 0.0),
@@ -288,6 +288,15 @@ def _agreement(scores: Tensor, exact: Tensor) -> float:
     good = (scores.isfinite() & exact.isfinite()).all(1)
     correlations = spearman_corrcoef(scores[good].double(), exact[good].double())  # (Q,) or a scalar
     return float(correlations.mean())
+
+
+def _as_list(patterns: str | list[str]) -> list[str]:
+    return [patterns] if isinstance(patterns, str) else patterns
+
+
+def _absolute(url: str) -> str:
+    """A local path as it is called from any folder, so that the report can be written from another one."""
+    return url if "://" in url or url.startswith("pipe:") else str(Path(url).expanduser().resolve())
 
 
 def _version(package: str) -> str:

@@ -932,7 +932,7 @@ def run_rank(folder: Path) -> None:
 
 
 def test_two_processes_give_the_sums_over_both_also_after_a_resume(tmp_path: Path) -> None:
-    paths = [str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(Path(__file__).parents[1] / "helpers"), *filter(None, [os.environ.get("PYTHONPATH")])]
     finished = subprocess.run(
         [sys.executable, __file__, str(tmp_path)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},

@@ -323,7 +323,7 @@ if __name__ == "__main__":
 
 def run_distributed(folder: Path, out: Path, network: str) -> tuple[int, str]:
     (out / "train.py").write_text(DISTRIBUTED)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "helpers"), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, str(out / "train.py"), str(folder), str(out), network],
         env=environment,

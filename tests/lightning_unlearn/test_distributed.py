@@ -21,7 +21,7 @@ from torch import Tensor
 from lightning_unlearn.scores import FAILED, ScoreTable, done_shards, read_scores
 from lightning_unlearn.shards import write_shards
 
-SCRIPT = Path(__file__).parents[1] / "attribution_runs.py"
+SCRIPT = Path(__file__).parents[1] / "helpers" / "attribution_runs.py"
 SHARDS = -(-SAMPLES // SAMPLES_PER_SHARD)
 # 100 draws in batches of 7: neither two nor three ranks, nor batches, divide them.
 FITS: dict[str, dict[str, Any]] = {

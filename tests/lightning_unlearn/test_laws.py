@@ -34,7 +34,7 @@ from lightning_unlearn.scores import ScoreTable, done_shards, read_scores, shard
 from lightning_unlearn.shards import MANIFEST, write_shards
 from lightning_unlearn.views import Views
 
-SCRIPT = Path(__file__).parents[1] / "attribution_runs.py"
+SCRIPT = Path(__file__).parents[1] / "helpers" / "attribution_runs.py"
 # Of the standard deviation over samples.
 TOLERANCE = 1e-4
 VIEWS = Views(2, noise="per_sample", flips=True)
