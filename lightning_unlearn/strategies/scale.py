@@ -14,7 +14,7 @@ from lightning_unlearn.errors import InputError
 TOLERANCE = 1e-6
 # Where rounding doesn't let the loss come that near, the search ends when its bracket is this narrow, if the rise is
 # about right; if it isn't, the loss jumps over it, or turns NaN before it.
-NARROW, ABOUT = 1e-9, 1e-2
+NARROW, ABOUT = 1e-9, 5e-3
 MAX_EVALUATIONS = 60
 
 
