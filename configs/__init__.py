@@ -1,1 +1,1 @@
-"""To be written."""
+"""Ready YAML configs and launch scripts."""

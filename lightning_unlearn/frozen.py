@@ -33,6 +33,10 @@ class FrozenModule(LightningModule):
 
     def __init__(self, network: nn.Module, objective: Objective, parameters: str | list[str]) -> None:
         super().__init__()
+        if not isinstance(getattr(objective, "num_timesteps", None), int):
+            raise InputError(
+                f"{type(objective).__name__} has no num_timesteps; set it to the length of the training schedule."
+            )
         self.loss = NetworkLoss(network.eval().requires_grad_(False), objective)
         self.layers = select_layers(network, parameters)
         self.deltas: DeltaStore | None = None

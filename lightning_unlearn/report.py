@@ -155,8 +155,8 @@ def _query(
     captions = sample.captions if sample else target.get("captions") or []
     metadata = sample.metadata if sample else {}
     facts = dict(_flatten({name: value for name, value in metadata.items() if name != "captions"}))
-    # A training picture may be a query under its own key or, as in the sample data, say which one it is.
-    own = next((name for name in (key, metadata.get("of")) if name in table.keys), None)
+    # A query that is a training picture says which; a key alone may be the same by chance.
+    own = metadata.get("of") if metadata.get("of") in table.keys else None
     scores = table.scores[:, column].astype(np.float64)
     largest = float(np.abs(scores).max())
     exponent = 3 * math.floor(math.log10(largest) / 3) if largest else 0

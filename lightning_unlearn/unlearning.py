@@ -135,7 +135,7 @@ class Unlearning(FrozenModule):
                 "unlearn anew, without ckpt_path."
             )
         self._fingerprints |= made
-        self.settings = self.unlearning_settings()
+        self.settings = {**self.unlearning_settings(), "draws": self._datamodule.draws}
         assert self.deltas is not None
         self._problem = Problem(
             deltas=self.deltas.named(),

@@ -301,8 +301,15 @@ def test_of_a_rule_that_is_not_known_no_change_of_the_loss_is_claimed(tmp_path: 
     assert "by the rule “racing”" in text
 
 
-@pytest.mark.parametrize("query", [_sample("image-0001"), _sample("copy", of="image-0001")], ids=["same key", "named"])
-def test_a_training_picture_as_the_query_is_told_its_own_rank(tmp_path: Path, query: Sample) -> None:
+def test_a_query_that_only_shares_its_key_with_a_training_picture_is_not_taken_for_it(tmp_path: Path) -> None:
+    query = _sample("image-0001")
+    text = _Page(_page(tmp_path, _table([3.0, 1.0, 2.0], queries=[query.key]), [query])).text
+    assert "(the query itself)" not in text
+    assert "ranks number" not in text
+
+
+def test_a_training_picture_as_the_query_is_told_its_own_rank(tmp_path: Path) -> None:
+    query = _sample("copy", of="image-0001")
     text = _Page(_page(tmp_path, _table([3.0, 1.0, 2.0], queries=[query.key]), [query])).text
     assert "ranks number 3 of 3" in text
     assert text.count("(the query itself)") == 1
