@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import torch
 from torch import nn
 
 from lightning_unlearn.errors import InputError
@@ -10,7 +13,7 @@ from lightning_unlearn.fisher import Fisher
 from lightning_unlearn.loading import load_network
 from lightning_unlearn.objective import DenoisingObjective, Objective
 from lightning_unlearn.samples import SampleBatch
-from lightning_unlearn.scoring import Deviations, deviations
+from lightning_unlearn.scoring import Deviations, measure_losses
 from lightning_unlearn.strategies import Newton, Strategy
 from lightning_unlearn.unlearning import Unlearning
 from lightning_unlearn.views import Views
@@ -104,7 +107,13 @@ class UnlearningModule(Unlearning):
                 error=f"Flips are scored, but shard {batch.shard} holds no latent_flip.npy; prepare it with flips, "
                 "or set flips to false.",
             )
-        return deviations(self.loss, self.layers, self.deltas, self.views, batch, self.device, compare=batch_idx == 0)
+        measure = partial(measure_losses, self.loss, self.layers, self.deltas, self.views, batch, self.device)
+        losses, exact = measure(), None
+        if batch_idx == 0 and torch.is_autocast_enabled(self.device.type):
+            # Once more in float32, to say how far the ranks agree.
+            with torch.autocast(self.device.type, enabled=False):
+                exact = measure()
+        return Deviations(batch, losses[0], losses[1:], exact)
 
     def fingerprints(self) -> dict[str, str]:
         """What scores depend on: runs with the same fingerprints may share a score table.

@@ -202,18 +202,6 @@ def _content(folder: Path, shard: str) -> str | None:
     return bytes(metadata.get(b"content", b"")).decode()
 
 
-def done_shards(folder: Path) -> frozenset[str]:
-    """The shards whose scores are written.
-
-    Args:
-        folder: The run's folder.
-
-    Returns:
-        Their identifiers.
-    """
-    return frozenset(path.stem for path in (folder / SCORES).glob("*.parquet"))
-
-
 def read_run(folder: str | Path) -> dict[str, Any] | None:
     """A run's ``run.json``.
 

@@ -94,38 +94,6 @@ def measure_losses(
     return losses
 
 
-def deviations(
-    loss: NetworkLoss,
-    layers: Mapping[str, nn.Module],
-    deltas: DeltaStore,
-    views: Views,
-    batch: SampleBatch,
-    device: torch.device,
-    *,
-    compare: bool,
-) -> Deviations:
-    """:func:`measure_losses`, and for one batch under autocast the same in float32, to say how far the ranks agree.
-
-    Args:
-        loss: See :func:`measure_losses`.
-        layers: See :func:`measure_losses`.
-        deltas: See :func:`measure_losses`.
-        views: See :func:`measure_losses`.
-        batch: See :func:`measure_losses`.
-        device: See :func:`measure_losses`.
-        compare: Whether this batch is measured in float32 too, if autocast is on.
-
-    Returns:
-        The losses.
-    """
-    losses = measure_losses(loss, layers, deltas, views, batch, device)
-    exact = None
-    if compare and torch.is_autocast_enabled(device.type):
-        with torch.autocast(device.type, enabled=False):
-            exact = measure_losses(loss, layers, deltas, views, batch, device)
-    return Deviations(batch, losses[0], losses[1:], exact)
-
-
 def _cast(view: View, device: torch.device, dtype: torch.dtype) -> View:
     batch = ViewBatch(view.batch.latents.to(device, dtype), view.batch.text.to(device, dtype))
     return replace(view, batch=batch, timesteps=view.timesteps.to(device), noise=view.noise.to(device, dtype))

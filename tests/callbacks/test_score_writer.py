@@ -18,7 +18,7 @@ import torch
 from attribution_runs import SAMPLES, SAMPLES_PER_SHARD, ragged_fields, score, toy_data, trainer
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from toys import LATENT, ToyDenoiser, ToyObjective, toy_shards
+from toys import LATENT, ToyDenoiser, ToyObjective, done_shards, toy_shards
 
 import lightning_unlearn.scores
 from lightning_unlearn.callbacks import ScoreWriter
@@ -27,7 +27,7 @@ from lightning_unlearn.errors import InputError
 from lightning_unlearn.module import UnlearningModule
 from lightning_unlearn.parameters import layer_parameters
 from lightning_unlearn.samples import ViewBatch
-from lightning_unlearn.scores import FAILED, RUN_FILE, SCORES, done_shards, read_run, read_scores
+from lightning_unlearn.scores import FAILED, RUN_FILE, SCORES, read_run, read_scores
 from lightning_unlearn.shards import MANIFEST, npy_bytes, shard_id, write_shards
 from lightning_unlearn.views import Views
 

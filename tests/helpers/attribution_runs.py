@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from reference import per_sample_gradients, sums_of_squares
 from torch import Tensor, nn
-from toys import DIM, LATENT, TOKENS, ToyDenoiser, ToyObjective, tiny_unet
+from toys import DIM, LATENT, TOKENS, ToyDenoiser, ToyObjective, done_shards, tiny_unet
 
 from lightning_unlearn.callbacks import ScoreWriter
 from lightning_unlearn.datamodules import AttributionDataModule
@@ -26,7 +26,6 @@ from lightning_unlearn.module import UnlearningModule
 from lightning_unlearn.objective import DenoisingObjective, Objective
 from lightning_unlearn.parameters import layer_parameters, layer_specs, select_layers
 from lightning_unlearn.samples import Sample, ViewBatch, decode_sample
-from lightning_unlearn.scores import done_shards
 from lightning_unlearn.shards import encode_sample, write_shards
 from lightning_unlearn.strategies import Newton
 from lightning_unlearn.views import Views

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_unlearn.objective import Objective
 from lightning_unlearn.samples import ViewBatch
+from lightning_unlearn.scores import SCORES
 from lightning_unlearn.shards import encode_sample, write_shards
 
 LATENT = (3, 8, 8)
@@ -97,3 +98,8 @@ def toy_shards(
     fields = [toy_fields(number, captions, flip=flip, prefix=prefix) for number in range(samples)]
     write_shards(fields, folder, samples_per_shard=samples_per_shard)
     return folder
+
+
+def done_shards(folder: Path) -> frozenset[str]:
+    """The shards for which a run's folder holds a file of scores."""
+    return frozenset(path.stem for path in (folder / SCORES).glob("*.parquet"))

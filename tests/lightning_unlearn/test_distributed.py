@@ -17,8 +17,9 @@ import pytest
 import torch
 from attribution_runs import SAMPLES, SAMPLES_PER_SHARD, ragged_fields, run_jobs, toy_deltas, toy_model
 from torch import Tensor
+from toys import done_shards
 
-from lightning_unlearn.scores import FAILED, ScoreTable, done_shards, read_scores
+from lightning_unlearn.scores import FAILED, ScoreTable, read_scores
 from lightning_unlearn.shards import write_shards
 
 SCRIPT = Path(__file__).parents[1] / "helpers" / "attribution_runs.py"

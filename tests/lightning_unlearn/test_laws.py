@@ -29,8 +29,9 @@ from attribution_runs import (
     toy_module,
 )
 from lightning.pytorch import Callback
+from toys import done_shards
 
-from lightning_unlearn.scores import ScoreTable, done_shards, read_scores, shard_path
+from lightning_unlearn.scores import ScoreTable, read_scores, shard_path
 from lightning_unlearn.shards import MANIFEST, write_shards
 from lightning_unlearn.views import Views
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_attribution import score
 from torch import Tensor
+from toys import done_shards
 
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.scores import (
@@ -20,7 +21,6 @@ from lightning_unlearn.scores import (
     RULES,
     RUN_FILE,
     SCORES,
-    done_shards,
     read_run,
     read_scores,
     reduce_losses,
