@@ -32,7 +32,7 @@ check: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	rm -rf .stage
 	$(BIN)/python -m pip install --quiet --no-deps --target .stage .
-	cd .stage && ../$(BIN)/python -m mypy --config-file ../pyproject.toml -p lightning_unlearn
+	cd .stage && ../$(BIN)/python -m mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p lightning_unlearn
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered --cov-fail-under=85

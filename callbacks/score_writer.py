@@ -6,7 +6,6 @@ import contextlib
 import json
 import time
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,21 +18,10 @@ from typing_extensions import override
 
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.module import UnlearningModule
-from lightning_unlearn.scores import (
-    FAILED,
-    RULES,
-    RUN_FILE,
-    is_scored,
-    read_run,
-    reduce_losses,
-    run_digest,
-    shard_path,
-    write_shard_scores,
-)
-from lightning_unlearn.scoring import Deviations
-from lightning_unlearn.shards import shard_id, write_atomically
-
-PACKAGES = ("lightning-unlearn", "torch", "lightning", "diffusers", "webdataset")
+from lightning_unlearn.run_record import earlier_run, record_run, scored_shards, write_run
+from lightning_unlearn.scores import FAILED, RULES, read_run, reduce_losses, run_digest, shard_path, write_shard_scores
+from lightning_unlearn.scoring import Deviations, measured
+from lightning_unlearn.shards import ShardInfo, shard_id, write_atomically
 
 
 @dataclass
@@ -84,7 +72,8 @@ class ScoreWriter(Callback):
         self._started = 0.0
         self._finished: set[str] = set()
         self._unnoted = False
-        self._versions: dict[str, str] = {}  # of the shards' content
+        self._shards: dict[str, ShardInfo] = {}
+        self._versions: dict[str, str] = {}  # of their content, as it was before the first was read
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -99,13 +88,10 @@ class ScoreWriter(Callback):
         trainer.predict_loop.return_predictions = False
         datamodule = getattr(trainer, "datamodule", None)
         skip = getattr(datamodule, "skip_shards", None)
-        self._versions = {shard_id(shard.url): shard.version for shard in getattr(datamodule, "shards", [])}
+        self._shards = {shard_id(shard.url): shard for shard in getattr(datamodule, "shards", [])}
+        self._versions = {name: shard.version for name, shard in self._shards.items()}
         if skip is not None:
-            skip(self._done())
-
-    def _done(self) -> frozenset[str]:
-        """The shards of this run whose scores are written, and are of the samples that they hold now."""
-        return frozenset(name for name, version in self._versions.items() if is_scored(self.folder, name, version))
+            skip(scored_shards(self.folder, list(self._shards.values())))
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -117,18 +103,12 @@ class ScoreWriter(Callback):
         self._started = time.monotonic()
         fingerprints = {**pl_module.fingerprints(), "rule": self.rule, "precision": str(trainer.precision)}
         self._run = run_digest(fingerprints)
-        run = read_run(self.folder)
-        if run is not None and run["fingerprints"] != fingerprints:
-            differing = [name for name in fingerprints if run["fingerprints"].get(name) != fingerprints[name]]
-            raise InputError(
-                f"{self.folder} holds scores of another run (other {', '.join(differing)}); score into another "
-                "folder, or remove it."
-            )
+        earlier = earlier_run(self.folder, fingerprints)
         # What an earlier run noted of this rank's shards.
         for name in self._to_score(trainer):
             (self.folder / FAILED / f"{name}.json").unlink(missing_ok=True)
         if trainer.is_global_zero:
-            self._record(trainer, pl_module, fingerprints, run or {})
+            self._record(trainer, pl_module, fingerprints, earlier)
         # Nobody must take another rank's old notes for new ones.
         trainer.strategy.barrier("scores")
 
@@ -137,15 +117,11 @@ class ScoreWriter(Callback):
         return [shard_id(shard.url) for shard in shards()]
 
     def _record(
-        self, trainer: Trainer, pl_module: UnlearningModule, fingerprints: dict[str, str], run: dict[str, Any]
+        self, trainer: Trainer, pl_module: UnlearningModule, fingerprints: dict[str, str], earlier: dict[str, Any]
     ) -> None:
         datamodule = getattr(trainer, "datamodule", None)
-        shards = {
-            shard_id(s.url): {"url": _absolute(s.url), "samples": s.samples, "bytes": s.bytes, "version": s.version}
-            for s in getattr(datamodule, "shards", [])
-        }
         prompts = {query.key: query.captions for query in getattr(datamodule, "queries", [])}
-        content = {
+        about = {
             "fingerprints": fingerprints,
             "rule": self.rule,
             "views": pl_module.views.settings(),
@@ -154,26 +130,12 @@ class ScoreWriter(Callback):
             "targets": {
                 key: {"captions": prompts.get(key, []), **pl_module.results.get(key, {})} for key in pl_module.targets
             },
-            "shards": shards,
-            "query_shards": [_absolute(pattern) for pattern in _as_list(getattr(datamodule, "query_patterns", []))],
-            "versions": {name: _version(name) for name in PACKAGES},
             "world_size": trainer.world_size,
-            "seconds": run.get("seconds", 0.0),
         }
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._write_run(content)
-        except OSError as error:
-            raise InputError(
-                f"The run can't be recorded in {self.folder} ({error.strerror}); free the disk, or score into "
-                "another folder."
-            ) from None
-        done = len(self._done())
+        content = record_run(self.folder, about, datamodule, earlier)
+        done = len(scored_shards(self.folder, list(self._shards.values())))
         if done:
             rank_zero_info(f"{done} of {len(content['shards'])} shards are scored already.")
-
-    def _write_run(self, content: dict[str, Any]) -> None:
-        write_atomically(self.folder / RUN_FILE, json.dumps(content, indent=1, ensure_ascii=False).encode())
 
     @override
     def on_predict_batch_end(
@@ -210,12 +172,8 @@ class ScoreWriter(Callback):
             _, exact = reduce_losses(outputs.exact[0], outputs.exact[1:], self.rule)
             self.agreement = _agreement(scores, exact)
         keys = outputs.batch.keys
-        # A rule leaves out NaN, which stands for captions that a sample lacks; a loss that is NaN must not slip through
-        # so.
-        slots = torch.arange(outputs.base.shape[-2])
-        absent = (slots >= outputs.batch.caption_counts.cpu()[:, None])[:, None, :, None]  # (B, 1, captions, 1)
         losses = torch.cat([outputs.base[None], outputs.unlearned])  # (1 + Q, B, flips, captions, draws)
-        good = (losses.isfinite() | absent).transpose(0, 1).flatten(1).all(1) & scores.isfinite().all(-1)
+        good = measured(losses, outputs.batch.caption_counts) & scores.isfinite().all(-1)
         if not good.all():
             bad = [key for key, fine in zip(keys, good.tolist(), strict=True) if not fine]
             if self.on_bad_sample == "error":
@@ -270,7 +228,7 @@ class ScoreWriter(Callback):
                     f"{self.agreement:.3f}."
                 )
             with contextlib.suppress(OSError):  # a full disk: the earlier run.json is as good but for the seconds
-                self._write_run(run)
+                write_run(self.folder, run)
         if self.skipped:
             print(f"{self.skipped} bad samples were left out.")
         rank_zero_info(f"{self.scored} samples scored into {shard_path(self.folder, '*').parent}.")
@@ -288,19 +246,3 @@ def _agreement(scores: Tensor, exact: Tensor) -> float:
     good = (scores.isfinite() & exact.isfinite()).all(1)
     correlations = spearman_corrcoef(scores[good].double(), exact[good].double())  # (Q,) or a scalar
     return float(correlations.mean())
-
-
-def _as_list(patterns: str | list[str]) -> list[str]:
-    return [patterns] if isinstance(patterns, str) else patterns
-
-
-def _absolute(url: str) -> str:
-    """A local path as it is called from any folder, so that the report can be written from another one."""
-    return url if "://" in url or url.startswith("pipe:") else str(Path(url).expanduser().resolve())
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except Exception:  # not installed as a package, e.g. run from a staged tree
-        return "unknown"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class TrainingStream(IterableDataset[SampleBatch]):
         seed: Of the shuffling.
         keys: If given, only samples with these keys.
         shuffle: How many samples are held to be shuffled.
+        cache: Whether shards are read once and their samples kept in memory, decoded.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class TrainingStream(IterableDataset[SampleBatch]):
         seed: int,
         keys: frozenset[str] | None,
         shuffle: int,
+        cache: bool = False,
     ) -> None:
         self.shards = shards
         self.rank = rank
@@ -58,6 +60,8 @@ class TrainingStream(IterableDataset[SampleBatch]):
         self.keys = keys
         self.shuffle = shuffle
         self.epoch = 0
+        # Address to a shard's samples, each decoded when it is first drawn.
+        self._cached: dict[str, list[_Kept]] | None = {} if cache else None
 
     def __iter__(self) -> Iterator[SampleBatch]:
         worker = get_worker_info()
@@ -69,6 +73,11 @@ class TrainingStream(IterableDataset[SampleBatch]):
                 yield collate_samples("training", list(islice(samples, self.batch_size)))
         except InputError as error:
             yield SampleBatch("training", error=str(error))
+
+    def fill_cache(self) -> None:
+        """Read all shards into the cache, for workers that end with the epoch and could not keep it."""
+        for shard in self.shards if self._cached is not None else ():
+            self._read(shard)
 
     def _samples(self, slot: int, slots: int) -> Iterator[Sample]:
         # Endless samples of one of ``slots`` readers.
@@ -85,9 +94,9 @@ class TrainingStream(IterableDataset[SampleBatch]):
             rng = random.Random(seed_of("training-samples", self.seed, self.epoch, turn, slot))
             without.update(shard.url for shard in mine)
             # Undecoded samples wait in the buffer: float16 bytes, half the size of what they become.
-            for fields in shuffle_buffer(self.shuffle, initial=self.shuffle, rng=rng)(raw):
+            for kept in shuffle_buffer(self.shuffle, initial=self.shuffle, rng=rng)(raw):
                 without.clear()
-                yield decode_sample(fields)
+                yield kept.decode()
             # With chosen keys, the shards of one turn may hold none of them, and those of the next do.
             if len(without) == len(shards):
                 raise InputError(
@@ -96,15 +105,42 @@ class TrainingStream(IterableDataset[SampleBatch]):
                 )
             turn += 1
 
-    def _chosen(self, shards: list[ShardInfo], slot: int, slots: int) -> Iterator[dict[str, Any]]:
+    def _chosen(self, shards: list[ShardInfo], slot: int, slots: int) -> Iterator[_Kept]:
         position = 0
         for shard in shards:
-            for fields in read_fields(shard):
-                if self.keys is not None and fields["__key__"] not in self.keys:
+            for kept in self._read(shard):
+                if self.keys is not None and kept.key not in self.keys:
                     continue
                 if position % slots == slot % slots:
-                    yield fields
+                    yield kept
                 position += 1
+
+    def _read(self, shard: ShardInfo) -> Iterable[_Kept]:
+        if self._cached is None:
+            return (_Kept(fields, keep=False) for fields in read_fields(shard))
+        if shard.url not in self._cached:
+            self._cached[shard.url] = [_Kept(fields, keep=True) for fields in read_fields(shard)]
+        return self._cached[shard.url]
+
+
+class _Kept:
+    """A sample that is decoded when it is drawn, and where samples are cached, only the first time."""
+
+    def __init__(self, fields: dict[str, Any], *, keep: bool) -> None:
+        self.key: str = fields["__key__"]
+        self._fields: dict[str, Any] | None = fields
+        self._sample: Sample | None = None
+        self._keep = keep
+
+    def decode(self) -> Sample:
+        """The sample."""
+        if self._sample is not None:
+            return self._sample
+        assert self._fields is not None
+        sample = decode_sample(self._fields)
+        if self._keep:
+            self._sample, self._fields = sample, None
+        return sample
 
 
 class _EpochLoader:
@@ -121,6 +157,8 @@ class _EpochLoader:
     def __iter__(self) -> Iterator[SampleBatch]:
         trainer = self.datamodule.trainer
         self.stream.epoch = trainer.current_epoch if trainer is not None else self.stream.epoch + 1
+        if self.loader.num_workers:
+            self.stream.fill_cache()
         for batch in self.loader:
             if batch.error is not None:
                 raise InputError(batch.error)
@@ -135,10 +173,11 @@ class TrainingDataModule(LightningDataModule):
         batch_size: Samples a batch and rank.
         seed: Of the shuffling; an epoch's order is a function of it and the epoch's number.
         num_workers: Processes that read, a rank.
-        keys: A text file with one key a line: train on these samples only.
+        keys: Train on these samples only: their keys, or a text file with one key a line.
         samples_per_epoch: Over all ranks; by default the number in the manifest, or the number of keys.
         shuffle: How many samples a reader holds to shuffle.
         allow_pipe: Whether ``pipe:`` addresses are let through.
+        cache: Whether all samples are kept in memory, decoded, for data that is small and read many times.
 
     Raises:
         InputError: If the batch size is below 1.
@@ -150,10 +189,11 @@ class TrainingDataModule(LightningDataModule):
         batch_size: int = 64,
         seed: int = 0,
         num_workers: int = 0,
-        keys: str | None = None,
+        keys: str | list[str] | None = None,
         samples_per_epoch: int | None = None,
         shuffle: int = 5000,
         allow_pipe: bool = False,
+        cache: bool = False,
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -166,6 +206,7 @@ class TrainingDataModule(LightningDataModule):
         self.samples_per_epoch = samples_per_epoch
         self.shuffle = shuffle
         self.allow_pipe = allow_pipe
+        self.cache = cache
 
     def train_dataloader(self) -> _EpochLoader:
         """The training batches of this rank.
@@ -177,7 +218,9 @@ class TrainingDataModule(LightningDataModule):
             InputError: If the number of samples is unknown, or too few for one batch a rank.
         """
         shards = list_shards(self.shards, allow_pipe=self.allow_pipe)
-        keys = _read_keys(self.keys) if self.keys is not None else None
+        keys = None
+        if self.keys is not None:
+            keys = _read_keys(self.keys) if isinstance(self.keys, str) else frozenset(self.keys)
         total = self.samples_per_epoch or (len(keys) if keys is not None else None)
         if total is None:
             counts = [shard.samples for shard in shards if shard.samples is not None]
@@ -193,7 +236,9 @@ class TrainingDataModule(LightningDataModule):
                 f"{total} samples are too few for one batch of {self.batch_size} on each of {world_size} ranks; "
                 "use a smaller batch_size."
             )
-        stream = TrainingStream(shards, rank, world_size, self.batch_size, steps, self.seed, keys, self.shuffle)
+        stream = TrainingStream(
+            shards, rank, world_size, self.batch_size, steps, self.seed, keys, self.shuffle, self.cache
+        )
         return _EpochLoader(DataLoader(stream, batch_size=None, num_workers=self.num_workers), stream, self)
 
 

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,24 @@ commands:
   fit         unlearn queries (or train a model): Lightning's fit
   predict     score training images under the deltas of a checkpoint: Lightning's predict
   fisher      take the Fisher of a trained model, by passes over its training shards
+  baseline    score all training images by a rival method, e.g. --method DTRAK
+  evaluate    train again without the images that methods name, and see whether the model can still make the picture
   report      write the report of a finished run again
   prepare     images and captions, or ready latents and embeddings, to shards
 
 `lightning-unlearn COMMAND --help` lists a command's options. Ready configs: {configs}.
 """
-COMMANDS = ("attribute", "fit", "predict", "fisher", "report", "prepare")
+# Each command is the function of its name in a module of this package, which is imported only then.
+COMMANDS = {
+    "attribute": "commands",
+    "fit": "commands",
+    "predict": "commands",
+    "fisher": "commands",
+    "baseline": "baseline_command",
+    "evaluate": "evaluate_command",
+    "report": "cli",
+    "prepare": "cli",
+}
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -85,14 +98,8 @@ def _environment() -> Iterator[None]:
 
 
 def _run(command: str, arguments: list[str]) -> None:
-    if command == "report":
-        report(arguments)
-    elif command == "prepare":
-        prepare(arguments)
-    else:
-        from lightning_unlearn import commands
-
-        getattr(commands, command)(arguments)
+    module = import_module(f"lightning_unlearn.{COMMANDS[command]}")
+    getattr(module, command)(arguments)
 
 
 def _rank() -> str:

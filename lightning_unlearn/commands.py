@@ -82,9 +82,9 @@ def attribute(arguments: list[str]) -> None:
     )
     with quiet(steps=True), one_sentence():
         cli = TrainerCLI("attribute", arguments, description, options, **BARE)
-        module, data, trainer = _parts(cli)
+        module, data, trainer = attribution_parts(cli)
         output = Path(cli.config.output)
-        _make_folder(output)
+        make_folder(output)
         # Before the progress bar, so that a folder of another run is refused and the step announced before it is drawn.
         writer = ScoreWriter(str(output), cli.config.rule, data.on_bad_sample)
         trainer.callbacks[:0] = [writer, _Announcer(output)]  # type: ignore[attr-defined]
@@ -98,7 +98,18 @@ def attribute(arguments: list[str]) -> None:
             write_report(output, cli.config.top, allow_pipe=data.allow_pipe)
 
 
-def _parts(cli: TrainerCLI) -> tuple[UnlearningModule, AttributionDataModule, Trainer]:
+def attribution_parts(cli: TrainerCLI) -> tuple[UnlearningModule, AttributionDataModule, Trainer]:
+    """What the config of an attribution holds.
+
+    Args:
+        cli: After its classes are made.
+
+    Returns:
+        Model, data and Trainer.
+
+    Raises:
+        InputError: If it is the config of something else.
+    """
     if not isinstance(cli.model, UnlearningModule) or not isinstance(cli.datamodule, AttributionDataModule):
         raise InputError(
             "This command takes an UnlearningModule as model and an AttributionDataModule as data, "
@@ -107,8 +118,15 @@ def _parts(cli: TrainerCLI) -> tuple[UnlearningModule, AttributionDataModule, Tr
     return cli.model, cli.datamodule, cli.trainer
 
 
-def _make_folder(folder: Path) -> None:
-    """Before long work, so that a wrong --output does not show after it."""
+def make_folder(folder: Path) -> None:
+    """Make a folder before long work, so that a wrong --output does not show after it.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        InputError: If it can't be made.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -258,7 +276,7 @@ def fisher(arguments: list[str]) -> None:
         trainer.fit_loop.max_epochs = cli.config.passes
         selection = module.parameters_selection
         output = Path(cli.config.output).absolute()
-        _make_folder(output.parent)
+        make_folder(output.parent)
         accumulator = FisherAccumulator(target="network", parameters=selection, path=str(output))
         trainer.callbacks.append(accumulator)  # type: ignore[attr-defined]
         data = _training_data(cli.datamodule, cli.config.seed)

@@ -13,7 +13,7 @@ from lightning_unlearn.fingerprints import generator_for
 from lightning_unlearn.samples import Sample
 from lightning_unlearn.views import place_timesteps
 
-Stream = Literal["unlearning", "rise"]
+Stream = Literal["unlearning", "rise", "evaluation"]
 
 
 # Not frozen: a Trainer's precision plugin may only convert the tensors of a dataclass that isn't.
@@ -107,7 +107,8 @@ def draw_for_target(
     to later steps.
 
     Args:
-        stream: ``"unlearning"`` for gradients, ``"rise"`` for the target's loss before and after.
+        stream: ``"unlearning"`` for gradients, ``"rise"`` for the target's loss before and after, ``"evaluation"`` for
+            its loss under retrained models.
         seed: Of all draws.
         key: The target's.
         numbers: ``B`` numbers of draws.

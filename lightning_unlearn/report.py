@@ -129,10 +129,12 @@ def _render(
         shards=len(set(table.shards)),
         all_shards=len(run.get("shards", {})),
         rule=run.get("rule"),
+        method=run.get("method", {}).get("method"),
         run=run,
         settings={
             "Unlearning": dict(_flatten({name: unlearning[name] for name in unlearning if name != "objective"})),
-            "Objective": dict(_flatten(unlearning.get("objective", {}))),
+            "Method": dict(_flatten(run.get("method", {}))),
+            "Objective": dict(_flatten(unlearning.get("objective", run.get("objective", {})))),
             "Views": dict(_flatten(views)),
             "Versions": dict(_flatten(run.get("versions", {}))),
         },

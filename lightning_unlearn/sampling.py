@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,21 @@ from lightning_unlearn.families import family_of
 from lightning_unlearn.fingerprints import generator_for
 from lightning_unlearn.objective import DenoisingObjective
 from lightning_unlearn.samples import ViewBatch
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a sampler.
+
+    Attributes:
+        timestep: Of the training schedule; it falls from step to step.
+        predicted: ``(B, C, H, W)`` the image that the network expects to end at, as seen from here.
+        latents: ``(B, C, H, W)`` after the step.
+    """
+
+    timestep: int
+    predicted: Tensor
+    latents: Tensor
 
 
 @torch.inference_mode()
@@ -38,6 +54,32 @@ def generate(
     Returns:
         ``(B, C, H, W)`` latents, not clipped; what they depend on is said by :func:`how_generated`.
     """
+    *_, last = trajectory(network, objective, text, shape, seeds, steps)
+    return last.latents
+
+
+@torch.no_grad()
+def trajectory(
+    network: nn.Module,
+    objective: DenoisingObjective,
+    text: Tensor,
+    shape: Sequence[int],
+    seeds: Sequence[int],
+    steps: int = 40,
+) -> Iterator[Step]:
+    """The way on which :func:`generate` comes to its latents.
+
+    Args:
+        network: A network of a known family.
+        objective: Whose schedule and prediction type it was trained with.
+        text: ``(B, tokens, dim)``.
+        shape: ``(C, H, W)``.
+        seeds: ``B`` seeds of the starting noise.
+        steps: Steps of the sampler.
+
+    Yields:
+        Its steps; the last one's latents are what is generated.
+    """
     from diffusers import DDIMScheduler
 
     parameter = next(network.parameters())
@@ -48,8 +90,9 @@ def generate(
     views = ViewBatch(latents, text.to(parameter))
     for timestep in scheduler.timesteps:
         prediction = family_of(network).predict(network, latents, timestep.expand(len(latents)), views)
-        latents = scheduler.step(prediction, timestep, latents).prev_sample
-    return latents
+        made = scheduler.step(prediction, timestep, latents)
+        latents = made.prev_sample
+        yield Step(int(timestep), made.pred_original_sample, latents)
 
 
 def how_generated(seed: int, steps: int) -> dict[str, Any]:

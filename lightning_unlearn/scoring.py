@@ -80,7 +80,7 @@ def measure_losses(
     dtype = next(loss.network.parameters()).dtype
     autocast = torch.is_autocast_enabled(device.type)
     stream = views.of(batch, loss.objective.num_timesteps)
-    while chunk := [_cast(view, device, dtype) for view in islice(stream, VIEWS_AT_ONCE)]:
+    while chunk := [cast_view(view, device, dtype) for view in islice(stream, VIEWS_AT_ONCE)]:
         for target in range(-1, len(deltas.targets)):
             weights = {} if target < 0 or autocast else target_weights(parameters, stacked, target)
             # Autocast would round the sum of weight and delta, and lose the delta.
@@ -94,6 +94,34 @@ def measure_losses(
     return losses
 
 
-def _cast(view: View, device: torch.device, dtype: torch.dtype) -> View:
+def measured(losses: Tensor, caption_counts: Tensor) -> Tensor:
+    """Which samples have a finite loss on each view they have.
+
+    NaN stands for captions that a sample lacks, and means over views leave it out; a loss that is NaN must not slip
+    through so.
+
+    Args:
+        losses: ``(K, B, flips, captions, draws)``, for instance under ``K`` weights.
+        caption_counts: ``(B,)``.
+
+    Returns:
+        ``(B,)`` bool.
+    """
+    slots = torch.arange(losses.shape[-2])
+    absent = (slots >= caption_counts.cpu()[:, None])[:, None, :, None]  # (B, 1, captions, 1)
+    return (losses.isfinite() | absent).transpose(0, 1).flatten(1).all(1)
+
+
+def cast_view(view: View, device: torch.device, dtype: torch.dtype) -> View:
+    """A view where the network is, in the network's type.
+
+    Args:
+        view: On any device.
+        device: The network's.
+        dtype: The network's.
+
+    Returns:
+        A new view; rows stay where they are.
+    """
     batch = ViewBatch(view.batch.latents.to(device, dtype), view.batch.text.to(device, dtype))
     return replace(view, batch=batch, timesteps=view.timesteps.to(device), noise=view.noise.to(device, dtype))

@@ -14,7 +14,7 @@ from lightning_unlearn.deltas import DeltaStore, relative_distance, target_weigh
 from lightning_unlearn.draws import DrawBatch, Stream, draw_batches, draw_for_target
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import digest, settings_digest, tensors_digest
-from lightning_unlearn.fisher import Fisher, load_fisher
+from lightning_unlearn.fisher import Fisher, IdentityFisher, load_fisher
 from lightning_unlearn.frozen import FrozenModule
 from lightning_unlearn.guards import check_precision, check_unlearning
 from lightning_unlearn.objective import Objective
@@ -34,7 +34,7 @@ class Unlearning(FrozenModule):
     Args:
         network: The denoiser.
         objective: Its loss.
-        fisher: A Fisher or its file.
+        fisher: A Fisher, its file, or ``identity`` for none.
         parameters: Which weights are unlearned.
         strategy: How deltas are found.
         damping: Share of each layer's mean Fisher that is added to it.
@@ -123,7 +123,7 @@ class Unlearning(FrozenModule):
         if self._problem is not None:
             return
         self._exact()
-        fisher = self._load_fisher().to(self.device)
+        fisher = self.checked_fisher().to(self.device)
         fisher.finalize(self.damping)
         made = {
             "fisher": _fisher_digest(fisher),
@@ -145,8 +145,22 @@ class Unlearning(FrozenModule):
             losses=self._target_losses,
         )
 
-    def _load_fisher(self) -> Fisher:
-        assert self.fisher_source is not None
+    def checked_fisher(self) -> Fisher:
+        """The Fisher, of which it is certain that it is this network's.
+
+        Returns:
+            The Fisher, with its sums.
+
+        Raises:
+            InputError: If there is none, or it is of another model.
+        """
+        if self.fisher_source is None:
+            raise InputError(
+                "A Fisher is needed: train with FisherAccumulator or run `lightning-unlearn fisher`, and pass its file "
+                "as fisher."
+            )
+        if self.fisher_source == IdentityFisher.kind:
+            return IdentityFisher(layer_specs(self.layers))
         fisher = load_fisher(self.fisher_source) if isinstance(self.fisher_source, str) else self.fisher_source
         where = self.fisher_source if isinstance(self.fisher_source, str) else "the given Fisher"
         for name, spec in layer_specs(self.layers).items():
@@ -317,7 +331,7 @@ class Unlearning(FrozenModule):
         Returns:
             32 hexadecimal characters.
         """
-        return _fisher_digest(self._load_fisher())
+        return _fisher_digest(self.checked_fisher())
 
     def unlearning_fingerprint(self, datamodule: Any) -> str:
         """Digest of what deltas depend on besides weights and Fisher: settings, queries and their draws.

@@ -7,10 +7,11 @@ import os
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher.base import Fisher
 from lightning_unlearn.fisher.diagonal import DiagonalFisher
+from lightning_unlearn.fisher.identity import IdentityFisher
 
-FISHERS: dict[str, type[Fisher]] = {DiagonalFisher.kind: DiagonalFisher}
+FISHERS: dict[str, type[Fisher]] = {kind.kind: kind for kind in (DiagonalFisher, IdentityFisher)}
 
-__all__ = ["FISHERS", "DiagonalFisher", "Fisher", "load_fisher"]
+__all__ = ["FISHERS", "DiagonalFisher", "Fisher", "IdentityFisher", "load_fisher"]
 
 
 def load_fisher(path: str | os.PathLike[str]) -> Fisher:

@@ -427,7 +427,9 @@ def test_full_disk_keeps_the_finished_shards_and_a_restart_completes_the_table(
     with monkeypatch.context() as patch:
         patch.setattr(lightning_unlearn.scores, "write_atomically", full)
         # Notes and run.json find no room either, once the first of them could be written.
-        patch.setattr("lightning_unlearn.callbacks.score_writer.write_atomically", only_first(real))
+        rest = only_first(real)
+        for place in ("run_record", "callbacks.score_writer"):
+            patch.setattr(f"lightning_unlearn.{place}.write_atomically", rest)
         with pytest.raises(
             InputError, match=f"{SHARDS - room} shards could not be .*No space left on device.*free the disk"
         ):
@@ -453,7 +455,7 @@ def test_disk_that_is_full_from_the_start_is_one_sentence(folder: Path, monkeypa
     def full(path: Path, content: bytes) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("lightning_unlearn.callbacks.score_writer.write_atomically", full)
+    monkeypatch.setattr("lightning_unlearn.run_record.write_atomically", full)
     with pytest.raises(InputError, match=r"can't be recorded in .*No space left on device"):
         run(folder)
 

@@ -1,0 +1,77 @@
+"""What every rival method is given, and what it gives."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from lightning_unlearn.deltas import NetworkLoss
+from lightning_unlearn.fisher import Fisher
+from lightning_unlearn.samples import Sample, SampleBatch
+from lightning_unlearn.views import Views
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A trained model with its training samples and the queries that are attributed to them.
+
+    Methods leave in it what others can use again: the queries' gradients, decomposed kernels and, if asked, the
+    gradients of all samples. So score with one subject as long as model, samples, queries and views are the same, and
+    make another (``dataclasses.replace`` does, with nothing in it) where one of them is not.
+
+    Attributes:
+        loss: The network, in eval mode, with its objective.
+        layers: The chosen layers, by name (see :func:`~lightning_unlearn.parameters.select_layers`).
+        views: On which views samples are looked at.
+        queries: ``Q`` queries.
+        batches: A pass over all ``N`` training samples; the same order each time.
+        fisher: Of the chosen layers, with its sums, for methods that need one.
+        keep: Whether the gradients of all samples stay in memory (``N`` times the chosen weights, in float32), so that
+            each kind of gradient is computed once for any number of methods and settings.
+        cache: What was computed, by what it depends on.
+    """
+
+    loss: NetworkLoss
+    layers: Mapping[str, nn.Module]
+    views: Views
+    queries: Sequence[Sample]
+    batches: Callable[[], Iterable[SampleBatch]]
+    fisher: Fisher | None = None
+    keep: bool = False
+    cache: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+
+class Baseline(ABC):
+    """A method of data attribution.
+
+    Attributes:
+        name: As it is called in configs and tables.
+        needs_fisher: Whether scores depend on the subject's Fisher.
+    """
+
+    name: ClassVar[str]
+    needs_fisher: ClassVar[bool] = False
+
+    @abstractmethod
+    def scores(self, subject: Subject) -> Tensor:
+        """Score all training samples for all queries.
+
+        Args:
+            subject: The model, its training samples and the queries.
+
+        Returns:
+            ``(N, Q)`` float64 on the CPU, in the order of ``subject.batches()``; high means influential.
+        """
+
+    def settings(self) -> dict[str, Any]:
+        """What tells this method from another, as JSON; it enters the fingerprint of a run.
+
+        Returns:
+            Its name and arguments.
+        """
+        arguments = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return {"method": self.name, **arguments}

@@ -1,0 +1,91 @@
+"""The gradients of all training samples and of the queries: what most rival methods stand on.
+
+Queries are looked at on views of the same definition as samples: with shared noise on the very same draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lightning_unlearn.baselines.base import Subject
+from lightning_unlearn.baselines.per_sample import Gradients, Output, join, mean_gradients
+from lightning_unlearn.errors import InputError
+from lightning_unlearn.samples import SampleBatch, collate_samples
+
+# Queries that are looked at together.
+QUERIES_AT_ONCE = 32
+
+
+def training_gradients(subject: Subject, output: Output, *, per_timestep: bool = False) -> Iterator[Gradients]:
+    """Gradients of all training samples, a batch at a time; they are in memory together only if the subject keeps them.
+
+    Args:
+        subject: The model and its samples.
+        output: Of which output function.
+        per_timestep: Whether each view's gradient is brought to length 1 before the mean.
+
+    Yields:
+        Batches, in the order of ``subject.batches()``.
+
+    Raises:
+        InputError: If there is no sample.
+    """
+    key = ("training", output, per_timestep)
+    if key in subject.cache:
+        yield from subject.cache[key]
+        return
+    kept: list[Gradients] = []
+    empty = True
+    for batch in subject.batches():
+        if not len(batch):
+            continue
+        empty = False
+        found = batch_gradients(subject, batch, output, per_timestep=per_timestep)
+        if subject.keep:
+            kept.append(found)
+        yield found
+    if empty:
+        raise InputError("There are no training samples; name shards that hold some.")
+    if subject.keep:
+        subject.cache[key] = kept
+
+
+def query_gradients(subject: Subject, output: Output, *, per_timestep: bool = False) -> Gradients:
+    """Gradients of the queries, on views of the same definition as the samples'.
+
+    Args:
+        subject: The model and the queries.
+        output: Of which output function.
+        per_timestep: Whether each view's gradient is brought to length 1 before the mean.
+
+    Returns:
+        Of all ``Q`` queries, in their order.
+    """
+    key = ("queries", output, per_timestep)
+    if key not in subject.cache:
+        parts = [
+            subject.queries[start : start + QUERIES_AT_ONCE]
+            for start in range(0, len(subject.queries), QUERIES_AT_ONCE)
+        ]
+        batches = [collate_samples("queries", part) for part in parts]
+        subject.cache[key] = join(
+            [batch_gradients(subject, batch, output, per_timestep=per_timestep) for batch in batches]
+        )
+    found: Gradients = subject.cache[key]
+    return found
+
+
+def batch_gradients(subject: Subject, batch: SampleBatch, output: Output, *, per_timestep: bool = False) -> Gradients:
+    """Gradients of a batch of samples, averaged over the views that each of them has.
+
+    Args:
+        subject: The model.
+        batch: ``B`` samples.
+        output: Of which output function.
+        per_timestep: Whether each view's gradient is brought to length 1 before the mean.
+
+    Returns:
+        Of these samples.
+    """
+    views = subject.views.of(batch, subject.loss.objective.num_timesteps)
+    return mean_gradients(subject, batch.keys, views, output, per_timestep=per_timestep)

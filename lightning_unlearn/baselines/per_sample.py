@@ -1,0 +1,204 @@
+"""Gradients of an output function at single samples, averaged over views, by hooks on an ordinary backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_unlearn.baselines.base import Subject
+from lightning_unlearn.capture import CapturedLayer, GradientCapture
+from lightning_unlearn.errors import InputError
+from lightning_unlearn.parameters import layer_parameters
+from lightning_unlearn.precision import ExactFloat32
+from lightning_unlearn.scoring import cast_view
+from lightning_unlearn.views import View
+
+Output = Literal["loss", "square", "mean"]
+
+# Of each view: the loss as the objective has it, and the mean square and mean of what the network predicts.
+OUTPUTS: dict[Output, Callable[[Tensor, Tensor], Tensor]] = {
+    "loss": lambda losses, predictions: losses,
+    "square": lambda losses, predictions: predictions.square().flatten(1).mean(1),
+    "mean": lambda losses, predictions: predictions.flatten(1).mean(1),
+}
+# Columns of gradients that are widened to float64 at a time.
+COLUMNS = 2**15
+# In place of the length of a gradient that is zero.
+TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What is known of ``B`` samples.
+
+    Attributes:
+        parameters: Parameter name (or ``"projection"``) to gradients ``(B, numel)``, float32 or wider, on the CPU.
+        errors: ``(B,)`` float64: each sample's root mean squared error of the prediction (the root of the loss), mean
+            over its views.
+    """
+
+    parameters: Mapping[str, Tensor]
+    errors: Tensor
+
+    def __len__(self) -> int:
+        return len(self.errors)
+
+    def rows(self, numbers: Sequence[int]) -> Gradients:
+        """Some of the samples.
+
+        Args:
+            numbers: Which, in the wanted order.
+
+        Returns:
+            Their gradients.
+        """
+        rows = torch.tensor(numbers)
+        return Gradients({name: gradient[rows] for name, gradient in self.parameters.items()}, self.errors[rows])
+
+    def squared_norms(self) -> Tensor:
+        """The squared length of each sample's gradient.
+
+        Returns:
+            ``(B,)`` float64.
+        """
+        rows = [gradient.double().square().sum(1) for gradient in self.parameters.values()]
+        return torch.stack(rows).sum(0)
+
+    def products(self, others: Mapping[str, Tensor]) -> Tensor:
+        """Dot products with other gradients.
+
+        Args:
+            others: Parameter name to ``(M, numel)``.
+
+        Returns:
+            ``(B, M)`` float64.
+        """
+        total = torch.zeros(len(self), len(next(iter(others.values()))), dtype=torch.float64)
+        for name, other in others.items():
+            for ours, theirs in zip(
+                *(torch.split(rows, COLUMNS, 1) for rows in (self.parameters[name], other)), strict=True
+            ):
+                total += ours.double() @ theirs.double().mT
+        return total
+
+
+def join(parts: Sequence[Gradients]) -> Gradients:
+    """The gradients of several batches, one after the other.
+
+    Args:
+        parts: At least one.
+
+    Returns:
+        Of all their samples.
+    """
+    names = parts[0].parameters
+    return Gradients(
+        {name: torch.cat([part.parameters[name] for part in parts]) for name in names},
+        torch.cat([part.errors for part in parts]),
+    )
+
+
+def mean_gradients(
+    subject: Subject, keys: Sequence[str], views: Iterable[View], output: Output, *, per_timestep: bool = False
+) -> Gradients:
+    """Mean gradients over given views.
+
+    Args:
+        subject: The model.
+        keys: ``B`` keys.
+        views: Views whose rows count in ``keys``.
+        output: Of which output function.
+        per_timestep: Whether each view's gradient is brought to length 1 before the mean.
+
+    Returns:
+        Of the ``B`` samples.
+
+    Raises:
+        InputError: If a gradient is not finite, or rows of the layers are not samples.
+    """
+    parameters = layer_parameters(subject.layers)
+    some = next(iter(parameters.values()))
+    device, dtype = some.device, some.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    sums = {
+        name: torch.zeros(len(keys), weight.numel(), device=device, dtype=wide) for name, weight in parameters.items()
+    }
+    errors, counts = torch.zeros(len(keys), dtype=torch.float64), torch.zeros(len(keys), dtype=torch.float64)
+    with (
+        ExactFloat32(),
+        _differentiable(subject),
+        _predictions(subject) as seen,
+        GradientCapture(subject.layers) as capture,
+    ):
+        for view in views:
+            view = cast_view(view, device, dtype)
+            losses = subject.loss(view.batch, view.timesteps, view.noise)
+            values = OUTPUTS[output](losses, seen[-1].to(losses.dtype))
+            # Only so that hooks see what passes: the sum of a batch's gradients is nobody's.
+            torch.autograd.grad(values.sum(), list(parameters.values()), allow_unused=True)
+            found = _flat(capture.take(), parameters, len(view.rows))
+            if per_timestep:
+                norms = torch.stack([gradient.square().sum(1) for gradient in found.values()]).sum(0).sqrt()
+                found = {name: gradient / norms.clamp(min=TINY)[:, None] for name, gradient in found.items()}
+            rows = view.rows.to(device)
+            for name, gradient in found.items():
+                sums[name].index_add_(0, rows, gradient)
+            errors.index_add_(0, view.rows.cpu(), losses.detach().sqrt().cpu().double())
+            counts.index_add_(0, view.rows.cpu(), torch.ones(len(view.rows), dtype=torch.float64))
+            seen.clear()
+    means = {name: (total / counts.to(total)[:, None]).cpu() for name, total in sums.items()}
+    finite = torch.stack([mean.isfinite().all(1) for mean in means.values()]).all(0)
+    if not finite.all():
+        bad = next(key for key, fine in zip(keys, finite.tolist(), strict=True) if not fine)
+        raise InputError(f"The gradient of {bad!r} is not finite; check the sample and the model.")
+    return Gradients(means, errors / counts)
+
+
+def _flat(captured: Mapping[str, CapturedLayer], parameters: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
+    """Parameter name to each row's gradient ``(b, numel)``; layers that no gradient reached are left out."""
+    found: dict[str, Tensor] = {}
+    for name, layer in captured.items():
+        if len(layer) != rows:
+            raise InputError(
+                f"Layer {name} sees {len(layer)} rows for {rows} samples, so a row is not a sample; leave it out by "
+                "patterns."
+            )
+        found[f"{name}.weight"] = layer.weight_gradients().flatten(1)
+        if f"{name}.bias" in parameters:
+            found[f"{name}.bias"] = layer.bias_gradients()
+    return found
+
+
+@contextmanager
+def _differentiable(subject: Subject) -> Iterator[None]:
+    """While it lasts, the chosen weights require gradients: none would arrive at layers that are fed by text."""
+    parameters = list(layer_parameters(subject.layers).values())
+    before = [parameter.requires_grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter, required in zip(parameters, before, strict=True):
+            parameter.requires_grad_(required)
+
+
+@contextmanager
+def _predictions(subject: Subject) -> Iterator[list[Tensor]]:
+    """While it lasts, what the network predicts is noted; the objective, whatever it is, calls the network itself."""
+    seen: list[Tensor] = []
+
+    def note(network: Any, arguments: Any, output: Any) -> None:
+        seen.append(output if isinstance(output, Tensor) else output[0])
+
+    handle = subject.loss.network.register_forward_hook(note)
+    try:
+        yield seen
+    finally:
+        handle.remove()

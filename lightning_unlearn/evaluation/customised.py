@@ -1,0 +1,249 @@
+"""Customised models, whose influential images are known by construction: those they were fine-tuned on.
+
+Wang et al. (arXiv 2306.09345, "AbC") fine-tune a model on one or a few exemplars of a concept, generate, and ask a
+method to find the exemplars among all training images; as in Custom Diffusion (Kumari et al., arXiv 2212.04488) only
+keys and values of the attention to the text change, and a new token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_unlearn.errors import InputError
+from lightning_unlearn.fingerprints import seed_of
+from lightning_unlearn.objective import DenoisingObjective
+from lightning_unlearn.parameters import select_layers
+from lightning_unlearn.samples import Sample, SampleBatch, ViewBatch, collate_samples
+from lightning_unlearn.sampling import generate, how_generated
+from lightning_unlearn.training import DiffusionModule
+
+
+@dataclass(frozen=True)
+class Customising:
+    """How a model is customised.
+
+    Args:
+        steps: Optimizer steps.
+        batch_size: Pictures a step; half of them exemplars, the others training images that keep the model what it was.
+        learning_rate: Of the weights.
+        token_learning_rate: Of the new token.
+        parameters: Which weights change.
+        queries: Pictures generated for each customised model.
+        sampling_steps: Steps of the sampler.
+        clipped: Whether generated pictures are clipped to [-1, 1], as those of pixel-space models are.
+        seed: Of the fine-tuning; pictures have the seeds 0, 1, ….
+    """
+
+    steps: int = 100
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    token_learning_rate: float = 1e-2
+    parameters: str = "text_kv"
+    queries: int = 1
+    sampling_steps: int = 20
+    clipped: bool = True
+    seed: int = 0
+
+
+class Customisation(DiffusionModule):
+    """Fine-tunes chosen weights and one new token on exemplars.
+
+    Text comes as token states, so the new token is a state of its own: a learned vector in the first place that a
+    caption leaves empty.
+
+    Args:
+        network: The base model, which is changed.
+        objective: Its loss.
+        exemplars: With one neutral caption, such as "a picture".
+        settings: How.
+
+    Raises:
+        InputError: If the caption is empty.
+    """
+
+    def __init__(
+        self, network: nn.Module, objective: DenoisingObjective, exemplars: Sequence[Sample], settings: Customising
+    ) -> None:
+        super().__init__(network, objective)
+        self.settings = settings
+        self.network.requires_grad_(False).eval()
+        self.layers = select_layers(self.network, settings.parameters)
+        for layer in self.layers.values():
+            layer.requires_grad_(True)
+        self.exemplars = frozenset(sample.key for sample in exemplars)
+        states = exemplars[0].text[0]  # (tokens, dim)
+        self.place = empty_place(states)
+        written = states[states.abs().sum(1) > 0]
+        if len(written) == 0:
+            raise InputError("The exemplars' caption has no token; give a neutral one, such as 'a picture'.")
+        self.token = nn.Parameter(written.mean(0))
+        self.losses: list[float] = []
+
+    def training_step(self, batch: SampleBatch, batch_idx: int) -> Tensor:
+        """The mean loss of a batch, which is noted.
+
+        Args:
+            batch: Exemplars and training images.
+            batch_idx: Its number.
+
+        Returns:
+            A scalar.
+        """
+        loss = super().training_step(batch, batch_idx)
+        self.losses.append(float(loss.detach()))
+        return loss
+
+    def prompt(self, states: Tensor) -> Tensor:
+        """Put the new token into token states.
+
+        Args:
+            states: ``(*, tokens, dim)``.
+
+        Returns:
+            The same shape.
+        """
+        prompted = states.clone()
+        prompted[..., self.place, :] = self.token.to(states)
+        return prompted
+
+    def _draw(self, batch: SampleBatch) -> tuple[ViewBatch, Tensor, Tensor]:
+        views, timesteps, noise = super()._draw(batch)
+        new = torch.tensor([key in self.exemplars for key in batch.keys], device=views.text.device)
+        text = torch.where(new[:, None, None], self.prompt(views.text), views.text)
+        return replace(views, text=text), timesteps, noise
+
+    def on_train_start(self) -> None:
+        """Keep the network in eval mode, whatever mode fit puts the module in."""
+        self.network.eval()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW over the chosen weights and the token.
+
+        Returns:
+            The optimizer.
+        """
+        weights = [parameter for layer in self.layers.values() for parameter in layer.parameters()]
+        return torch.optim.AdamW(
+            [
+                {"params": weights, "lr": self.settings.learning_rate},
+                {"params": [self.token], "lr": self.settings.token_learning_rate},
+            ],
+            weight_decay=0.0,
+        )
+
+
+@dataclass(frozen=True)
+class Customised:
+    """A customised model and what it made.
+
+    Attributes:
+        weights: The network's state.
+        queries: Pictures generated for the new token, with how they were made.
+        loss_before: Mean loss in the first tenth of the steps.
+        loss_after: The same in the last tenth.
+    """
+
+    weights: Mapping[str, Tensor]
+    queries: list[Sample]
+    loss_before: float
+    loss_after: float
+
+
+class _Batches(Dataset[SampleBatch]):
+    """Batches of exemplars and training images, a function of their number."""
+
+    def __init__(self, exemplars: Sequence[Sample], training: Sequence[Sample], settings: Customising) -> None:
+        self.exemplars = exemplars
+        self.training = training
+        self.settings = settings
+
+    def __len__(self) -> int:
+        return self.settings.steps
+
+    def __getitem__(self, step: int) -> SampleBatch:
+        generator = torch.Generator().manual_seed(seed_of("customise", self.settings.seed, step))
+        half = self.settings.batch_size // 2 if self.training else 0
+        chosen = []
+        for samples, count in ((self.exemplars, self.settings.batch_size - half), (self.training, half)):
+            places = torch.randint(len(samples), (count,), generator=generator).tolist() if count else []
+            chosen += [samples[place] for place in places]
+        return collate_samples("customise", chosen)
+
+
+def customise(
+    network: nn.Module,
+    objective: DenoisingObjective,
+    exemplars: Sequence[Sample],
+    training: Sequence[Sample],
+    trainer: Trainer,
+    settings: Customising | None = None,
+    name: str = "concept",
+) -> Customised:
+    """Fine-tune a model on exemplars and generate with it.
+
+    Args:
+        network: The base model, which is changed.
+        objective: Its loss.
+        exemplars: One or a few pictures of a concept, with one neutral caption.
+        training: Training images that keep the model what it was; none for exemplars alone.
+        trainer: An unused Trainer.
+        settings: How.
+        name: Of the concept, from which the queries' keys are made.
+
+    Returns:
+        The customised model.
+
+    Raises:
+        InputError: If there is no exemplar, or they have different captions.
+        KeyboardInterrupt: If the fine-tuning was interrupted.
+    """
+    settings = settings or Customising()
+    if len({tuple(sample.captions) for sample in exemplars}) != 1:
+        raise InputError(f"The exemplars of {name!r} need one neutral caption, the same for all.")
+    torch.manual_seed(seed_of("customise", settings.seed, name))
+    module = Customisation(network, objective, exemplars, settings)
+    trainer.fit_loop.max_epochs = 1
+    trainer.fit(module, DataLoader(_Batches(exemplars, training, settings), batch_size=None))
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    module.network.eval()
+    with torch.no_grad():
+        text = module.prompt(exemplars[0].text[:1]).expand(settings.queries, -1, -1)  # (queries, tokens, dim)
+        seeds = range(settings.queries)
+        latents = generate(module.network, objective, text, exemplars[0].latent.shape, seeds, settings.sampling_steps)
+    latents = latents.clamp(-1, 1) if settings.clipped else latents
+    part = max(1, len(module.losses) // 10)
+    return Customised(
+        {key: value.detach().cpu() for key, value in module.network.state_dict().items()},
+        [
+            Sample(f"{name}-{seed}", latent.cpu(), text[:1].cpu(), _made(exemplars[0], settings, seed))
+            for seed, latent in enumerate(latents)
+        ],
+        sum(module.losses[:part]) / part,
+        sum(module.losses[-part:]) / part,
+    )
+
+
+def _made(exemplar: Sample, settings: Customising, seed: int) -> dict[str, Any]:
+    how = {**how_generated(seed, settings.sampling_steps), "clipped": settings.clipped}
+    return {"captions": [f"{caption} <new>" for caption in exemplar.captions[:1]], **how}
+
+
+def empty_place(states: Tensor) -> int:
+    """The first token that a caption leaves empty (all zero), or the last one.
+
+    Args:
+        states: ``(tokens, dim)``.
+
+    Returns:
+        Its number.
+    """
+    empty = (states.abs().sum(1) == 0).nonzero()
+    return int(empty[0, 0]) if len(empty) else len(states) - 1
