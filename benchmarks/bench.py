@@ -1,0 +1,163 @@
+"""The benches: a model, its queries, many models trained again without some pictures, and every method judged by them.
+
+    python benchmarks/bench.py digits base       # train the model once; generate and check the queries
+    python benchmarks/bench.py digits retrain    # train it again without some pictures; --index 0 --count 2 for half
+
+Everything can be stopped and started again; what is finished is kept in the bench's folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import yaml
+from torch import Tensor
+
+from lightning_unlearn.datamodules.reading import read_samples
+from lightning_unlearn.datamodules.sources import list_shards
+from lightning_unlearn.evaluation import Retrainer, Run, fit_run
+from lightning_unlearn.evaluation.plan import Design, Plan, plan
+from lightning_unlearn.evaluation.retraining import Share
+from lightning_unlearn.fingerprints import digest
+from lightning_unlearn.quiet import quiet
+from lightning_unlearn.retraining_cli import RetrainingCLI, study_of
+from lightning_unlearn.samples import Sample
+from lightning_unlearn.sampling import generate, how_generated
+from lightning_unlearn.shards import encode_sample, write_shards
+
+BENCHES = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One bench's folder and its settings (``bench.yaml``)."""
+
+    name: str
+
+    @property
+    def folder(self) -> Path:
+        """Where its files are."""
+        return BENCHES / self.name
+
+    @functools.cached_property
+    def settings(self) -> dict[str, Any]:
+        """What its ``bench.yaml`` says."""
+        settings: dict[str, Any] = yaml.safe_load((self.folder / "bench.yaml").read_text())
+        return settings
+
+    @functools.cached_property
+    def design(self) -> Design:
+        """How many models of each kind."""
+        return Design(**self.settings["design"])
+
+    def samples(self, part: str) -> list[Sample]:
+        """The samples in ``shards`` or ``queries``, in the order of the shards."""
+        shards = sorted(list_shards(str(self.folder / part)), key=lambda shard: shard.url)
+        return [sample for shard in shards for sample in read_samples(shard)]
+
+    def cli(self) -> RetrainingCLI:
+        """The training config."""
+        os.chdir(BENCHES.parent)  # configs name folders from the root of the repository
+        arguments = ["--config", str(self.folder / "train.yaml")]
+        return RetrainingCLI("evaluate", arguments, "Bench")
+
+    def plan(self, tables: Any = None) -> Plan:
+        """The models it needs."""
+        keys = [sample.key for sample in self.samples("shards")]
+        return plan(self.design, keys, [query.key for query in self.samples("queries")], tables or {})
+
+
+def make_base(bench: Bench) -> None:
+    """Train the model with all pictures, keep its weights, and generate the queries."""
+    weights = bench.folder / "model.safetensors"
+    samples = bench.samples("shards")
+    cli = bench.cli()
+    if not weights.is_file():
+        module: Any = fit_run(lambda run: cli.build(run, []), Run())
+        safetensors.torch.save_file({k: v.contiguous() for k, v in module.network.state_dict().items()}, weights)
+    module = cli.model
+    module.network.load_state_dict(safetensors.torch.load_file(weights))
+    module.network.eval()
+    # One picture a different caption, in an order that has nothing to do with the pictures.
+    different = {tuple(sample.captions): sample for sample in samples}
+    order = sorted(different.values(), key=lambda sample: digest("query", sample.captions[0]))
+    steps = bench.settings["sampling_steps"]
+    text = torch.cat([sample.text[:1] for sample in order])
+    made = generate(module.network, module.objective, text, samples[0].latent.shape, range(len(order)), steps)
+    pictures = made.clamp(-1, 1)
+    good = [recognised(bench, picture, sample, samples) for picture, sample in zip(pictures, order, strict=True)]
+    checked = min(len(order), 50)
+    print(f"{sum(good[:checked])} of {checked} generated pictures are recognised")
+    fields = []
+    for seed, (sample, picture, fine) in enumerate(zip(order, pictures, good, strict=True)):
+        if fine and len(fields) < bench.settings["queries"]:
+            about = {"captions": sample.captions[:1], **how_generated(seed, steps), "clipped": True}
+            name = f"query-{len(fields):02d}"
+            fields.append(encode_sample(name, picture.numpy(), sample.text[:1].numpy(), about))
+    write_shards(fields, bench.folder / "queries", name="queries")
+    print(f"{len(fields)} queries in {bench.folder / 'queries'}")
+    show(bench, pictures, good)
+
+
+def recognised(bench: Bench, picture: Tensor, of: Sample, samples: list[Sample]) -> bool:
+    """Whether a generated picture is that of its caption, by the five training pictures nearest to it."""
+    field = bench.settings["recognised_by"]
+    distances = torch.stack([(sample.latent - picture).square().sum() for sample in samples])
+    nearest = [samples[place].metadata[field] for place in distances.topk(5, largest=False).indices.tolist()]
+    if bench.settings["recognised_as"] == "most_common":
+        return bool(Counter(nearest).most_common(1)[0][0] == of.metadata[field])
+    return of.metadata[field] in nearest
+
+
+def show(bench: Bench, pictures: Tensor, good: list[bool]) -> None:
+    """All generated pictures on one sheet, those that are not recognised with a red edge."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    tiles = []
+    for picture, fine in zip(pictures, good, strict=True):
+        pixels = ((picture + 1) * 127.5).round().byte().expand(3, -1, -1).permute(1, 2, 0).numpy()
+        tile = Image.fromarray(np.ascontiguousarray(pixels)).resize((64, 64), Image.Resampling.NEAREST)
+        tiles.append(ImageOps.expand(tile, 3, "white" if fine else "red"))
+    columns = 10
+    sheet = Image.new("RGB", (70 * columns, 70 * -(-len(tiles) // columns)), "white")
+    for place, tile in enumerate(tiles):
+        sheet.paste(tile, (70 * (place % columns), 70 * (place // columns)))
+    sheet.save(bench.folder / "generated.png")
+
+
+def retrain(bench: Bench, share: Share) -> None:
+    """Train what is missing of this process's share."""
+    cli = bench.cli()
+    keys = [sample.key for sample in bench.samples("shards")]
+    study = study_of(cli, bench.folder / "study", bench.samples("queries"))
+    retrainer = Retrainer(lambda run: cli.build(run, keys), study[1], study[0])
+    retrainer.train(bench.plan().runs(), share)
+
+
+def main() -> None:
+    """Run a step."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bench", choices=[path.parent.name for path in sorted(BENCHES.glob("*/bench.yaml"))])
+    parser.add_argument("step", choices=("base", "retrain"))
+    parser.add_argument("--index", type=int, default=0, help="which share of the models this process trains")
+    parser.add_argument("--count", type=int, default=1, help="in how many shares they are dealt")
+    arguments = parser.parse_args()
+    bench = Bench(arguments.bench)
+    with quiet(steps=True):
+        if arguments.step == "base":
+            make_base(bench)
+        else:
+            retrain(bench, Share(arguments.index, arguments.count))
+
+
+if __name__ == "__main__":
+    main()

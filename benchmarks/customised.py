@@ -1,0 +1,132 @@
+"""Do methods find the pictures that a model was customised with? The ground truth is known by construction.
+
+    python benchmarks/customised.py digits     # 20 customised models, all methods; what is finished is kept
+
+Each model is the bench's, fine-tuned on three exemplars of a concept (see lightning_unlearn.evaluation.customised); it
+generates a picture, and each method, under the setting that the bench chose for it, ranks all training pictures and the
+exemplars for it. All of them carry one neutral caption, so that the new token gives nothing away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench import BENCHES, Bench
+from common import PLAIN
+from lightning.pytorch import Trainer
+from methods import METHODS, RISES, UNLEARNING, baseline_of, config, read
+from results import choose, open_study
+
+from lightning_unlearn.baselines import Subject
+from lightning_unlearn.evaluation.customised import Customising, customise
+from lightning_unlearn.fisher import load_fisher
+from lightning_unlearn.metrics import exemplar_retrieval
+from lightning_unlearn.objective import DenoisingObjective
+from lightning_unlearn.quiet import quiet
+from lightning_unlearn.samples import Sample, collate_samples
+from lightning_unlearn.scores import RULES
+from lightning_unlearn.shards import encode_sample, write_atomically, write_shards
+from lightning_unlearn.strategies import Newton
+
+TOP = (1, 3, 10)
+
+
+def candidates_for(samples: list[Sample], exemplars: list[Sample]) -> list[Sample]:
+    """All pictures that a method may name, with the exemplars' neutral caption."""
+    neutral = exemplars[0]
+    training = [replace(s, text=neutral.text, metadata={"captions": neutral.captions}) for s in samples]
+    return sorted([*training, *exemplars], key=lambda sample: sample.key)
+
+
+def unlearn(bench: Bench, fisher: str, setting: str, weights: Any, folder: Path) -> torch.Tensor:
+    """Scores of unlearning under a setting, by Lightning's fit and predict."""
+    module, data = config(bench, **({"fisher": fisher} if fisher else {}))
+    module.network.load_state_dict(weights)
+    rise, rule = next((rise, rule) for rise in RISES for rule in RULES if setting == f"rise {rise:.0%}, {rule}")
+    module.strategy = Newton(target_increase=rise)
+    data.shard_patterns, data.query_patterns = str(folder / "candidates"), str(folder / "queries")
+    trainer = Trainer(**{**PLAIN, "max_epochs": 1, "devices": 1})
+    trainer.fit(module, data)
+    predictions: Any = trainer.predict(module, data)
+    return torch.cat([RULES[rule](prediction.base, prediction.unlearned) for prediction in predictions])
+
+
+def judge(bench: Bench, concept: str, exemplars: list[Sample], settings: dict[str, str]) -> dict[str, Any]:
+    """Customise a model and see where each method ranks the exemplars."""
+    module, _ = config(bench)
+    assert isinstance(module.objective, DenoisingObjective)
+    samples = bench.samples("shards")
+    trainer = Trainer(**{**PLAIN, "devices": 1})
+    how = Customising(sampling_steps=bench.settings["sampling_steps"], **bench.settings["customising"])
+    made = customise(module.network, module.objective, exemplars, samples, trainer, how, concept)
+    candidates = candidates_for(samples, exemplars)
+    keys = [sample.key for sample in candidates]
+    own = {sample.key for sample in exemplars}
+    distances = torch.stack([(sample.latent - made.queries[0].latent).square().mean() for sample in candidates])
+    nearest = [keys[place] for place in distances.argsort().tolist()]
+    found: dict[str, Any] = {
+        "loss_before": made.loss_before,
+        "loss_after": made.loss_after,
+        "rank_of_nearest_exemplar": min(nearest.index(key) for key in own),
+        "methods": {},
+    }
+    for layer in module.layers.values():
+        layer.requires_grad_(False)
+    subject = Subject(
+        loss=module.loss.eval(),
+        layers=module.layers,
+        views=module.views,
+        queries=made.queries,
+        batches=lambda: [collate_samples("candidates", candidates[at : at + 64]) for at in range(0, len(keys), 64)],
+        fisher=load_fisher(bench.folder / "fisher.safetensors"),
+        keep=True,
+    )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for part, chosen in (("candidates", candidates), ("queries", made.queries)):
+            fields = [encode_sample(s.key, s.latent.numpy(), s.text.numpy(), s.metadata) for s in chosen]
+            write_shards(fields, folder / part)
+        for method, setting in settings.items():
+            if method in UNLEARNING:
+                scores = unlearn(bench, UNLEARNING[method], setting, made.weights, folder)
+            else:
+                scores = baseline_of(method, setting).scores(subject)
+            relevant = torch.tensor([[key in own] for key in keys]).expand(-1, scores.shape[1])
+            values = exemplar_retrieval(scores, relevant, TOP)
+            found["methods"][method] = {name: round(float(value.mean()), 6) for name, value in values.items()}
+    return found
+
+
+def main() -> None:
+    """Judge the concepts that are not there yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bench", choices=[path.parent.parent.name for path in BENCHES.glob("*/exemplars/*.json")])
+    parser.add_argument("--index", type=int, default=0, help="which share of the models this process makes")
+    parser.add_argument("--count", type=int, default=1, help="in how many shares they are dealt")
+    arguments = parser.parse_args()
+    bench = Bench(arguments.bench)
+    torch.set_num_threads(1)
+    study, plan = open_study(bench), bench.plan()
+    queries = [query.key for query in bench.samples("queries")]
+    settings = {method: choose(study, plan, read(bench, method), queries) for method in METHODS}
+    concepts: dict[str, list[Sample]] = {}
+    for sample in bench.samples("exemplars"):
+        concepts.setdefault(sample.metadata["concept"], []).append(sample)
+    (bench.folder / "customised").mkdir(exist_ok=True)
+    for concept in sorted(concepts)[arguments.index :: arguments.count]:
+        path = bench.folder / "customised" / f"{concept}.json"
+        if not path.is_file():
+            with quiet(steps=True):
+                found = judge(bench, concept, concepts[concept], settings)
+            write_atomically(path, json.dumps({"settings": settings, **found}).encode() + b"\n")
+            print(concept, found["rank_of_nearest_exemplar"], found["methods"], flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""Every method with its settings: the same number of them for each, from which half of the evidence chooses one.
+
+    python benchmarks/methods.py digits           # scores of all methods that are not there yet
+    python benchmarks/methods.py digits d_trak    # of some
+
+A method's scores under all of its settings are one Parquet file; its costs stand in its metadata. Each method runs in a
+process of its own, so that its peak memory is its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from bench import BENCHES, Bench
+from common import PLAIN, quiet
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from lightning_unlearn.baselines import (
+    DAS,
+    DTRAK,
+    TRAK,
+    Baseline,
+    GradientSimilarity,
+    Influence,
+    JourneyTRAK,
+    PixelSimilarity,
+    Random,
+    Subject,
+    TextSimilarity,
+)
+from lightning_unlearn.datamodules import AttributionDataModule
+from lightning_unlearn.fisher import load_fisher
+from lightning_unlearn.module import UnlearningModule
+from lightning_unlearn.scores import RULES, ScoreTable
+from lightning_unlearn.strategies import Newton
+from lightning_unlearn.trainer_cli import TrainerCLI
+
+RIDGES = (0.01, 0.1, 1.0, 10.0)
+RISES = (0.02, 0.1)
+
+# Method to its settings. All get four; where a method has less to choose, the last ones are its nearest relatives.
+BASELINE_SETTINGS: dict[str, dict[str, Baseline]] = {
+    "random": {f"seed {seed}": Random(seed) for seed in range(4)},
+    "pixel_similarity": {kind: PixelSimilarity(kind) for kind in ("cosine", "l2", "centred_cosine")},
+    "text_similarity": {kind: TextSimilarity(kind) for kind in ("mean", "max", "max_token")},
+    "gradient_similarity": {
+        f"{kind}{', per timestep' * steps}": GradientSimilarity(kind, steps)
+        for kind in ("dot", "cosine")
+        for steps in (False, True)
+    },
+    "influence": {f"damping {value:g}": Influence(value) for value in RIDGES},
+    "trak": {f"ridge {value:g}": TRAK(value) for value in RIDGES},
+    "journey_trak": {f"ridge {value:g}": JourneyTRAK(value) for value in RIDGES},
+    "d_trak": {f"ridge {value:g}": DTRAK(value) for value in RIDGES},
+    "das": {f"ridge {value:g}": DAS(value) for value in RIDGES},
+}
+# With the Fisher, and plain gradient ascent without it.
+UNLEARNING = {"unlearning": "", "gradient_ascent": "identity"}
+METHODS = (*UNLEARNING, *BASELINE_SETTINGS)
+
+Scores = dict[str, Tensor]
+
+
+def config(bench: Bench, **settings: Any) -> tuple[UnlearningModule, AttributionDataModule]:
+    """The bench's attribution config."""
+    os.chdir(BENCHES.parent)
+    arguments = ["--config", str(bench.folder / "attribute.yaml")]
+    for name, value in settings.items():
+        arguments += [f"--model.init_args.{name}", str(value)]
+    cli = TrainerCLI("attribute", arguments, "Bench", None, **PLAIN)
+    assert isinstance(cli.model, UnlearningModule)
+    assert isinstance(cli.datamodule, AttributionDataModule)
+    return cli.model, cli.datamodule
+
+
+def unlearning_scores(bench: Bench, fisher: str, queries: int | None) -> tuple[Scores, list[str], int]:
+    """Scores of unlearning under all of its settings; base losses and views are the same in all."""
+    scores: Scores = {}
+    keys: list[str] = []
+    for rise in RISES:
+        module, data = config(bench, **({"fisher": fisher} if fisher else {}))
+        module.strategy = Newton(target_increase=rise)
+        if queries is not None:
+            data.query_keys = [f"query-{number:02d}" for number in range(queries)]
+        trainer = Trainer(**{**PLAIN, "max_epochs": 1, "devices": 1})
+        trainer.fit(module, data)
+        predictions: Any = trainer.predict(module, data)
+        keys = [key for prediction in predictions for key in prediction.batch.keys]
+        for rule, reduce in RULES.items():
+            rows = [reduce(prediction.base, prediction.unlearned) for prediction in predictions]
+            scores[f"rise {rise:.0%}, {rule}"] = torch.cat(rows)
+    once = 0 if fisher else (bench.folder / "fisher.safetensors").stat().st_size
+    return scores, keys, once
+
+
+def baseline_scores(bench: Bench, name: str, queries: int | None) -> tuple[Scores, list[str], int]:
+    """Scores of a rival under all of its settings; gradients are computed once."""
+    module, data = config(bench)
+    data.setup("predict")
+    chosen = data.queries if queries is None else data.queries[:queries]
+    subject = Subject(
+        loss=module.loss,
+        layers=module.layers,
+        views=module.views,
+        queries=chosen,
+        batches=data.predict_dataloader,
+        fisher=load_fisher(bench.folder / "fisher.safetensors"),
+        keep=True,
+    )
+    scores = {setting: method.scores(subject) for setting, method in BASELINE_SETTINGS[name].items()}
+    keys = [key for batch in subject.batches() for key in batch.keys]
+    # What a method keeps of the training images for later queries: their gradients, if it takes any.
+    if name in ("random", "pixel_similarity", "text_similarity"):
+        once = 0
+    else:
+        once = 4 * len(keys) * sum(p.numel() for layer in module.layers.values() for p in layer.parameters())
+    return scores, keys, once
+
+
+def baseline_of(method: str, setting: str) -> Baseline:
+    """A rival under one of its settings."""
+    return BASELINE_SETTINGS[method][setting]
+
+
+def score(bench: Bench, method: str, queries: int | None = None) -> tuple[Scores, list[str], int]:
+    """A method's scores, the keys of their rows, and the bytes it keeps for later queries."""
+    if method in UNLEARNING:
+        return unlearning_scores(bench, UNLEARNING[method], queries)
+    return baseline_scores(bench, method, queries)
+
+
+def measure(bench: Bench, method: str) -> None:
+    """Score all queries, and one alone to tell what each costs from what is done once; keep scores and costs."""
+    quiet()
+    torch.set_num_threads(1)
+    config(bench)  # imports and first reads are nobody's cost
+    started = time.process_time()
+    score(bench, method, 1)
+    alone = time.process_time() - started
+    started = time.process_time()
+    scores, keys, once = score(bench, method)
+    together = time.process_time() - started
+    count = next(iter(scores.values())).shape[1]
+    each = max(0.0, (together - alone) / (count - 1))
+    costs = {
+        "seconds_a_query": each,
+        "seconds_once": max(0.0, alone - each),
+        "bytes_once": once,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "settings": len(scores),
+    }
+    columns: dict[str, Any] = {"key": pa.array(keys, pa.string())}
+    for setting, values in scores.items():
+        for number in range(count):
+            columns[f"{setting}|query-{number:02d}"] = pa.array(values[:, number].float().contiguous().numpy())
+    path = bench.folder / "scores" / f"{method}.parquet"
+    path.parent.mkdir(exist_ok=True)
+    table = pa.table(columns).replace_schema_metadata({"costs": json.dumps(costs)})
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        pq.write_table(table, Path(folder) / path.name)
+        (Path(folder) / path.name).replace(path)
+    print(f"{method}: {costs}")
+
+
+def read(bench: Bench, method: str) -> dict[str, ScoreTable]:
+    """A method's score tables by its settings."""
+    table = pq.read_table(bench.folder / "scores" / f"{method}.parquet")
+    keys = table.column("key").to_pylist()
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    columns: dict[str, dict[str, Any]] = {}
+    for name in table.column_names[1:]:
+        setting, query = name.split("|")
+        columns.setdefault(setting, {})[query] = table.column(name).to_numpy()[order]
+    return {
+        setting: ScoreTable(
+            keys=[keys[row] for row in order],
+            shards=[""] * len(keys),
+            queries=list(values),
+            scores=np.stack(list(values.values()), 1),
+            base_losses=np.zeros(len(keys), np.float32),
+            run={},
+        )
+        for setting, values in columns.items()
+    }
+
+
+def read_costs(bench: Bench, method: str) -> dict[str, float]:
+    """What a method cost."""
+    schema = pq.read_schema(bench.folder / "scores" / f"{method}.parquet")
+    costs: dict[str, float] = json.loads(schema.metadata[b"costs"])
+    return costs
+
+
+def main() -> None:
+    """Score with methods that have no scores yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bench", choices=[path.parent.name for path in sorted(BENCHES.glob("*/bench.yaml"))])
+    parser.add_argument("methods", nargs="*", choices=[[], *METHODS], help="all by default")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    bench = Bench(arguments.bench)
+    for method in arguments.methods or METHODS:
+        if arguments.here:
+            measure(bench, method)
+        elif arguments.methods or not (bench.folder / "scores" / f"{method}.parquet").is_file():
+            subprocess.run([sys.executable, __file__, bench.name, method, "--here"], check=True)
+
+
+if __name__ == "__main__":
+    main()
