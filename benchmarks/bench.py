@@ -1,7 +1,9 @@
 """The benches: a model, its queries, many models trained again without some pictures, and every method judged by them.
 
-    python benchmarks/bench.py digits base       # train the model once; generate and check the queries
+    python benchmarks/bench.py digits base       # train the model once, make the queries, take the Fisher
     python benchmarks/bench.py digits retrain    # train it again without some pictures; --index 0 --count 2 for half
+    python benchmarks/methods.py digits          # score with every method, then …
+    python benchmarks/bench.py digits removals   # … train it again without the pictures that each method names
 
 Everything can be stopped and started again; what is finished is kept in the bench's folder.
 """
@@ -12,6 +14,7 @@ import argparse
 import functools
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from lightning_unlearn.commands import fisher
 from lightning_unlearn.datamodules.reading import read_samples
 from lightning_unlearn.datamodules.sources import list_shards
 from lightning_unlearn.evaluation import Retrainer, Run, fit_run
@@ -76,7 +80,7 @@ class Bench:
 
 
 def make_base(bench: Bench) -> None:
-    """Train the model with all pictures, keep its weights, and generate the queries."""
+    """Train the model with all pictures, keep its weights, generate the queries, and take the Fisher."""
     weights = bench.folder / "model.safetensors"
     samples = bench.samples("shards")
     cli = bench.cli()
@@ -105,6 +109,10 @@ def make_base(bench: Bench) -> None:
     write_shards(fields, bench.folder / "queries", name="queries")
     print(f"{len(fields)} queries in {bench.folder / 'queries'}")
     show(bench, pictures, good)
+    if not (bench.folder / "fisher.safetensors").is_file():
+        passes = ["--passes", str(bench.settings["fisher_passes"])]
+        config = ["--config", str(bench.folder / "attribute.yaml")]
+        fisher([*config, *passes, "--output", str(bench.folder / "fisher.safetensors")])
 
 
 def recognised(bench: Bench, picture: Tensor, of: Sample, samples: list[Sample]) -> bool:
@@ -123,7 +131,8 @@ def show(bench: Bench, pictures: Tensor, good: list[bool]) -> None:
     from PIL import Image, ImageOps
 
     tiles = []
-    for picture, fine in zip(pictures, good, strict=True):
+    blocks = bench.settings.get("blocks", 1)  # pixels of such blocks are channels of a latent
+    for picture, fine in zip(torch.nn.functional.pixel_shuffle(pictures, blocks), good, strict=True):
         pixels = ((picture + 1) * 127.5).round().byte().expand(3, -1, -1).permute(1, 2, 0).numpy()
         tile = Image.fromarray(np.ascontiguousarray(pixels)).resize((64, 64), Image.Resampling.NEAREST)
         tiles.append(ImageOps.expand(tile, 3, "white" if fine else "red"))
@@ -134,20 +143,20 @@ def show(bench: Bench, pictures: Tensor, good: list[bool]) -> None:
     sheet.save(bench.folder / "generated.png")
 
 
-def retrain(bench: Bench, share: Share) -> None:
+def retrain(bench: Bench, runs: Sequence[Run], share: Share) -> None:
     """Train what is missing of this process's share."""
     cli = bench.cli()
     keys = [sample.key for sample in bench.samples("shards")]
     study = study_of(cli, bench.folder / "study", bench.samples("queries"))
     retrainer = Retrainer(lambda run: cli.build(run, keys), study[1], study[0])
-    retrainer.train(bench.plan().runs(), share)
+    retrainer.train(runs, share)
 
 
 def main() -> None:
     """Run a step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bench", choices=[path.parent.name for path in sorted(BENCHES.glob("*/bench.yaml"))])
-    parser.add_argument("step", choices=("base", "retrain"))
+    parser.add_argument("step", choices=("base", "retrain", "removals"))
     parser.add_argument("--index", type=int, default=0, help="which share of the models this process trains")
     parser.add_argument("--count", type=int, default=1, help="in how many shares they are dealt")
     arguments = parser.parse_args()
@@ -155,8 +164,12 @@ def main() -> None:
     with quiet(steps=True):
         if arguments.step == "base":
             make_base(bench)
+        elif arguments.step == "retrain":
+            retrain(bench, bench.plan().runs(), Share(arguments.index, arguments.count))
         else:
-            retrain(bench, Share(arguments.index, arguments.count))
+            from judged import removal_runs  # which asks this module for the models that choose each method's settings
+
+            retrain(bench, removal_runs(bench), Share(arguments.index, arguments.count))
 
 
 if __name__ == "__main__":

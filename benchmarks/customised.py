@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from bench import BENCHES, Bench
 from common import PLAIN
+from judged import chosen_settings
 from lightning.pytorch import Trainer
-from methods import METHODS, RISES, UNLEARNING, baseline_of, config, read
-from results import choose, open_study
+from methods import RISES, UNLEARNING, baseline_of, config
 
 from lightning_unlearn.baselines import Subject
 from lightning_unlearn.evaluation.customised import Customising, customise
@@ -42,6 +42,12 @@ def candidates_for(samples: list[Sample], exemplars: list[Sample]) -> list[Sampl
     neutral = exemplars[0]
     training = [replace(s, text=neutral.text, metadata={"captions": neutral.captions}) for s in samples]
     return sorted([*training, *exemplars], key=lambda sample: sample.key)
+
+
+def nearest(picture: Sample, candidates: list[Sample]) -> str:
+    """The candidate that a generated picture looks most like, by pixels."""
+    distances = torch.stack([(sample.latent - picture.latent).square().mean() for sample in candidates])
+    return candidates[int(distances.argmin())].key
 
 
 def unlearn(bench: Bench, fisher: str, setting: str, weights: Any, folder: Path) -> torch.Tensor:
@@ -68,12 +74,10 @@ def judge(bench: Bench, concept: str, exemplars: list[Sample], settings: dict[st
     candidates = candidates_for(samples, exemplars)
     keys = [sample.key for sample in candidates]
     own = {sample.key for sample in exemplars}
-    distances = torch.stack([(sample.latent - made.queries[0].latent).square().mean() for sample in candidates])
-    nearest = [keys[place] for place in distances.argsort().tolist()]
     found: dict[str, Any] = {
         "loss_before": made.loss_before,
         "loss_after": made.loss_after,
-        "rank_of_nearest_exemplar": min(nearest.index(key) for key in own),
+        "exemplar_nearest": sum(nearest(picture, candidates) in own for picture in made.queries) / len(made.queries),
         "methods": {},
     }
     for layer in module.layers.values():
@@ -112,9 +116,7 @@ def main() -> None:
     arguments = parser.parse_args()
     bench = Bench(arguments.bench)
     torch.set_num_threads(1)
-    study, plan = open_study(bench), bench.plan()
-    queries = [query.key for query in bench.samples("queries")]
-    settings = {method: choose(study, plan, read(bench, method), queries) for method in METHODS}
+    settings = chosen_settings(bench)
     concepts: dict[str, list[Sample]] = {}
     for sample in bench.samples("exemplars"):
         concepts.setdefault(sample.metadata["concept"], []).append(sample)
@@ -125,7 +127,7 @@ def main() -> None:
             with quiet(steps=True):
                 found = judge(bench, concept, concepts[concept], settings)
             write_atomically(path, json.dumps({"settings": settings, **found}).encode() + b"\n")
-            print(concept, found["rank_of_nearest_exemplar"], found["methods"], flush=True)
+            print(concept, found["exemplar_nearest"], found["methods"], flush=True)
 
 
 if __name__ == "__main__":

@@ -2,43 +2,24 @@
 
     python benchmarks/results.py            # writes benchmarks/RESULTS.md and its plots; trains nothing
 
-A method's setting is chosen on one half of the queries and of the subset models, and reported on the other half. What
-is not trained yet is said, not guessed.
+What is not trained yet is said, not guessed.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import json
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from bench import BENCHES, Bench
-from methods import METHODS, read, read_costs
+from judged import OURS, Page, judge
+from methods import METHODS
 
-from lightning_unlearn.evaluation.judging import (
-    Floors,
-    Removal,
-    Value,
-    ceiling,
-    datamodelling,
-    kept_samples,
-    scores_of,
-)
-from lightning_unlearn.evaluation.plan import Plan
-from lightning_unlearn.evaluation.runs import Run
-from lightning_unlearn.evaluation.study import Study, read_settings
-from lightning_unlearn.metrics import (
-    bootstrap_interval,
-    linear_datamodelling_comparison,
-    linear_datamodelling_score,
-    subset_predictions,
-)
-from lightning_unlearn.scores import ScoreTable
+from lightning_unlearn.evaluation.results import Removal, Value, value_of
 
-OURS = "unlearning"
 PAGE = BENCHES / "RESULTS.md"
 LABELS = {
     "unlearning": "**unlearning, diagonal Fisher (ours)**",
@@ -55,132 +36,13 @@ LABELS = {
 }
 
 
-@dataclass(frozen=True)
-class Row:
-    """A method on a bench."""
-
-    method: str
-    setting: str
-    raw: Value
-    by_rank: Value
-    behind: tuple[float, float, float] | None
-    costs: Mapping[str, float]
-    removals: Mapping[int, Removal | str]
-
-
-@dataclass(frozen=True)
-class Page:
-    """A bench's part of the page."""
-
-    bench: Bench
-    rows: list[Row]
-    ceiling: Value | None
-    random: Mapping[int, Mapping[str, Value]]
-    seeds: Mapping[str, Value]
-    facts: Mapping[str, Any]
-
-
-def halves(plan: Plan, queries: Sequence[str]) -> tuple[list[str], list[Run], list[str], list[Run]]:
-    """Queries and subset models that report, and those that choose settings."""
-    middle_query, middle = len(queries) // 2, len(plan.subsets) // 2
-    return (
-        list(queries[:middle_query]),
-        list(plan.subsets[middle:]),
-        list(queries[middle_query:]),
-        list(plan.subsets[:middle]),
-    )
-
-
-def choose(study: Study, plan: Plan, tables: Mapping[str, ScoreTable], queries: Sequence[str]) -> str:
-    """A method's setting: the highest linear datamodelling score on the half that chooses."""
-    _, _, chosen_queries, runs = halves(plan, queries)
-    runs = [run for run in runs if study.is_finished(run)]
-    outcomes = torch.from_numpy(study.losses(runs, chosen_queries))
-    kept = kept_samples(plan.keys, runs)
-    values = {
-        setting: float(linear_datamodelling_score(scores_of(table, plan.keys, chosen_queries), kept, outcomes).mean())
-        for setting, table in tables.items()
-    }
-    return max(values, key=values.__getitem__)
-
-
-def open_study(bench: Bench) -> Study:
-    """The bench's study as it is, whatever recipe this machine would make."""
-    settings = read_settings(bench.folder / "study")
-    assert settings is not None, "run bench.py retrain first"
-    return Study(bench.folder / "study", settings)
-
-
-def judge(bench: Bench) -> Page:
-    """Everything that can be said of a bench now."""
-    study, plain = open_study(bench), bench.plan()
-    queries = [query.key for query in bench.samples("queries")]
-    report_queries, report_runs, _, _ = halves(plain, queries)
-    report_runs = [run for run in report_runs if study.is_finished(run)]
-    there = [method for method in METHODS if (bench.folder / "scores" / f"{method}.parquet").is_file()]
-    chosen = {method: choose(study, plain, read(bench, method), queries) for method in there}
-    tables = {method: read(bench, method)[setting] for method, setting in chosen.items()}
-    plan = bench.plan(tables)
-    outcomes = torch.from_numpy(study.losses(report_runs, report_queries))
-    kept = kept_samples(plan.keys, report_runs)
-
-    def predicted(method: str) -> torch.Tensor:
-        return subset_predictions(scores_of(tables[method], plan.keys, report_queries), kept)
-
-    floors = Floors(study, plan)
-    rows = []
-    for method in there:
-        raw, by_rank = datamodelling(study, plan, tables[method], report_queries, report_runs)
-        behind = None
-        if method != OURS and OURS in tables:
-            compared = linear_datamodelling_comparison(predicted(OURS), predicted(method), outcomes)
-            difference = float(
-                (linear_datamodelling_score(scores_of(tables[OURS], plan.keys, report_queries), kept, outcomes)).mean()
-            )
-            behind = (difference - raw.mean, compared.low, compared.high)
-        removals: dict[int, Removal | str] = {}
-        for size, removed in plan.removals[method].items():
-            missing = len(study.missing([*removed, *plan.random[size], *plan.seeds]))
-            removals[size] = f"{missing} models missing" if missing else floors.removal(size, removed)
-        rows.append(Row(method, chosen[method], raw, by_rank, behind, read_costs(bench, method), removals))
-    rows.sort(key=lambda row: -row.raw.mean)
-    second = [run for run in plan.second if study.is_finished(run)]
-    paired = Plan(plan.keys, [], plan.subsets, second, [], {}, {})
-    seeds_done = not study.missing(plan.seeds)
-    measured = floors.measured() if seeds_done else []
-    return Page(
-        bench=bench,
-        rows=rows,
-        ceiling=ceiling(study, paired, report_queries) if len(second) > 2 else None,
-        random={
-            size: {measure: _value(floors.random_changes(size, measure)) for measure in measured}
-            for size, runs in plan.random.items()
-            if not study.missing([*runs, *plan.seeds])
-        },
-        seeds={measure: _value(floors.seed_changes(measure)) for measure in measured},
-        facts={
-            "samples": len(plan.keys),
-            "report_models": len(report_runs),
-            "report_queries": len(report_queries),
-            "subset_models": len(plan.subsets) - len(study.missing(plan.subsets)),
-            "asked_subset_models": len(plan.subsets),
-            "pairs": len(second),
-            "removal_queries": len(plan.removal_queries),
-            "random_repeats": bench.design.random_repeats,
-            "seed_models": len(plan.seeds) - len(study.missing(plan.seeds)),
-            "missing": len(study.missing(plan.runs())),
-            "all": len(plan.runs()),
-            "seconds": study.typical_seconds(),
-        },
-    )
-
-
-def _value(values: torch.Tensor) -> Value:
-    return Value(float(values.mean()), *bootstrap_interval(values))
-
-
 def _shown(value: Value, factor: float = 1.0, digits: int = 3) -> str:
     return f"{value.mean * factor:.{digits}f} [{value.low * factor:.{digits}f}, {value.high * factor:.{digits}f}]"
+
+
+def _difference(value: Value) -> str:
+    within = " (within noise)" if value.low <= 0 <= value.high else ""
+    return f"{value.mean:+.3f} [{value.low:+.3f}, {value.high:+.3f}]{within}"
 
 
 def _bytes(count: float) -> str:
@@ -202,28 +64,36 @@ def text(page: Page) -> str:
         "",
         f"![Linear datamodelling scores]({name}/lds.png)",
         "",
-        "| method | setting | LDS | by ranks only | ours minus it |",
+        "“Inside” is not above 0, what scores without any meaning reach.",
+        "",
+        "| method | setting | LDS | by ranks only | ours less it |",
         "|---|---|---|---|---|",
     ]
     for row in page.rows:
-        behind = "–"
-        if row.behind is not None:
-            mean, low, high = row.behind
-            within = " (within noise)" if low <= 0 <= high else ""
-            behind = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]{within}"
-        lines.append(f"| {LABELS[row.method]} | {row.setting} | {_shown(row.raw)} | {_shown(row.by_rank)} | {behind} |")
+        scores = " | ".join(_shown(value) + ("" if value.low > 0 else ", inside") for value in (row.raw, row.by_rank))
+        behind = "–" if row.behind is None else _difference(row.behind)
+        lines.append(f"| {LABELS[row.method]} | {row.setting} | {scores} | {behind} |")
     if page.ceiling is not None:
         lines += [
             "",
             f"Noise ceiling, what a perfect method would reach against models of one seed, from {facts['pairs']} "
             f"subsets trained twice: {_shown(page.ceiling)}.",
         ]
+    lines += [
+        "",
+        "Where papers report an order, the difference on this bench:",
+        "",
+        "| pair | difference of LDS |",
+        "|---|---|",
+    ]
+    for first, second, value in page.reported:
+        lines.append(f"| {_plain(first)} less {_plain(second)} | {_difference(value)} |")
     lines += ["", "### Leave-K-out", "", f"![Change of the query's loss]({name}/removal.png)", ""]
     sizes = list(page.rows[0].removals)
     head = " | ".join(f"K = {size} ({size / facts['samples']:.0%})" for size in sizes)
     lines += [
         "Change of the query's loss (× 10⁻³) by removing the K samples that a method names and training again; "
-        "“inside” is not beyond the floor of random removals.",
+        "“inside” is not beyond the floors of random removals and of another seed.",
         "",
         f"| method | {head} |",
         "|---|" + "---|" * len(sizes),
@@ -260,7 +130,42 @@ def text(page: Page) -> str:
             f"| {LABELS[row.method]} | {costs['seconds_a_query']:.2f} | {costs['seconds_once']:.1f} | "
             f"{_bytes(costs['bytes_once'])} | {_bytes(costs['peak_bytes'])} |"
         )
+    lines += customised(page.bench)
     return "\n".join(lines) + "\n"
+
+
+def customised(bench: Bench) -> list[str]:
+    """The customised models' part of a bench."""
+    found = [json.loads(path.read_text()) for path in sorted((bench.folder / "customised").glob("*.json"))]
+    if len(found) < 2:
+        return []
+    names = list(found[0]["methods"][OURS])
+    near = sum(concept["exemplar_nearest"] for concept in found)
+    lines = [
+        "",
+        "### Customised models",
+        "",
+        f"{len(found)} models, each the bench's fine-tuned on three exemplars of a concept (keys and values of the "
+        "attention to the text, and a new token); each generates pictures, and a method is asked for the exemplars "
+        "among all training images and them. All candidates carry one neutral caption. For "
+        f"{near / len(found):.0%} of the generated pictures an exemplar is the nearest of all candidates.",
+        "",
+        "| method | " + " | ".join(name.replace("_", " ").replace("average precision", "mAP") for name in names) + " |",
+        "|---|" + "---|" * len(names),
+    ]
+    values = {
+        method: {name: torch.tensor([concept["methods"][method][name] for concept in found]) for name in names}
+        for method in METHODS
+        if all(method in concept["methods"] for concept in found)
+    }
+    for method, measures in sorted(values.items(), key=lambda item: -float(item[1][names[-1]].mean())):
+        cells = [_shown(value_of(value)) for value in measures.values()]
+        lines.append(f"| {LABELS[method]} | {' | '.join(cells)} |")
+    return lines
+
+
+def _plain(method: str) -> str:
+    return LABELS[method].replace("**", "")
 
 
 def _pictures(page: Page, sizes: Sequence[int]) -> list[str]:
@@ -296,7 +201,7 @@ def plot(page: Page) -> None:
     from matplotlib.figure import Figure
 
     rows = page.rows[::-1]
-    names = [LABELS[row.method].replace("**", "") for row in rows]
+    names = [_plain(row.method) for row in rows]
     colours = ["#c2410c" if row.method == OURS else "#475569" for row in rows]
     figure = Figure(figsize=(7.5, 0.36 * len(rows) + 1.2), layout="constrained")
     axes = figure.add_subplot()
@@ -330,7 +235,7 @@ def _plot_removals(page: Page) -> None:
         means = [found.changes["loss"].mean * 1e3 for found in done.values()]
         shares = [100 * size / samples for size in done]
         width, colour = (2.4, "#c2410c") if row.method == OURS else (1.2, None)
-        axes.plot(shares, means, "o-", linewidth=width, color=colour, label=LABELS[row.method].replace("**", ""))
+        axes.plot(shares, means, "o-", linewidth=width, color=colour, label=_plain(row.method))
     if page.random:
         shares = [100 * size / samples for size in page.random]
         values = [found["loss"] for found in page.random.values()]
@@ -368,9 +273,12 @@ def main() -> None:
     for path in sorted(BENCHES.glob("*/bench.yaml")):
         bench = Bench(path.parent.name)
         if (bench.folder / "scores").is_dir() and (bench.folder / "study").is_dir():
+            started = time.process_time()
             page = judge(bench)
+            seconds = time.process_time() - started
             plot(page)
             parts.append(text(page))
+            print(f"{bench.name}: {len(page.rows)} methods judged in {seconds:.0f} s of processor time")
     arguments.output.write_text(INTRODUCTION + "\n".join(parts))
     print(f"Results: {arguments.output}")
 

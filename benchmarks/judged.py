@@ -1,0 +1,173 @@
+"""What can be said of every method on a bench now, by the models that are trained.
+
+A method's setting is chosen on one half of the queries and on subset models of its own, and reported on the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from bench import Bench
+from methods import METHODS, read, read_costs
+
+from lightning_unlearn.evaluation.floors import Floors
+from lightning_unlearn.evaluation.judging import ceiling, datamodelling, kept_samples, scores_of
+from lightning_unlearn.evaluation.plan import Plan
+from lightning_unlearn.evaluation.results import Removal, Value, value_of
+from lightning_unlearn.evaluation.runs import Run
+from lightning_unlearn.evaluation.study import Study, read_settings
+from lightning_unlearn.metrics import (
+    linear_datamodelling_comparison,
+    linear_datamodelling_score,
+    subset_predictions,
+)
+from lightning_unlearn.scores import ScoreTable
+
+OURS = "unlearning"
+# What papers report of two methods, the better one first: Zheng et al. (arXiv 2311.00500), Park et al. (arXiv
+# 2303.14186), Lin et al. (ICLR 2025) and Wang et al. (arXiv 2406.09408).
+REPORTED = (
+    ("d_trak", "trak"),
+    ("d_trak", "journey_trak"),
+    ("d_trak", "gradient_similarity"),
+    ("trak", "gradient_similarity"),
+    ("trak", "influence"),
+    ("das", "d_trak"),
+    (OURS, "gradient_ascent"),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method on a bench."""
+
+    method: str
+    setting: str
+    raw: Value
+    by_rank: Value
+    behind: Value | None
+    costs: Mapping[str, float]
+    removals: Mapping[int, Removal | str]
+
+
+@dataclass(frozen=True)
+class Page:
+    """A bench's part of the page."""
+
+    bench: Bench
+    rows: list[Row]
+    ceiling: Value | None
+    random: Mapping[int, Mapping[str, Value]]
+    seeds: Mapping[str, Value]
+    reported: list[tuple[str, str, Value]]
+    facts: Mapping[str, Any]
+
+
+def halves(bench: Bench, plan: Plan, queries: Sequence[str]) -> tuple[list[str], list[Run], list[str], list[Run]]:
+    """Queries and subset models that report, and those that choose settings; no other model ever chooses."""
+    middle, choosing = len(queries) // 2, bench.settings["choosing_subsets"]
+    return list(queries[:middle]), plan.subsets[choosing:], list(queries[middle:]), plan.subsets[:choosing]
+
+
+def choose(bench: Bench, study: Study, plan: Plan, tables: Mapping[str, ScoreTable], queries: Sequence[str]) -> str:
+    """A method's setting: the highest linear datamodelling score on the half that chooses."""
+    _, _, chosen_queries, runs = halves(bench, plan, queries)
+    outcomes = torch.from_numpy(study.losses(runs, chosen_queries))
+    kept = kept_samples(plan.keys, runs)
+    values = {
+        setting: float(linear_datamodelling_score(scores_of(table, plan.keys, chosen_queries), kept, outcomes).mean())
+        for setting, table in tables.items()
+    }
+    return max(values, key=values.__getitem__)
+
+
+def open_study(bench: Bench) -> Study:
+    """The bench's study as it is, whatever recipe this machine would make."""
+    settings = read_settings(bench.folder / "study")
+    assert settings is not None, "run bench.py retrain first"
+    return Study(bench.folder / "study", settings)
+
+
+def chosen_settings(bench: Bench) -> dict[str, str]:
+    """Each method that has scores, with the setting that the choosing half of the evidence gives it."""
+    study, plain = open_study(bench), bench.plan()
+    queries = [query.key for query in bench.samples("queries")]
+    there = [method for method in METHODS if (bench.folder / "scores" / f"{method}.parquet").is_file()]
+    return {method: choose(bench, study, plain, read(bench, method), queries) for method in there}
+
+
+def removal_runs(bench: Bench) -> list[Run]:
+    """Models without what the methods name, those of the bench's first method first."""
+    chosen = chosen_settings(bench)
+    methods = [method for method in bench.settings["removal_methods"] if method in chosen]
+    plan = bench.plan({method: read(bench, method)[chosen[method]] for method in methods})
+    removals = [run for method in methods for runs in plan.removals[method].values() for run in runs]
+    return list(dict.fromkeys(removals))
+
+
+def judge(bench: Bench) -> Page:
+    """Everything that can be said of a bench now."""
+    study, plain = open_study(bench), bench.plan()
+    queries = [query.key for query in bench.samples("queries")]
+    report_queries, report_runs, _, _ = halves(bench, plain, queries)
+    report_runs = [run for run in report_runs if study.is_finished(run)]
+    chosen = chosen_settings(bench)
+    there = list(chosen)
+    tables = {method: read(bench, method)[setting] for method, setting in chosen.items()}
+    plan = bench.plan(tables)
+    outcomes = torch.from_numpy(study.losses(report_runs, report_queries))
+    kept = kept_samples(plan.keys, report_runs)
+
+    def compared(first: str, second: str) -> Value:
+        """The first method's score less the second's, on the same queries and models."""
+        scores = [scores_of(tables[method], plan.keys, report_queries) for method in (first, second)]
+        predictions = [subset_predictions(score, kept) for score in scores]
+        means = [float(linear_datamodelling_score(score, kept, outcomes).mean()) for score in scores]
+        interval = linear_datamodelling_comparison(predictions[0], predictions[1], outcomes)
+        return Value(means[0] - means[1], interval.low, interval.high)
+
+    floors = Floors(study, plan)
+    rows = []
+    for method in there:
+        raw, by_rank = datamodelling(study, plan, tables[method], report_queries, report_runs)
+        behind = compared(OURS, method) if method != OURS and OURS in tables else None
+        removals: dict[int, Removal | str] = {}
+        for size, removed in plan.removals[method].items():
+            missing = len(study.missing([*removed, *plan.random[size], *plan.seeds]))
+            waiting = f"{missing} models missing" if method in bench.settings["removal_methods"] else "–"
+            removals[size] = waiting if missing else floors.removal(size, removed)
+        rows.append(Row(method, chosen[method], raw, by_rank, behind, read_costs(bench, method), removals))
+    rows.sort(key=lambda row: -row.raw.mean)
+    second = [run for run in plan.second if study.is_finished(run)]
+    paired = Plan(plan.keys, [], plan.subsets, second, [], {}, {})
+    seeds_done = not study.missing(plan.seeds)
+    measured = floors.measured() if seeds_done else []
+    return Page(
+        bench=bench,
+        rows=rows,
+        ceiling=ceiling(study, paired, report_queries) if len(second) > 2 else None,
+        random={
+            size: {measure: value_of(floors.random_changes(size, measure)) for measure in measured}
+            for size, runs in plan.random.items()
+            if not study.missing([*runs, *plan.seeds])
+        },
+        seeds={measure: value_of(floors.seed_changes(measure)) for measure in measured},
+        reported=[(*pair, compared(*pair)) for pair in REPORTED if set(pair) <= set(tables)],
+        facts={
+            "samples": len(plan.keys),
+            "report_models": len(report_runs),
+            "report_queries": len(report_queries),
+            "subset_models": len(plan.subsets) - len(study.missing(plan.subsets)),
+            "asked_subset_models": len(plan.subsets),
+            "pairs": len(second),
+            "removal_queries": len(plan.removal_queries),
+            "random_repeats": bench.design.random_repeats,
+            "seed_models": len(plan.seeds) - len(study.missing(plan.seeds)),
+            "missing": len(study.missing([*plain.runs(), *removal_runs(bench)])),
+            "all": len(dict.fromkeys([*plain.runs(), *removal_runs(bench)])),
+            "seconds": study.typical_seconds(),
+        },
+    )
