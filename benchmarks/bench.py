@@ -110,9 +110,13 @@ def make_base(bench: Bench) -> None:
     print(f"{len(fields)} queries in {bench.folder / 'queries'}")
     show(bench, pictures, good)
     if not (bench.folder / "fisher.safetensors").is_file():
-        passes = ["--passes", str(bench.settings["fisher_passes"])]
-        config = ["--config", str(bench.folder / "attribute.yaml")]
-        fisher([*config, *passes, "--output", str(bench.folder / "fisher.safetensors")])
+        take_fisher(bench, bench.folder / "fisher.safetensors")
+
+
+def take_fisher(bench: Bench, path: Path) -> None:
+    """The Fisher of the trained model, by passes over all pictures."""
+    passes = ["--passes", str(bench.settings["fisher_passes"])]
+    fisher(["--config", str(bench.folder / "attribute.yaml"), *passes, "--output", str(path)])
 
 
 def recognised(bench: Bench, picture: Tensor, of: Sample, samples: list[Sample]) -> bool:

@@ -3,8 +3,8 @@
     python benchmarks/customised.py digits     # 20 customised models, all methods; what is finished is kept
 
 Each model is the bench's, fine-tuned on three exemplars of a concept (see lightning_unlearn.evaluation.customised); it
-generates a picture, and each method, under the setting that the bench chose for it, ranks all training pictures and the
-exemplars for it. All of them carry one neutral caption, so that the new token gives nothing away.
+generates pictures, and each method, under the setting that the bench chose for it, ranks all training pictures and the
+exemplars of all concepts for them. All of them carry one neutral caption, so that the new token gives nothing away.
 """
 
 from __future__ import annotations
@@ -37,8 +37,13 @@ from lightning_unlearn.strategies import Newton
 TOP = (1, 3, 10)
 
 
-def candidates_for(samples: list[Sample], exemplars: list[Sample]) -> list[Sample]:
-    """All pictures that a method may name, with the exemplars' neutral caption."""
+def candidates_for(samples: list[Sample], concepts: dict[str, list[Sample]]) -> list[Sample]:
+    """All pictures that a method may name, with the exemplars' neutral caption.
+
+    All concepts' exemplars are among them: were there only one's, they could be told by being unlike the training
+    pictures, whatever the query.
+    """
+    exemplars = [sample for concept in concepts.values() for sample in concept]
     neutral = exemplars[0]
     training = [replace(s, text=neutral.text, metadata={"captions": neutral.captions}) for s in samples]
     return sorted([*training, *exemplars], key=lambda sample: sample.key)
@@ -63,15 +68,16 @@ def unlearn(bench: Bench, fisher: str, setting: str, weights: Any, folder: Path)
     return torch.cat([RULES[rule](prediction.base, prediction.unlearned) for prediction in predictions])
 
 
-def judge(bench: Bench, concept: str, exemplars: list[Sample], settings: dict[str, str]) -> dict[str, Any]:
+def judge(bench: Bench, concept: str, concepts: dict[str, list[Sample]], settings: dict[str, str]) -> dict[str, Any]:
     """Customise a model and see where each method ranks the exemplars."""
+    exemplars = concepts[concept]
     module, _ = config(bench)
     assert isinstance(module.objective, DenoisingObjective)
     samples = bench.samples("shards")
     trainer = Trainer(**{**PLAIN, "devices": 1})
     how = Customising(sampling_steps=bench.settings["sampling_steps"], **bench.settings["customising"])
     made = customise(module.network, module.objective, exemplars, samples, trainer, how, concept)
-    candidates = candidates_for(samples, exemplars)
+    candidates = candidates_for(samples, concepts)
     keys = [sample.key for sample in candidates]
     own = {sample.key for sample in exemplars}
     found: dict[str, Any] = {
@@ -125,7 +131,7 @@ def main() -> None:
         path = bench.folder / "customised" / f"{concept}.json"
         if not path.is_file():
             with quiet(steps=True):
-                found = judge(bench, concept, concepts[concept], settings)
+                found = judge(bench, concept, concepts, settings)
             write_atomically(path, json.dumps({"settings": settings, **found}).encode() + b"\n")
             print(concept, found["exemplar_nearest"], found["methods"], flush=True)
 

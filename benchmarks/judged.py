@@ -28,7 +28,7 @@ from lightning_unlearn.scores import ScoreTable
 
 OURS = "unlearning"
 # What papers report of two methods, the better one first: Zheng et al. (arXiv 2311.00500), Park et al. (arXiv
-# 2303.14186), Lin et al. (ICLR 2025) and Wang et al. (arXiv 2406.09408).
+# 2303.14186), Lin et al. (ICLR 2025); the last one Wang et al. (arXiv 2406.09408) by leave-K-out.
 REPORTED = (
     ("d_trak", "trak"),
     ("d_trak", "journey_trak"),
@@ -46,6 +46,7 @@ class Row:
 
     method: str
     setting: str
+    settings: list[str]
     raw: Value
     by_rank: Value
     behind: Value | None
@@ -139,16 +140,27 @@ def judge(bench: Bench) -> Page:
             missing = len(study.missing([*removed, *plan.random[size], *plan.seeds]))
             waiting = f"{missing} models missing" if method in bench.settings["removal_methods"] else "–"
             removals[size] = waiting if missing else floors.removal(size, removed)
-        rows.append(Row(method, chosen[method], raw, by_rank, behind, read_costs(bench, method), removals))
+        rows.append(
+            Row(
+                method,
+                chosen[method],
+                list(read(bench, method)),
+                raw,
+                by_rank,
+                behind,
+                read_costs(bench, method),
+                removals,
+            )
+        )
     rows.sort(key=lambda row: -row.raw.mean)
-    second = [run for run in plan.second if study.is_finished(run)]
-    paired = Plan(plan.keys, [], plan.subsets, second, [], {}, {})
+    # The first subsets are those that are trained twice.
+    pairs_done = bool(plan.second) and not study.missing([*plan.subsets[: len(plan.second)], *plan.second])
     seeds_done = not study.missing(plan.seeds)
     measured = floors.measured() if seeds_done else []
     return Page(
         bench=bench,
         rows=rows,
-        ceiling=ceiling(study, paired, report_queries) if len(second) > 2 else None,
+        ceiling=ceiling(study, plan, report_queries) if pairs_done else None,
         random={
             size: {measure: value_of(floors.random_changes(size, measure)) for measure in measured}
             for size, runs in plan.random.items()
@@ -162,7 +174,7 @@ def judge(bench: Bench) -> Page:
             "report_queries": len(report_queries),
             "subset_models": len(plan.subsets) - len(study.missing(plan.subsets)),
             "asked_subset_models": len(plan.subsets),
-            "pairs": len(second),
+            "pairs": len(plan.second),
             "removal_queries": len(plan.removal_queries),
             "random_repeats": bench.design.random_repeats,
             "seed_models": len(plan.seeds) - len(study.missing(plan.seeds)),

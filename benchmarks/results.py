@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from bench import BENCHES, Bench
-from judged import OURS, Page, judge
+from judged import OURS, Page, Row, judge
 from methods import METHODS
 
 from lightning_unlearn.evaluation.results import Removal, Value, value_of
@@ -40,6 +40,13 @@ def _shown(value: Value, factor: float = 1.0, digits: int = 3) -> str:
     return f"{value.mean * factor:.{digits}f} [{value.low * factor:.{digits}f}, {value.high * factor:.{digits}f}]"
 
 
+def at_an_end(row: Row) -> bool:
+    """Whether the least or the greatest number of those tried was chosen: a better one may lie beyond."""
+    kinds = list(dict.fromkeys(setting.split(",")[0] for setting in row.settings))
+    tuned = row.setting.startswith(("ridge", "damping", "rise"))
+    return tuned and row.setting.split(",")[0] in (kinds[0], kinds[-1])
+
+
 def _difference(value: Value) -> str:
     within = " (within noise)" if value.low <= 0 <= value.high else ""
     return f"{value.mean:+.3f} [{value.low:+.3f}, {value.high:+.3f}]{within}"
@@ -56,7 +63,7 @@ def text(page: Page) -> str:
     lines += [
         f"{facts['subset_models']} of {facts['asked_subset_models']} subset models are trained; scores are reported on "
         f"{facts['report_queries']} queries and {facts['report_models']} of them, settings were chosen on the others "
-        f"(four a method, three where there is no more to choose). One model takes {facts['seconds']:.0f} s on one "
+        f"(six a method, or what there is to choose). One model takes {facts['seconds']:.0f} s on one "
         f"thread of a busy machine. Of all {facts['all']} models that the bench asks for, {facts['missing']} are not "
         "trained yet.",
         "",
@@ -72,7 +79,8 @@ def text(page: Page) -> str:
     for row in page.rows:
         scores = " | ".join(_shown(value) + ("" if value.low > 0 else ", inside") for value in (row.raw, row.by_rank))
         behind = "–" if row.behind is None else _difference(row.behind)
-        lines.append(f"| {LABELS[row.method]} | {row.setting} | {scores} | {behind} |")
+        setting = row.setting + " (an end of its grid)" * at_an_end(row)
+        lines.append(f"| {LABELS[row.method]} | {setting} | {scores} | {behind} |")
     if page.ceiling is not None:
         lines += [
             "",
@@ -109,17 +117,17 @@ def text(page: Page) -> str:
             cells.append(_shown(removal.changes["loss"], 1e3, 2) + inside)
         lines.append(f"| {LABELS[row.method]} | {' | '.join(cells)} |")
     floor = [_shown(page.random[size]["loss"], 1e3, 2) if size in page.random else "not trained yet" for size in sizes]
-    lines.append(f"| floor: random removal, {facts['random_repeats']} repeats | {' | '.join(floor)} |")
+    lines.append(f"| floor: random removal, mean of {facts['random_repeats']} repeats | {' | '.join(floor)} |")
     if page.seeds:
         seed = _shown(page.seeds["loss"], 1e3, 2)
-        lines.append(f"| floor: another seed, {facts['seed_models']} models | {' | '.join([seed] * len(sizes))} |")
+        lines.append(f"| floor: another seed, mean of {facts['seed_models']} | {' | '.join([seed] * len(sizes))} |")
     lines += _pictures(page, sizes)
     lines += [
         "",
         "### Cost",
         "",
-        "Processor time on one thread, for all settings of a method together; memory is the peak of its process, "
-        "libraries included (about 450 MiB).",
+        "Processor time on one thread; once: the Fisher by passes over the data, base losses, gradients. Memory is the "
+        "peak of the process, libraries included (about 450 MiB).",
         "",
         "| method | seconds a query | seconds once | kept once | peak memory |",
         "|---|---|---|---|---|",
@@ -147,7 +155,8 @@ def customised(bench: Bench) -> list[str]:
         "",
         f"{len(found)} models, each the bench's fine-tuned on three exemplars of a concept (keys and values of the "
         "attention to the text, and a new token); each generates pictures, and a method is asked for the exemplars "
-        "among all training images and them. All candidates carry one neutral caption. For "
+        "among all training images and the exemplars of all concepts. Recall among the first is at most a third. All "
+        "candidates carry one neutral caption, so that text similarity ties them all; ties count as found last. For "
         f"{near / len(found):.0%} of the generated pictures an exemplar is the nearest of all candidates.",
         "",
         "| method | " + " | ".join(name.replace("_", " ").replace("average precision", "mAP") for name in names) + " |",
@@ -173,26 +182,32 @@ def _pictures(page: Page, sizes: Sequence[int]) -> list[str]:
     done = [row for row in page.rows if any(isinstance(row.removals[size], Removal) for size in sizes)]
     if not done:
         return []
-    head = " | ".join(f"MSE, K = {size} | SSIM, K = {size}" for size in sizes)
+    # Of a latent whose channels are the pixels of blocks there is no structural similarity.
+    measures = ("mse",) if page.bench.settings.get("blocks", 1) > 1 else ("mse", "ssim")
+    head = " | ".join(f"{measure.upper()}, K = {size}" for size in sizes for measure in measures)
     lines = [
         "",
-        "How far the picture from the same seed and prompt moved: mean squared error (in [-1, 1], up is further) and "
-        "structural similarity (down is further), as changes against models on all samples.",
+        "How far the picture from the same seed and prompt moved: mean squared error (in [-1, 1], up is further)"
+        f"{' and structural similarity (down is further)' * (len(measures) - 1)}, as changes against models on all "
+        "samples.",
         "",
         f"| method | {head} |",
-        "|---|" + "---|---|" * len(sizes),
+        "|---|" + "---|" * len(measures) * len(sizes),
     ]
     for row in done:
         cells = []
         for size in sizes:
             removal = row.removals[size]
-            known = isinstance(removal, Removal)
-            cells += [_shown(removal.changes[name]) if known else "–" for name in ("mse", "ssim")]  # type: ignore[union-attr]
+            for name in measures:
+                known = isinstance(removal, Removal)
+                inside = "" if not known or removal.beyond_floor[name] else " inside"  # type: ignore[union-attr]
+                cells.append(_shown(removal.changes[name]) + inside if known else "–")  # type: ignore[union-attr]
         lines.append(f"| {LABELS[row.method]} | {' | '.join(cells)} |")
-    cells = [
-        _shown(page.random[size][name]) if size in page.random else "–" for size in sizes for name in ("mse", "ssim")
-    ]
+    cells = [_shown(page.random[size][name]) if size in page.random else "–" for size in sizes for name in measures]
     lines.append(f"| floor: random removal | {' | '.join(cells)} |")
+    if page.seeds:
+        cells = [_shown(page.seeds[name]) for _ in sizes for name in measures]
+        lines.append(f"| floor: another seed | {' | '.join(cells)} |")
     return lines
 
 
@@ -240,7 +255,7 @@ def _plot_removals(page: Page) -> None:
         shares = [100 * size / samples for size in page.random]
         values = [found["loss"] for found in page.random.values()]
         lows, highs = [value.low * 1e3 for value in values], [value.high * 1e3 for value in values]
-        axes.fill_between(shares, lows, highs, color="#94a3b8", alpha=0.35, label="random removal, 95 %")
+        axes.fill_between(shares, lows, highs, color="#94a3b8", alpha=0.35, label="random removal, mean and 95 %")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=8)
     axes.set_xlabel("removed, % of the training images")
@@ -254,11 +269,19 @@ INTRODUCTION = """\
 
 Made by `python benchmarks/results.py` from the numbers of finished models and the scores in this folder; see
 [README.md](README.md) for how to make those again. Intervals are 95 % bootstrap intervals: over queries and models for
-the linear datamodelling score (LDS), over queries (and random repeats) for leave-K-out. With ten queries such intervals
+the linear datamodelling score (LDS), over queries (and random repeats) for leave-K-out. The floors' intervals are those
+of their means, too: a single random removal or seed lies outside more often. With eight or ten queries such intervals
 are a little short: they cover some 90 %. Differences whose interval holds 0 are within noise.
 
-LDS is linear in the scores, so that any transform of them changes it, for any method: beside the scores as they are
-stands the LDS after all methods were put through one transform (normal scores by rank), where only the order counts.
+Changes are measured against models on all pictures with the seeds 1 to 5 (the model that made the queries, with seed 0,
+knows its own pictures too well). The error of that reference is in no interval, but cancels where a method is compared
+with random removals. Removals have seed 0.
+
+Rivals see a query on the same views as the training pictures, unlearning on 128 draws of its own.
+
+LDS foretells losses by sums of scores, so that a transform that is not linear changes it, for any method: beside the
+scores as they are stands the LDS after all methods were put through one transform (normal scores by rank), where only
+the order counts.
 Where LDS and leave-K-out disagree, leave-K-out decides: only the order enters it.
 
 """
