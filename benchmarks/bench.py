@@ -161,6 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bench", choices=[path.parent.name for path in sorted(BENCHES.glob("*/bench.yaml"))])
     parser.add_argument("step", choices=("base", "retrain", "removals"))
+    parser.add_argument("--methods", nargs="+", help="whose removals; those of bench.yaml by default")
     parser.add_argument("--index", type=int, default=0, help="which share of the models this process trains")
     parser.add_argument("--count", type=int, default=1, help="in how many shares they are dealt")
     arguments = parser.parse_args()
@@ -173,7 +174,7 @@ def main() -> None:
         else:
             from judged import removal_runs  # which asks this module for the models that choose each method's settings
 
-            retrain(bench, removal_runs(bench), Share(arguments.index, arguments.count))
+            retrain(bench, removal_runs(bench, arguments.methods), Share(arguments.index, arguments.count))
 
 
 if __name__ == "__main__":

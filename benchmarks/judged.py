@@ -100,10 +100,10 @@ def chosen_settings(bench: Bench) -> dict[str, str]:
     return {method: choose(bench, study, plain, read(bench, method), queries) for method in there}
 
 
-def removal_runs(bench: Bench) -> list[Run]:
-    """Models without what the methods name, those of the bench's first method first."""
+def removal_runs(bench: Bench, methods: Sequence[str] | None = None) -> list[Run]:
+    """Models without what methods name, by default those of the bench's settings; the first method's first."""
     chosen = chosen_settings(bench)
-    methods = [method for method in bench.settings["removal_methods"] if method in chosen]
+    methods = [method for method in methods or bench.settings["removal_methods"] if method in chosen]
     plan = bench.plan({method: read(bench, method)[chosen[method]] for method in methods})
     removals = [run for method in methods for runs in plan.removals[method].values() for run in runs]
     return list(dict.fromkeys(removals))

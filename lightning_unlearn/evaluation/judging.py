@@ -18,6 +18,7 @@ from lightning_unlearn.metrics import (
     linear_datamodelling_interval,
     linear_datamodelling_score,
     noise_ceiling,
+    noise_ceiling_interval,
     normal_scores,
     subset_predictions,
 )
@@ -144,8 +145,8 @@ def ceiling(study: Study, plan: Plan, queries: Sequence[str]) -> Value:
         queries: On which queries.
 
     Returns:
-        The mean over queries.
+        It, with an interval over queries and subsets.
     """
     first = torch.from_numpy(study.losses(plan.subsets[: len(plan.second)], queries))
     second = torch.from_numpy(study.losses(plan.second, queries))
-    return value_of(noise_ceiling(first, second))
+    return Value(float(noise_ceiling(first, second)), *noise_ceiling_interval(first, second))

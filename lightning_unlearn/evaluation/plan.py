@@ -45,9 +45,9 @@ class Design:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "removal_queries", "random_repeats"):
-            if getattr(self, name) < 1:
-                raise InputError(f"The design's {name} are {getattr(self, name)}; give 1 or more.")
+        for name, least in (("seeds", 2), ("removal_queries", 1), ("random_repeats", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"The design's {name} are {getattr(self, name)}; give {least} or more.")
         for name in ("subsets", "subsets_twice"):
             if getattr(self, name) < 2 and getattr(self, name) != 0:
                 raise InputError(f"The design's {name} are {getattr(self, name)}; give 2 or more, or 0 for none.")
@@ -62,7 +62,7 @@ class Plan:
         removal_queries: The queries whose top K are removed.
         subsets: One model a subset.
         second: The same subsets, from the first, with another seed.
-        seeds: On all samples; the first has seed 0.
+        seeds: On all samples, with the seeds 1, 2, …: what all changes are measured against.
         random: Size of the removed set to models without random samples.
         removals: Method to size to a model for each of ``removal_queries``.
     """

@@ -83,13 +83,16 @@ def subset_runs(keys: Sequence[str], models: int, share: float = 0.5, seed: int 
 def seed_runs(repeats: int) -> list[Run]:
     """Models on all samples that differ in their seeds only: the noise of training itself.
 
+    Seed 0 is not among them: it is that of the removals, and often that of the model that made the queries, which knows
+    its own pictures better than any other.
+
     Args:
-        repeats: How many besides the one with seed 0.
+        repeats: How many.
 
     Returns:
-        ``1 + repeats`` runs; the first has seed 0, as every leave-K-out run has.
+        ``repeats`` runs, with the seeds 1, 2, ….
     """
-    return [Run((), seed) for seed in range(repeats + 1)]
+    return [Run((), seed) for seed in range(1, repeats + 1)]
 
 
 def random_removal_runs(keys: Sequence[str], k: int, repeats: int, seed: int = 0) -> list[Run]:

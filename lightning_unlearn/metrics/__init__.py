@@ -19,6 +19,7 @@ from lightning_unlearn.metrics.uncertainty import (
     bootstrap_interval,
     linear_datamodelling_comparison,
     linear_datamodelling_interval,
+    noise_ceiling_interval,
     paired_bootstrap,
 )
 
@@ -36,6 +37,7 @@ __all__ = [
     "linear_datamodelling_interval",
     "linear_datamodelling_score",
     "noise_ceiling",
+    "noise_ceiling_interval",
     "normal_scores",
     "paired_bootstrap",
     "rank_correlation",

@@ -86,27 +86,28 @@ def noise_ceiling(first: Tensor, second: Tensor) -> Tensor:
     that the subset explains, and what the subset makes of it correlates with one noisy loss by ``√r`` (attenuation;
     Spearman, 1904, "The proof and measurement of association between two things"). That is exact for Pearson's
     correlation, and close to it for ranks; noise that grows with the loss, or a seed shared by the trainings, breaks
-    it. Where ``r`` is negative the ceiling is 0. It is an estimate itself: a score may lie above it by chance. For
-    the mean loss of both trainings put ``2r / (1 + r)`` (Spearman-Brown) in the place of ``r``.
+    it. ``r`` is averaged over queries before the root is taken: the roots of single ones, which vary a lot, would
+    average to less. Where it is negative the ceiling is 0. It is an estimate itself: a score may lie above it by
+    chance. For the mean loss of both trainings put ``2r / (1 + r)`` (Spearman-Brown) in the place of ``r``.
 
     Args:
         first: ``(M, Q)`` losses of models trained on ``M`` subsets.
         second: ``(M, Q)`` losses of models trained on the same subsets with other seeds.
 
     Returns:
-        ``(Q,)`` float64 in [0, 1].
+        A float64 scalar in [0, 1].
 
     Raises:
         InputError: If the shapes differ, there are fewer than two subsets, or a value is not finite.
 
     Example:
         >>> losses = torch.tensor([[0.1], [0.2], [0.3]])
-        >>> noise_ceiling(losses, losses).tolist(), noise_ceiling(losses, -losses).tolist()
-        ([1.0], [0.0])
+        >>> noise_ceiling(losses, losses).item(), noise_ceiling(losses, -losses).item()
+        (1.0, 0.0)
     """
     first, second = (table("outcomes", outcomes, "models", "queries") for outcomes in (first, second))
     same_shape("first outcomes", first, "second", second)
-    return _over_models(first, second).clamp(min=0).sqrt()
+    return _over_models(first, second).mean().clamp(min=0).sqrt()
 
 
 class LinearDatamodellingScore(Metric):

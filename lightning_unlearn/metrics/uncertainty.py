@@ -118,6 +118,28 @@ def linear_datamodelling_interval(
     return _interval(_resampled_scores(predictions, outcomes, resamples, seed), level)
 
 
+def noise_ceiling_interval(
+    first: Tensor, second: Tensor, *, level: float = 0.95, resamples: int = 1_000, seed: int = 0
+) -> Interval:
+    """Interval of the noise ceiling, with both queries and subsets drawn again.
+
+    Args:
+        first: ``(M, Q)`` losses of models trained on ``M`` subsets.
+        second: ``(M, Q)`` losses of models trained on the same subsets with other seeds.
+        level: Share of cases that the interval is to cover, between 0 and 1.
+        resamples: How many.
+        seed: Of the resampling.
+
+    Returns:
+        The interval.
+
+    Raises:
+        InputError: If the shapes differ, a value is not finite, or a setting is out of range.
+    """
+    # A loss that falls is a score that rises: correlated with what is minus the other loss, the sign is put right.
+    return _interval(_resampled_scores(first, -second, resamples, seed).clamp(min=0).sqrt(), level)
+
+
 def linear_datamodelling_comparison(
     first: Tensor, second: Tensor, outcomes: Tensor, *, level: float = 0.95, resamples: int = 1_000, seed: int = 0
 ) -> Comparison:

@@ -36,6 +36,7 @@ from lightning_unlearn.metrics import (
     linear_datamodelling_interval,
     linear_datamodelling_score,
     noise_ceiling,
+    noise_ceiling_interval,
     normal_scores,
     paired_bootstrap,
     rank_correlation,
@@ -210,14 +211,33 @@ def test_noise_ceiling_is_the_score_that_the_truth_reaches() -> None:
     truth = torch.randn(3000, 4, generator=generator)
     spread = torch.tensor([0.3, 1.0, 2.0, 3.0])
     first, second = (truth + spread * torch.randn(3000, 4, generator=generator) for _ in range(2))
-    found = noise_ceiling(first, second)
     reached = rank_correlation(truth.mT, first.mT)
-    torch.testing.assert_close(found, reached, atol=0.05, rtol=0)
-    # By theory √(1 / (1 + σ²)), for Pearson's; r itself would lie well below.
-    torch.testing.assert_close(found, (1 / (1 + spread.square())).sqrt().double(), atol=0.05, rtol=0)
-    pair = [slow_pearson(slow_ranks(first[:40, 1].tolist()), slow_ranks(second[:40, 1].tolist()))]
-    assert noise_ceiling(first[:40, 1:2], second[:40, 1:2]).tolist() == pytest.approx([math.sqrt(pair[0])])
-    assert noise_ceiling(first, -first).tolist() == [0] * 4
+    for query in range(4):
+        alone = noise_ceiling(first[:, query, None], second[:, query, None])
+        torch.testing.assert_close(alone, reached[query], atol=0.05, rtol=0)
+    # By theory the mean of 1 / (1 + σ²), for Pearson's; r itself would lie well below its root.
+    theory = (1 / (1 + spread.square())).mean().sqrt().double()
+    torch.testing.assert_close(noise_ceiling(first, second), theory, atol=0.03, rtol=0)
+    pair = [slow_pearson(slow_ranks(first[:40, q].tolist()), slow_ranks(second[:40, q].tolist())) for q in range(4)]
+    assert float(noise_ceiling(first[:40], second[:40])) == pytest.approx(math.sqrt(math.fsum(pair) / 4))
+    assert noise_ceiling(first, -first).item() == 0
+
+
+def test_noise_ceiling_of_few_subsets_is_not_drawn_down_by_single_queries_and_its_interval_covers_it() -> None:
+    generator = torch.Generator().manual_seed(4)
+    # Spearman's correlation of normal values whose Pearson's is 1/2.
+    tries, subsets, queries, truth = 60, 10, 10, math.sqrt(6 / math.pi * math.asin(0.25))
+    found, of_singles, covered = [], [], 0
+    for _ in range(tries):
+        share = torch.randn(subsets, queries, generator=generator)
+        first, second = (share + torch.randn(subsets, queries, generator=generator) for _ in range(2))
+        found.append(float(noise_ceiling(first, second)))
+        of_singles += [float(noise_ceiling(first[:, q, None], second[:, q, None])) for q in range(queries)]
+        low, high = noise_ceiling_interval(first, second, resamples=200)
+        covered += low <= truth <= high
+    assert statistics.mean(found) == pytest.approx(truth, abs=0.06)
+    assert statistics.mean(of_singles) < truth - 0.06
+    assert covered >= 0.88 * tries
 
 
 # ---------------------------------------------------------------------------------- change and retrieval
