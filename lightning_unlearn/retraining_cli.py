@@ -59,8 +59,7 @@ class RetrainingCLI(TrainerCLI):
         """
         if not isinstance(self.datamodule, TrainingDataModule):
             raise InputError(
-                "Samples are left out of a TrainingDataModule; give one as data, not a "
-                f"{type(self.datamodule).__name__}."
+                f"Samples are left out of a TrainingDataModule; give one as data, not {type(self.datamodule).__name__}."
             )
         return self.datamodule
 

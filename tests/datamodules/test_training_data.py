@@ -230,6 +230,72 @@ def test_keys_that_no_shard_holds_are_an_error(shards: Path, tmp_path: Path, num
     assert "found no sample to train on" in refusal(data)
 
 
+def contents(batches: Any) -> list[tuple[list[str], list[bytes]]]:
+    """Keys and bytes of each batch."""
+    return [(batch.keys, [batch.latents.numpy().tobytes(), batch.text.numpy().tobytes()]) for batch in batches]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("keys", [None, KEYS[1::2]], ids=["all", "chosen"])
+def test_order_and_samples_are_the_same_with_and_without_a_cache(
+    uneven: Path, num_workers: int, keys: list[str] | None
+) -> None:
+    plain, cached = (
+        loader_of(uneven, num_workers, "fork" if num_workers else None, keys=keys, cache=cache)
+        for cache in (False, True)
+    )
+    for _ in range(3):
+        expected = contents(plain)
+        assert contents(cached) == expected
+        # With workers, shards are dealt, and who has few samples starts over.
+        seen = [key for batch_keys, _ in expected for key in batch_keys]
+        assert len(seen) == len(keys or KEYS)
+        assert set(seen) <= set(keys or KEYS)
+        assert num_workers or sorted(seen) == (keys or KEYS)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_cache_reads_the_shards_once(tmp_path: Path, num_workers: int) -> None:
+    toy_shards(tmp_path, 16, 4)
+    plain, cached = (
+        loader_of(tmp_path, num_workers, "fork" if num_workers else None, cache=cache) for cache in (False, True)
+    )
+    expected = [contents(plain), contents(plain)]
+    first = contents(cached)
+    for path in tmp_path.glob("*.tar"):
+        path.unlink()
+    assert [first, contents(cached)] == expected
+    assert first != expected[1]
+
+
+def test_a_cache_is_not_changed_by_what_is_done_to_batches(shards: Path) -> None:
+    plain, cached = (loader_of(shards, 0, None, cache=cache) for cache in (False, True))
+    for loader in (plain, cached):
+        for batch in loader:
+            batch.latents.zero_()
+            batch.text.zero_()
+    assert contents(cached) == contents(plain)
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_a_damaged_shard_is_an_error_with_a_cache_too(tmp_path: Path, cache: bool) -> None:
+    path = toy_shards(tmp_path, 12, 4) / "shard-000001.tar"
+    path.write_bytes(path.read_bytes()[:9000])
+    for num_workers in (0, 2):
+        assert str(path) in refusal(TrainingDataModule(str(tmp_path), 2, num_workers=num_workers, cache=cache))
+
+
+def test_keys_are_a_list_or_a_file_of_one(shards: Path, tmp_path: Path) -> None:
+    chosen = KEYS[3:20]
+    (tmp_path / "keys.txt").write_text("\n".join(chosen))
+    listed, filed = (loader_of(shards, 0, None, keys=keys) for keys in (chosen, str(tmp_path / "keys.txt")))
+    assert len(listed) == len(filed) == 8
+    found = read(listed)
+    assert found == read(filed)
+    assert len(set(found)) == 16
+    assert set(found) < set(chosen)
+
+
 def test_command_is_refused_unless_asked_for(shards: Path) -> None:
     command = f"pipe:cat {shards}/shard-000000.tar"
     assert "allow_pipe" in refusal(TrainingDataModule(command, 2, samples_per_epoch=4))
