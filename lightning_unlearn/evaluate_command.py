@@ -88,7 +88,8 @@ def evaluate(arguments: list[str]) -> None:
             retrainer.train(needed.runs(), share)
         left = study.missing(needed.runs())
         if left:
-            say(f"{len(left)} models are still missing; the results come when all are there: run this command again.")
+            many = "1 model is" if len(left) == 1 else f"{len(left)} models are"
+            say(f"{many} still missing; the results come when all are there: run this command again.")
             return
         results = judge(study, needed, tables, [query.key for query in queries])
         write_atomically(study.folder / RESULTS_FILE, json.dumps(results.to_json(), indent=1).encode() + b"\n")
