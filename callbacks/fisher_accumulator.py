@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
@@ -34,11 +35,15 @@ class FisherAccumulator(Callback):
     Since weights move while it accumulates, let it wait for the last part of training (``start_step``,
     ``start_epoch``).
 
+    An EKFAC Fisher is collected in two windows: covariances from the start on, and eigenvalues from
+    ``eigenvalue_step`` and ``eigenvalue_epoch`` on, or else from half way between the start and the planned end of
+    training. In between, one process decomposes the covariances, on its CPU, and the others wait.
+
     Args:
         target: Dotted name of the network in the LightningModule, e.g. ``"unet"``; ``""`` for the module itself.
         parameters: Which of its weights: ``text_kv``, ``cross_attention``, ``attention``, ``all``, or patterns of layer
             names (see :func:`lightning_unlearn.parameters.select_layers`).
-        fisher: The kind of Fisher.
+        fisher: The kind of Fisher: ``diagonal`` or ``ekfac``.
         path: Where the Fisher is written at the end of training, as safetensors; relative to
             ``trainer.default_root_dir``.
         start_step: Optimizer step at which it starts.
@@ -50,6 +55,8 @@ class FisherAccumulator(Callback):
             the last loss, to be undone; samples of weight 0 are left out.
         save_in_checkpoint: Keep the sums in every checkpoint, so that a resumed training goes on with them. If false
             they are kept in a file beside ``path`` instead, one for each checkpoint's step.
+        eigenvalue_step: Optimizer step at which an EKFAC Fisher goes on from covariances to eigenvalues.
+        eigenvalue_epoch: The same as an epoch; both must be reached if both are given.
 
     Raises:
         InputError: If an argument is out of range.
@@ -66,7 +73,7 @@ class FisherAccumulator(Callback):
         self,
         target: str = "unet",
         parameters: str | list[str] = "text_kv",
-        fisher: Literal["diagonal"] = "diagonal",
+        fisher: Literal["diagonal", "ekfac"] = "diagonal",
         path: str = "fisher.safetensors",
         start_step: int = 0,
         start_epoch: int = 0,
@@ -75,11 +82,21 @@ class FisherAccumulator(Callback):
         loss_scale: float = 1.0,
         sample_weights: str | None = None,
         save_in_checkpoint: bool = True,
+        eigenvalue_step: int | None = None,
+        eigenvalue_epoch: int | None = None,
     ) -> None:
         if every_n_batches < 1 or loss_scale == 0 or reduction not in ("mean", "sum") or fisher not in FISHERS:
             raise InputError(
                 "FisherAccumulator needs every_n_batches of at least 1, a loss_scale that is not 0, reduction 'mean' "
                 f"or 'sum', and a fisher among {', '.join(FISHERS)}."
+            )
+        later = (eigenvalue_step or 0) > start_step or (eigenvalue_epoch or 0) > start_epoch
+        given = eigenvalue_step is not None or eigenvalue_epoch is not None
+        if given and not (later and FISHERS[fisher].stages):
+            raise InputError(
+                f"eigenvalue_step {eigenvalue_step} and eigenvalue_epoch {eigenvalue_epoch} are for fisher 'ekfac' "
+                f"(here {fisher!r}), and must lie after start_step {start_step} or start_epoch {start_epoch}, so that "
+                "there are covariances first."
             )
         self.target = target
         self.parameters = parameters
@@ -92,6 +109,8 @@ class FisherAccumulator(Callback):
         self.loss_scale = loss_scale
         self.sample_weights = sample_weights
         self.save_in_checkpoint = save_in_checkpoint
+        self.eigenvalue_step = eigenvalue_step
+        self.eigenvalue_epoch = eigenvalue_epoch
 
         self.skipped_batches = 0
         # Sums of this rank in this fit; what a resume or an earlier fit brought is over all ranks already and kept
@@ -103,6 +122,8 @@ class FisherAccumulator(Callback):
         self._running = False
         self._failed = False
         self._steps: list[int] = []  # first and last optimizer step seen
+        self._half_way: int | None = None  # step at which the stages change, if it is to be found
+        self._changed_at: int | None = None  # step at which they did
         self._saw_backward = False  # in this batch
         self._watched = self._saw_gradient = False  # in this fit
 
@@ -127,6 +148,7 @@ class FisherAccumulator(Callback):
                 raise InputError(f"Two FisherAccumulators would write {self.path}; give each a path of its own.")
         if self._trainer is not None and self._trainer is not trainer:
             self._restored, self._local, self._steps, self.skipped_batches = None, None, [], 0
+            self._changed_at = None
         self._trainer = trainer
         self._failed = False
 
@@ -140,17 +162,64 @@ class FisherAccumulator(Callback):
                 f"{len(frozen)} of the chosen layers are frozen (e.g. {frozen[0]}), so no gradient reaches them; "
                 "choose layers that are trained, or run `lightning-unlearn fisher` afterwards."
             )
+        self._local = FISHERS[self.fisher](layer_specs(layers))
         if self._restored is not None:
-            FISHERS[self.fisher](layer_specs(layers)).load_state(self._restored)  # refuses other layers at once
+            self._local.load_state(self._restored)  # refuses other layers at once
+            self._local = self._local.empty()
+        self._half_way = None
+        if self._local.stages and self.eigenvalue_step is None and self.eigenvalue_epoch is None:
+            self._half_way = self._find_half_way(trainer)
         # All ranks start with one type on one kind of device, so that one that takes no batch can add its zeros.
         dtypes = [parameter.dtype for parameter in layer_parameters(layers).values()]
-        self._local = FISHERS[self.fisher](layer_specs(layers))
         self._local.to(pl_module.device, reduce(torch.promote_types, dtypes, torch.float32))
         self._running = True
         self._capture = GradientCapture(layers)
         self._capture.enabled = False
         self._capture.attach()
         self._watched = self._saw_gradient = False
+
+    def _find_half_way(self, trainer: Trainer) -> int:
+        """The step (with manual optimization, the batch) half way between the start and the planned end of training."""
+        end = trainer.estimated_stepping_batches
+        start: float = self.start_step
+        if self.start_epoch > 0:
+            start = max(
+                start, self.start_epoch * math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+            )
+        if end < 0 or math.isinf(end) or math.isinf(start):
+            raise InputError(
+                "How long this training will be is not known, so half way is not either; set eigenvalue_step or "
+                "eigenvalue_epoch of FisherAccumulator."
+            )
+        return math.ceil((start + end) / 2)
+
+    def _stage_ends(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """Whether covariances are complete and eigenvalues follow; the same on all ranks."""
+        assert self._local is not None
+        if self._local.stage in (None, *self._local.stages[-1:]):
+            return False
+        if self._half_way is not None:
+            epoch_loop = trainer.fit_loop.epoch_loop
+            done = trainer.global_step if pl_module.automatic_optimization else epoch_loop.total_batch_idx
+            return done >= self._half_way
+        # As in should_capture, both must be reached.
+        step_reached = trainer.global_step >= (self.eigenvalue_step or 0)
+        return step_reached and trainer.current_epoch >= (self.eigenvalue_epoch or 0)
+
+    def _next_stage(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on to the next stage, with the sums over all ranks and earlier runs; every rank must call it."""
+        total = self.total()
+        taken, stage = total.count, total.stage
+        if trainer.is_global_zero:
+            total.next_stage()
+        # Bases of several decompositions could differ (in signs, or where eigenvalues are equal), and sums within
+        # them would not add up; so one rank decomposes for all.
+        self._restored = trainer.strategy.broadcast(total.state() if trainer.is_global_zero else None)
+        assert self._restored is not None
+        total.load_state(self._restored)
+        self._local = total.empty().to(pl_module.device)
+        self._changed_at = trainer.global_step
+        rank_zero_info(f"FisherAccumulator took {stage} of {taken} samples, and goes on to {total.stage}.")
 
     def should_capture(self, step: int, epoch: int, batch_idx: int) -> bool:
         """Whether a batch is taken; override for another rule.
@@ -169,6 +238,8 @@ class FisherAccumulator(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Watch this batch if it is to be taken."""
         assert self._capture is not None
+        if self._stage_ends(trainer, pl_module):
+            self._next_stage(trainer, pl_module)
         self._capture.enabled = self.should_capture(trainer.global_step, trainer.current_epoch, batch_idx)
         self._capture.clear()
         self._saw_backward = False
@@ -247,7 +318,12 @@ class FisherAccumulator(Callback):
         count = torch.tensor(float(self._local.count), dtype=torch.float64)
         if self._running and self._trainer is not None and self._trainer.world_size > 1:
             device = self._trainer.strategy.root_device
-            total.load_tensors({name: self._sum(tensor.to(device)) for name, tensor in total.tensors().items()})
+            total.load_tensors(
+                {
+                    name: self._sum(tensor.to(device)) if total.is_sum(name) else tensor
+                    for name, tensor in total.tensors().items()
+                }
+            )
             count = self._sum(count.to(device))
         total.count = round(float(count))
         if self._restored is not None:
@@ -268,12 +344,19 @@ class FisherAccumulator(Callback):
         total = self.total()
         # A checkpoint may be written after training, and fit may be called again.
         self._restored = total.state()
-        self._local = FISHERS[self.fisher](total.layers)
+        self._local = total.empty().to("cpu")
         self._running = False
         if total.count == 0:
             rank_zero_warn(
                 "FisherAccumulator took no batch: start_step or start_epoch lies past the end of training, or no "
                 "gradient was finite. No Fisher is written."
+            )
+            return
+        if total.stages and total.stage != total.stages[-1]:
+            rank_zero_warn(
+                f"FisherAccumulator took {total.stage} of {total.count} samples, but training ended before "
+                f"{total.stages[-1]}; let them start earlier by eigenvalue_step or eigenvalue_epoch. No Fisher is "
+                "written."
             )
             return
         layers = select_layers(find_network(pl_module, self.target), self.parameters)
@@ -285,6 +368,8 @@ class FisherAccumulator(Callback):
             "averaged_weights_in_run": any(isinstance(callback, WeightAveraging) for callback in _callbacks(trainer)),
             "skipped_batches": self.skipped_batches,
         }
+        if total.stages:
+            total.provenance["eigenvalues_from_step"] = self._changed_at
         objective = getattr(pl_module, "objective", None)
         if isinstance(objective, Objective):
             total.provenance["objective"] = objective.settings()
@@ -305,9 +390,11 @@ class FisherAccumulator(Callback):
         Returns:
             Numbers, strings and tensors only, so that it loads with ``weights_only=True``.
         """
-        if self._local is None or (self._failed and self._trainer is not None and self._trainer.world_size > 1):
-            return {"fisher": self._restored, "steps": self._steps, "skipped_batches": self.skipped_batches}
         state: dict[str, Any] = {"steps": self._steps, "skipped_batches": self.skipped_batches}
+        if self._changed_at is not None:
+            state["changed_at"] = self._changed_at
+        if self._local is None or (self._failed and self._trainer is not None and self._trainer.world_size > 1):
+            return {**state, "fisher": self._restored}
         total = self.total()
         if self.save_in_checkpoint:
             return {**state, "fisher": total.state()}
@@ -323,6 +410,7 @@ class FisherAccumulator(Callback):
         """Go on from a checkpoint; its sums are kept apart from those of this run."""
         self._steps = list(state_dict["steps"])
         self.skipped_batches = int(state_dict["skipped_batches"])
+        self._changed_at = state_dict.get("changed_at")
         self._restored = (
             FISHERS[self.fisher].load(state_dict["file"]).state() if "file" in state_dict else state_dict["fisher"]
         )

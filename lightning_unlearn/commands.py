@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
@@ -17,6 +17,7 @@ from lightning_unlearn.datamodules.reading import read_samples
 from lightning_unlearn.datamodules.sources import list_shards
 from lightning_unlearn.deltas import read_targets
 from lightning_unlearn.errors import InputError
+from lightning_unlearn.fisher import FISHERS
 from lightning_unlearn.loading import read_checkpoint
 from lightning_unlearn.module import UnlearningModule
 from lightning_unlearn.quiet import quiet
@@ -259,6 +260,12 @@ def fisher(arguments: list[str]) -> None:
         parser.add_argument(
             "--passes", type=int, default=5, help="How often each sample is seen, with new noise each time."
         )
+        parser.add_argument(
+            "--kind",
+            type=Literal["diagonal", "ekfac"],
+            default="diagonal",
+            help="Of Fisher: diagonal, or ekfac, for which the first half of the passes goes to covariances.",
+        )
         parser.add_argument("--seed", type=int, default=0, help="Of captions, timesteps and noise.")
 
     description = "Take the Fisher of a trained model, by passes over its training shards with frozen weights."
@@ -271,16 +278,23 @@ def fisher(arguments: list[str]) -> None:
                 "This command takes an UnlearningModule as model, which names the network, its objective and the "
                 f"parameters, not {type(module).__name__}; start from configs/sample.yaml."
             )
-        if cli.config.passes < 1:
-            raise InputError(f"--passes must be at least 1, but is {cli.config.passes}.")
-        trainer.fit_loop.max_epochs = cli.config.passes
+        kind, passes = cli.config.kind, cli.config.passes
+        stages = FISHERS[kind].stages
+        if passes < max(1, len(stages)):
+            each = f", one for {' and one for '.join(stages)}" if stages else ""
+            raise InputError(f"--passes must be at least {max(1, len(stages))}{each}, but is {passes}.")
+        trainer.fit_loop.max_epochs = passes
         selection = module.parameters_selection
         output = Path(cli.config.output).absolute()
         make_folder(output.parent)
-        accumulator = FisherAccumulator(target="network", parameters=selection, path=str(output))
+        first = passes // 2 if stages else None
+        accumulator = FisherAccumulator(
+            target="network", parameters=selection, fisher=kind, path=str(output), eigenvalue_epoch=first
+        )
         trainer.callbacks.append(accumulator)  # type: ignore[attr-defined]
         data = _training_data(cli.datamodule, cli.config.seed)
-        say(f"Taking the Fisher in {_many(cli.config.passes, 'pass', 'passes')} over {data.shards} …")
+        parts = f" ({first} for {stages[0]}, {passes - first} for {stages[1]})" if first else ""
+        say(f"Taking the Fisher in {_many(passes, 'pass', 'passes')}{parts} over {data.shards} …")
         trainer.fit(FisherPass(module.network, module.objective, selection, cli.config.seed), data)
 
 

@@ -25,19 +25,22 @@ FORMAT = 1
 class Fisher(ABC):
     """Fisher information of chosen layers, collected from per-sample gradients.
 
-    The state is sums over samples, so merging ranks and runs is addition.
+    The state is sums over samples, so merging ranks and runs is addition. A kind that is collected in stages sums in
+    the later ones within what the earlier ones gave; that is part of the state, too, and never added.
 
     Args:
         layers: The layers it covers, by name.
 
     Attributes:
         kind: The name in files and configs.
-        count: How many samples it was summed over.
+        stages: The names of the stages it is collected in, in order; empty if there is but one.
+        count: How many samples it was summed over (in this stage).
         provenance: How it came about, as JSON: objective, steps, EMA or not.
         weights: The chosen weights where it was taken, or empty.
     """
 
     kind: ClassVar[str]
+    stages: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, layers: Mapping[str, LayerSpec]) -> None:
         self.layers = dict(layers)
@@ -50,6 +53,19 @@ class Fisher(ABC):
         """Shapes of all covered parameters by name."""
         return {name: shape for layer in self.layers.values() for name, shape in layer.parameter_shapes.items()}
 
+    @property
+    def stage(self) -> str | None:
+        """The stage it is in; none if there is but one."""
+        return None
+
+    def next_stage(self) -> None:
+        """Go on to the next stage, with what the sums of this one gave and no sample.
+
+        Raises:
+            InputError: If there is none.
+        """
+        raise InputError(f"A {self.kind} Fisher has no further stage of collection; finalize it.")
+
     @abstractmethod
     def update(self, captured: Mapping[str, CapturedLayer]) -> None:
         """Add the samples of one backward pass.
@@ -60,11 +76,34 @@ class Fisher(ABC):
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """The sums that make up the state (the very tensors, not copies).
+        """The sums, and what they are taken within, that make up the state (the very tensors, not copies).
 
         Returns:
             Name to tensor.
         """
+
+    def is_sum(self, name: str) -> bool:
+        """Whether one of :meth:`tensors` is a sum over samples, which adds; others must agree.
+
+        Args:
+            name: Its name.
+
+        Returns:
+            True, but for kinds that are collected in stages.
+        """
+        return True
+
+    def empty(self) -> Fisher:
+        """A Fisher of the same layers in the same stage that has seen no sample.
+
+        Returns:
+            A new one; what is no sum is shared.
+        """
+        empty = type(self)(self.layers)
+        empty.load_tensors(
+            {name: torch.zeros_like(tensor) if self.is_sum(name) else tensor for name, tensor in self.tensors().items()}
+        )
+        return empty
 
     @abstractmethod
     def finalize(self, damping: float) -> None:
@@ -100,18 +139,31 @@ class Fisher(ABC):
         """Add the samples that another Fisher of the same layers has seen.
 
         Args:
-            other: Of the same kind and layers.
+            other: Of the same kind and layers, in the same stage.
 
         Raises:
-            InputError: If kinds or layers differ.
+            InputError: If kinds, layers or stages differ, or what the sums were taken within.
         """
         if other.kind != self.kind or other.layers != self.layers:
             raise InputError(
                 f"A {other.kind} Fisher of {len(other.layers)} layers can't be added to a {self.kind} one of "
                 f"{len(self.layers)}: kinds and layers must agree, so make both with the same parameters."
             )
-        theirs = other.tensors()
-        self.load_tensors({name: tensor + theirs[name].to(tensor.device) for name, tensor in self.tensors().items()})
+        if other.stage != self.stage:
+            raise InputError(
+                f"A {self.kind} Fisher that collects {other.stage} can't be added to one that collects {self.stage}; "
+                "add them in the same stage."
+            )
+        theirs = {name: tensor.to(self.tensors()[name].device) for name, tensor in other.tensors().items()}
+        for name, tensor in self.tensors().items():
+            if not self.is_sum(name) and not torch.equal(tensor, theirs[name]):
+                raise InputError(
+                    f"These {self.kind} Fishers differ in {name}, so their sums don't add up; go on from the same "
+                    "earlier stage in both."
+                )
+        self.load_tensors(
+            {name: tensor + theirs[name] if self.is_sum(name) else tensor for name, tensor in self.tensors().items()}
+        )
         self.count += other.count
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Fisher:
@@ -119,17 +171,19 @@ class Fisher(ABC):
 
         Args:
             device: Where to.
-            dtype: And to which type, if given.
+            dtype: And the sums to which type, if given.
 
         Returns:
             Itself.
         """
-        self.load_tensors({name: tensor.to(device, dtype) for name, tensor in self.tensors().items()})
+        self.load_tensors(
+            {name: tensor.to(device, dtype if self.is_sum(name) else None) for name, tensor in self.tensors().items()}
+        )
         return self
 
     @abstractmethod
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Replace the sums.
+        """Replace the sums and what they are taken within, and with them the stage.
 
         Args:
             tensors: As :meth:`tensors` gives them.
@@ -181,6 +235,8 @@ class Fisher(ABC):
             "layers": [layer.to_json() for layer in self.layers.values()],
             "provenance": self.provenance,
         }
+        if self.stage is not None:
+            about["stage"] = self.stage
         tensors = {f"fisher/{name}": tensor.detach().cpu().contiguous() for name, tensor in self.tensors().items()}
         tensors |= {f"weights/{name}": weight.detach().cpu().contiguous() for name, weight in self.weights.items()}
         write_atomically(path, safetensors.torch.save(tensors, {"lightning_unlearn": json.dumps(about)}))
@@ -193,7 +249,7 @@ class Fisher(ABC):
             path: The file.
 
         Returns:
-            Format, kind, count, layers and provenance.
+            Format, kind, count, layers, provenance and, for a kind that has several, the stage.
 
         Raises:
             InputError: If it is missing or not a Fisher.

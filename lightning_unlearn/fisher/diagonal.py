@@ -56,7 +56,7 @@ class DiagonalFisher(Fisher):
         self.count += max(len(layer) for layer in captured.values())
         for name, layer in captured.items():
             spec = self.layers[name]
-            self._add(f"{name}.weight", _sum_of_squares(layer).reshape(spec.weight_shape))
+            self._add(f"{name}.weight", sum_of_squares(layer).reshape(spec.weight_shape))
             if spec.has_bias:
                 self._add(f"{name}.bias", layer.bias_gradients().square().sum(0))
 
@@ -153,7 +153,7 @@ class DiagonalFisher(Fisher):
         return torch.stack(terms).sum(0)
 
 
-def _sum_of_squares(layer: CapturedLayer) -> Tensor:
+def sum_of_squares(layer: CapturedLayer) -> Tensor:
     """Squared gradients of a layer's weight, summed over samples: ``Σ_s (Σ_t g_t a_tᵀ)²``.
 
     Args:

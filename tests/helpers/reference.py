@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def per_sample_gradients(
@@ -61,6 +61,71 @@ def quadratic(delta: Mapping[str, Tensor], fisher: Mapping[str, Tensor], damping
     """``δᵀ (F + damping) δ`` with the dense matrix."""
     vector = flat(delta)
     return vector @ damped_matrix(fisher, damping) @ vector
+
+
+def positions(layer: nn.Linear | nn.Conv2d, inputs: Tensor) -> list[Tensor]:
+    """What a layer multiplies its weight with at each position of one sample, a 1 appended if it has a bias."""
+    if isinstance(layer, nn.Linear):
+        found = list(inputs.reshape(-1, inputs.shape[-1]))
+    else:
+        padding, (down, across) = layer.padding, layer.stride
+        assert not isinstance(padding, str)
+        channels, height, width = inputs.shape
+        padded = torch.zeros(channels, height + 2 * padding[0], width + 2 * padding[1], dtype=inputs.dtype)
+        padded[:, padding[0] : padding[0] + height, padding[1] : padding[1] + width] = inputs
+        rows, columns = layer.kernel_size
+        found = [
+            padded[:, top : top + rows, left : left + columns].flatten()
+            for top in range(0, padded.shape[1] - rows + 1, down)
+            for left in range(0, padded.shape[2] - columns + 1, across)
+        ]
+    return [torch.cat([a, torch.ones(1, dtype=a.dtype)]) for a in found] if layer.bias is not None else found
+
+
+def kronecker_factors(
+    layer: nn.Linear | nn.Conv2d, inputs: Tensor, output_gradients: Tensor
+) -> tuple[Tensor, Tensor, int]:
+    """``Σ_s Σ_t a aᵀ`` and ``Σ_s Σ_t g gᵀ`` of all samples, and the number of positions."""
+    vectors = [a for sample in inputs for a in positions(layer, sample)]
+    if isinstance(layer, nn.Conv2d):
+        gradients = [g for sample in output_gradients for g in sample.flatten(1).T]
+    else:
+        gradients = [g for sample in output_gradients for g in sample.reshape(-1, sample.shape[-1])]
+    assert len(vectors) == len(gradients)
+    return sum_of([torch.outer(a, a) for a in vectors]), sum_of([torch.outer(g, g) for g in gradients]), len(vectors)
+
+
+def sum_of(tensors: list[Tensor]) -> Tensor:
+    """Their sum."""
+    return sum(tensors[1:], tensors[0])
+
+
+def joined(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A layer's weight and bias as one vector: the rows of ``(o, i + 1)`` one after the other."""
+    rows = weight.reshape(len(weight), -1)
+    return (rows if bias is None else torch.cat([rows, bias[:, None]], 1)).flatten()
+
+
+def dense_fisher(gradients: Tensor) -> Tensor:
+    """``(1/n) Σ_s g_s g_sᵀ`` of ``(n, numel)``."""
+    return sum_of([torch.outer(g, g) for g in gradients]) / len(gradients)
+
+
+def kfac_fisher(inputs: Tensor, outputs: Tensor, samples: int, positions: int) -> Tensor:
+    """K-FAC (Grosse and Martens, arXiv 1602.01407): the Kronecker product of the two mean factors."""
+    return torch.kron(outputs / samples, inputs / positions)
+
+
+def ekfac_fisher(inputs: Tensor, outputs: Tensor, gradients: Tensor) -> Tensor:
+    """``U diag(Λ) Uᵀ`` with ``U = U_S ⊗ U_A`` and ``Λ = (1/n) Σ_s (Uᵀ g_s)²`` (arXiv 1806.03884, Eqs. 10 and 11)."""
+    basis = torch.kron(torch.linalg.eigh(outputs).eigenvectors, torch.linalg.eigh(inputs).eigenvectors)
+    eigenvalues = sum_of([(basis.T @ g).square() for g in gradients]) / len(gradients)
+    return basis @ torch.diag(eigenvalues) @ basis.T
+
+
+def damped(matrix: Tensor, damping: float) -> Tensor:
+    """A layer's matrix with a share of its mean eigenvalue added."""
+    return matrix + damping * torch.linalg.eigvalsh(matrix).mean() * torch.eye(len(matrix), dtype=matrix.dtype)
 
 
 def denoising_loss(
