@@ -245,21 +245,21 @@ def test_preconditioning_turns_the_quadratic_form_into_the_inner_product() -> No
 
 
 def test_without_damping_directions_that_no_input_has_are_left_out() -> None:
-    # The two inputs are always equal, so their difference has no Fisher, but for rounding.
+    # Three inputs that go together always, so that two directions have no Fisher, but for rounding.
     generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(9, 2, 1, generator=generator, dtype=torch.float64).expand(-1, -1, 2)
+    inputs = torch.randn(9, 2, 1, generator=generator, dtype=torch.float64) * torch.tensor([1.0, 0.3, -0.7])
     gradients = torch.randn(9, 2, 3, generator=generator, dtype=torch.float64)
-    fisher = EKFACFisher({"layer": LayerSpec("layer", (3, 2), False)})
+    fisher = EKFACFisher({"layer": LayerSpec("layer", (3, 3), False)})
     fisher.update({"layer": CapturedLayer(inputs, gradients)})
     fisher.next_stage()
     fisher.update({"layer": CapturedLayer(inputs, gradients)})
     fisher.finalize(0.0)
-    gradient = {"layer.weight": torch.randn(3, 2, generator=generator, dtype=torch.float64)}
+    gradient = {"layer.weight": torch.randn(3, 3, generator=generator, dtype=torch.float64)}
     step = fisher.precondition(gradient)
     close(
         step["layer.weight"].flatten(), torch.linalg.pinv(dense(fisher, "layer")) @ gradient["layer.weight"].flatten()
     )
-    close(step["layer.weight"][:, 0], step["layer.weight"][:, 1])
+    close(0.3 * step["layer.weight"][:, 0], step["layer.weight"][:, 1])
 
 
 def test_samples_of_weight_zero_have_no_say_in_the_bases() -> None:
