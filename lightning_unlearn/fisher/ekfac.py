@@ -309,9 +309,9 @@ def _eigenvectors(covariance: Tensor, what: str) -> Tensor:
     wide = covariance.cpu().double()
     try:
         # Symmetric but for the rounding of a product; eigh would read one triangle only.
-        found = torch.linalg.eigh((wide + wide.mT) / 2).eigenvectors
+        found: Tensor = torch.linalg.eigh((wide + wide.mT) / 2).eigenvectors
         reason = "" if found.isfinite().all() else "they are not finite"
-    except torch.linalg.LinAlgError as error:
+    except RuntimeError as error:  # torch's LinAlgError is one
         reason = str(error)
     if reason:
         warnings.warn(f"No eigenvectors for {what} ({reason}): that side keeps the basis of its weights.")
