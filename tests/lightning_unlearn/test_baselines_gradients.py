@@ -119,17 +119,20 @@ def test_a_sample_without_gradient_scores_zero() -> None:
 
 
 def taken(kind: type[Fisher], toy: Subject) -> Fisher:
-    """A Fisher of the toy from one backward pass over its samples."""
+    """A Fisher of the toy from one backward pass over its samples, or one for each of its stages."""
     fisher = kind(layer_specs(toy.layers))
     for weight in toy.loss.network.parameters():
         weight.requires_grad_(True)
-    for batch in toy.batches():
-        for view in toy.views.of(batch, ToyObjective.num_timesteps):
-            with GradientCapture(toy.layers) as capture:
-                noise, timesteps = view.noise.double(), view.timesteps
-                views = type(view.batch)(view.batch.latents.double(), view.batch.text.double())
-                toy.loss(views, timesteps, noise).sum().backward()
-            fisher.update(capture.take())
+    for stage in fisher.stages or (None,):
+        if fisher.stage != stage:
+            fisher.next_stage()
+        for batch in toy.batches():
+            for view in toy.views.of(batch, ToyObjective.num_timesteps):
+                with GradientCapture(toy.layers) as capture:
+                    noise, timesteps = view.noise.double(), view.timesteps
+                    views = type(view.batch)(view.batch.latents.double(), view.batch.text.double())
+                    toy.loss(views, timesteps, noise).sum().backward()
+                fisher.update(capture.take())
     toy.loss.network.zero_grad()
     return fisher
 
