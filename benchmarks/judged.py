@@ -67,22 +67,11 @@ class Page:
     facts: Mapping[str, Any]
 
 
-def halves(bench: Bench, plan: Plan, queries: Sequence[str]) -> tuple[list[str], list[Run], list[str], list[Run]]:
+def halves(bench: Bench, plan: Plan) -> tuple[list[str], Sequence[Run], list[str], Sequence[Run]]:
     """Queries and subset models that report, and those that choose settings; no other model ever chooses."""
+    queries = [query.key for query in bench.samples("queries")]
     middle, choosing = len(queries) // 2, bench.settings["choosing_subsets"]
-    return list(queries[:middle]), plan.subsets[choosing:], list(queries[middle:]), plan.subsets[:choosing]
-
-
-def choose(bench: Bench, study: Study, plan: Plan, tables: Mapping[str, ScoreTable], queries: Sequence[str]) -> str:
-    """A method's setting: the highest linear datamodelling score on the half that chooses."""
-    _, _, chosen_queries, runs = halves(bench, plan, queries)
-    outcomes = torch.from_numpy(study.losses(runs, chosen_queries))
-    kept = kept_samples(plan.keys, runs)
-    values = {
-        setting: float(linear_datamodelling_score(scores_of(table, plan.keys, chosen_queries), kept, outcomes).mean())
-        for setting, table in tables.items()
-    }
-    return max(values, key=values.__getitem__)
+    return queries[:middle], plan.subsets[choosing:], queries[middle:], plan.subsets[:choosing]
 
 
 def open_study(bench: Bench) -> Study:
@@ -92,33 +81,52 @@ def open_study(bench: Bench) -> Study:
     return Study(bench.folder / "study", settings)
 
 
+def chosen_tables(bench: Bench, study: Study, plan: Plan) -> dict[str, tuple[str, dict[str, ScoreTable]]]:
+    """Each method that has scores: its setting and the tables of all.
+
+    The setting is that with the highest linear datamodelling score on the half of the evidence that chooses.
+    """
+    _, _, queries, runs = halves(bench, plan)
+    outcomes, kept = torch.from_numpy(study.losses(runs, queries)), kept_samples(plan.keys, runs)
+    found = {}
+    for method in METHODS:
+        if (bench.folder / "scores" / f"{method}.parquet").is_file():
+            tables = read(bench, method)
+            values = {
+                setting: float(linear_datamodelling_score(scores_of(table, plan.keys, queries), kept, outcomes).mean())
+                for setting, table in tables.items()
+            }
+            found[method] = (max(values, key=values.__getitem__), tables)
+    return found
+
+
 def chosen_settings(bench: Bench) -> dict[str, str]:
-    """Each method that has scores, with the setting that the choosing half of the evidence gives it."""
-    study, plain = open_study(bench), bench.plan()
-    queries = [query.key for query in bench.samples("queries")]
-    there = [method for method in METHODS if (bench.folder / "scores" / f"{method}.parquet").is_file()]
-    return {method: choose(bench, study, plain, read(bench, method), queries) for method in there}
+    """Each method that has scores, with its setting."""
+    return {method: setting for method, (setting, _) in chosen_tables(bench, open_study(bench), bench.plan()).items()}
 
 
 def removal_runs(bench: Bench, methods: Sequence[str] | None = None) -> list[Run]:
     """Models without what methods name, by default those of the bench's settings; the first method's first."""
-    chosen = chosen_settings(bench)
-    methods = [method for method in methods or bench.settings["removal_methods"] if method in chosen]
-    plan = bench.plan({method: read(bench, method)[chosen[method]] for method in methods})
-    removals = [run for method in methods for runs in plan.removals[method].values() for run in runs]
-    return list(dict.fromkeys(removals))
+    chosen = chosen_tables(bench, open_study(bench), bench.plan())
+    tables = {method: tables[setting] for method, (setting, tables) in chosen.items()}
+    return removals_of(bench, bench.plan(tables), methods)
+
+
+def removals_of(bench: Bench, plan: Plan, methods: Sequence[str] | None = None) -> list[Run]:
+    """A plan's removals, each once, in the order of the methods."""
+    ordered = [method for method in methods or bench.settings["removal_methods"] if method in plan.removals]
+    return list(dict.fromkeys(run for method in ordered for runs in plan.removals[method].values() for run in runs))
 
 
 def judge(bench: Bench) -> Page:
     """Everything that can be said of a bench now."""
     study, plain = open_study(bench), bench.plan()
-    queries = [query.key for query in bench.samples("queries")]
-    report_queries, report_runs, _, _ = halves(bench, plain, queries)
-    report_runs = [run for run in report_runs if study.is_finished(run)]
-    chosen = chosen_settings(bench)
-    there = list(chosen)
-    tables = {method: read(bench, method)[setting] for method, setting in chosen.items()}
+    report_queries, reporting, _, _ = halves(bench, plain)
+    report_runs = [run for run in reporting if study.is_finished(run)]
+    chosen = chosen_tables(bench, study, plain)
+    tables = {method: tables[setting] for method, (setting, tables) in chosen.items()}
     plan = bench.plan(tables)
+    asked = list(dict.fromkeys([*plain.runs(), *removals_of(bench, plan)]))
     outcomes = torch.from_numpy(study.losses(report_runs, report_queries))
     kept = kept_samples(plan.keys, report_runs)
 
@@ -132,7 +140,7 @@ def judge(bench: Bench) -> Page:
 
     floors = Floors(study, plan)
     rows = []
-    for method in there:
+    for method, (setting, settings) in chosen.items():
         raw, by_rank = datamodelling(study, plan, tables[method], report_queries, report_runs)
         behind = compared(OURS, method) if method != OURS and OURS in tables else None
         removals: dict[int, Removal | str] = {}
@@ -140,18 +148,8 @@ def judge(bench: Bench) -> Page:
             missing = len(study.missing([*removed, *plan.random[size], *plan.seeds]))
             waiting = f"{missing} models missing" if method in bench.settings["removal_methods"] else "–"
             removals[size] = waiting if missing else floors.removal(size, removed)
-        rows.append(
-            Row(
-                method,
-                chosen[method],
-                list(read(bench, method)),
-                raw,
-                by_rank,
-                behind,
-                read_costs(bench, method),
-                removals,
-            )
-        )
+        costs = read_costs(bench, method)
+        rows.append(Row(method, setting, list(settings), raw, by_rank, behind, costs, removals))
     rows.sort(key=lambda row: -row.raw.mean)
     # The first subsets are those that are trained twice.
     pairs_done = bool(plan.second) and not study.missing([*plan.subsets[: len(plan.second)], *plan.second])
@@ -178,8 +176,8 @@ def judge(bench: Bench) -> Page:
             "removal_queries": len(plan.removal_queries),
             "random_repeats": bench.design.random_repeats,
             "seed_models": len(plan.seeds) - len(study.missing(plan.seeds)),
-            "missing": len(study.missing([*plain.runs(), *removal_runs(bench)])),
-            "all": len(dict.fromkeys([*plain.runs(), *removal_runs(bench)])),
+            "missing": len(study.missing(asked)),
+            "all": len(asked),
             "seconds": study.typical_seconds(),
         },
     )

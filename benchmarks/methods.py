@@ -175,7 +175,6 @@ def measure(bench: Bench, method: str) -> None:
         "seconds_once": before,
         "bytes_once": once,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "settings": len(scores),
     }
     columns: dict[str, Any] = {"key": pa.array(keys, pa.string())}
     for setting, values in scores.items():

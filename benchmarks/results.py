@@ -196,12 +196,12 @@ def _pictures(page: Page, sizes: Sequence[int]) -> list[str]:
     ]
     for row in done:
         cells = []
-        for size in sizes:
-            removal = row.removals[size]
-            for name in measures:
-                known = isinstance(removal, Removal)
-                inside = "" if not known or removal.beyond_floor[name] else " inside"  # type: ignore[union-attr]
-                cells.append(_shown(removal.changes[name]) + inside if known else "–")  # type: ignore[union-attr]
+        for removal in (row.removals[size] for size in sizes):
+            if isinstance(removal, Removal):
+                marks = ["" if removal.beyond_floor[name] else " inside" for name in measures]
+                cells += [_shown(removal.changes[name]) + mark for name, mark in zip(measures, marks, strict=True)]
+            else:
+                cells += ["–"] * len(measures)
         lines.append(f"| {LABELS[row.method]} | {' | '.join(cells)} |")
     cells = [_shown(page.random[size][name]) if size in page.random else "–" for size in sizes for name in measures]
     lines.append(f"| floor: random removal | {' | '.join(cells)} |")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
@@ -15,12 +14,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_unlearn.callbacks.own_loss import find_network, own_loss_factor
+from lightning_unlearn.callbacks.own_loss import own_loss_factor
+from lightning_unlearn.callbacks.second_stage import SecondStage
 from lightning_unlearn.capture import GradientCapture
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher import FISHERS, Fisher
 from lightning_unlearn.objective import Objective
-from lightning_unlearn.parameters import layer_parameters, layer_specs, select_layers
+from lightning_unlearn.parameters import find_network, layer_parameters, layer_specs, select_layers
 
 
 class FisherAccumulator(Callback):
@@ -109,8 +109,6 @@ class FisherAccumulator(Callback):
         self.loss_scale = loss_scale
         self.sample_weights = sample_weights
         self.save_in_checkpoint = save_in_checkpoint
-        self.eigenvalue_step = eigenvalue_step
-        self.eigenvalue_epoch = eigenvalue_epoch
 
         self.skipped_batches = 0
         # Sums of this rank in this fit; what a resume or an earlier fit brought is over all ranks already and kept
@@ -122,8 +120,8 @@ class FisherAccumulator(Callback):
         self._running = False
         self._failed = False
         self._steps: list[int] = []  # first and last optimizer step seen
-        self._half_way: int | None = None  # step at which the stages change, if it is to be found
-        self._changed_at: int | None = None  # step at which they did
+        self._second_stage = SecondStage(start_step, start_epoch, eigenvalue_step, eigenvalue_epoch)
+        self._changed_at: int | None = None  # step at which the stages changed
         self._saw_backward = False  # in this batch
         self._watched = self._saw_gradient = False  # in this fit
 
@@ -166,9 +164,8 @@ class FisherAccumulator(Callback):
         if self._restored is not None:
             self._local.load_state(self._restored)  # refuses other layers at once
             self._local = self._local.empty()
-        self._half_way = None
-        if self._local.stages and self.eigenvalue_step is None and self.eigenvalue_epoch is None:
-            self._half_way = self._find_half_way(trainer)
+        if self._local.stages:
+            self._second_stage.plan(trainer)
         # All ranks start with one type on one kind of device, so that one that takes no batch can add its zeros.
         dtypes = [parameter.dtype for parameter in layer_parameters(layers).values()]
         self._local.to(pl_module.device, reduce(torch.promote_types, dtypes, torch.float32))
@@ -178,33 +175,11 @@ class FisherAccumulator(Callback):
         self._capture.attach()
         self._watched = self._saw_gradient = False
 
-    def _find_half_way(self, trainer: Trainer) -> int:
-        """The step (with manual optimization, the batch) half way between the start and the planned end of training."""
-        end = trainer.estimated_stepping_batches
-        start: float = self.start_step
-        if self.start_epoch > 0:
-            start = max(
-                start, self.start_epoch * math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-            )
-        if end < 0 or math.isinf(end) or math.isinf(start):
-            raise InputError(
-                "How long this training will be is not known, so half way is not either; set eigenvalue_step or "
-                "eigenvalue_epoch of FisherAccumulator."
-            )
-        return math.ceil((start + end) / 2)
-
     def _stage_ends(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         """Whether covariances are complete and eigenvalues follow; the same on all ranks."""
         assert self._local is not None
-        if self._local.stage in (None, *self._local.stages[-1:]):
-            return False
-        if self._half_way is not None:
-            epoch_loop = trainer.fit_loop.epoch_loop
-            done = trainer.global_step if pl_module.automatic_optimization else epoch_loop.total_batch_idx
-            return done >= self._half_way
-        # As in should_capture, both must be reached.
-        step_reached = trainer.global_step >= (self.eigenvalue_step or 0)
-        return step_reached and trainer.current_epoch >= (self.eigenvalue_epoch or 0)
+        last = self._local.stage in (None, *self._local.stages[-1:])
+        return not last and self._second_stage.is_due(trainer, pl_module)
 
     def _next_stage(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on to the next stage, with the sums over all ranks and earlier runs; every rank must call it."""

@@ -1,4 +1,4 @@
-"""Where a user's network is in a LightningModule, and what its loss was multiplied with before the backward pass."""
+"""What a user's loss was multiplied with before the backward pass."""
 
 from __future__ import annotations
 
@@ -7,36 +7,9 @@ from typing import Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_unlearn.errors import InputError
-
-
-def find_network(pl_module: LightningModule, target: str) -> nn.Module:
-    """A part of a LightningModule by its dotted name.
-
-    Args:
-        pl_module: The user's module.
-        target: The name; empty for the module itself.
-
-    Returns:
-        The network.
-
-    Raises:
-        InputError: If there is none, or it is not a module.
-    """
-    try:
-        network = attrgetter(target)(pl_module) if target else pl_module
-    except AttributeError:
-        names = ", ".join(name for name, _ in pl_module.named_children())
-        raise InputError(
-            f"{type(pl_module).__name__} has no {target!r}; set the target to one of its parts: {names}."
-        ) from None
-    if not isinstance(network, nn.Module):
-        raise InputError(
-            f"{target!r} of {type(pl_module).__name__} is a {type(network).__name__}, not a module; name the network."
-        )
-    return network
 
 
 def own_loss_factor(

@@ -24,7 +24,7 @@ from lightning_unlearn.module import UnlearningModule
 from lightning_unlearn.precision import ExactFloat32
 from lightning_unlearn.quiet import quiet
 from lightning_unlearn.run_record import earlier_run, record_run, scored_shards, write_run
-from lightning_unlearn.samples import Sample, SampleBatch
+from lightning_unlearn.samples import Sample, SampleBatch, named_arrays
 from lightning_unlearn.scores import run_digest, shard_path, write_shard_scores
 from lightning_unlearn.scoring import measure_losses, measured
 from lightning_unlearn.shards import shard_id
@@ -218,6 +218,5 @@ class BaselineRun:
 
 
 def _queries_digest(queries: list[Sample]) -> str:
-    tensors = {f"{query.key}/{name}": getattr(query, name) for query in queries for name in ("latent", "text")}
     about = [[query.key, query.metadata] for query in queries]
-    return digest(settings_digest({"queries": about}), tensors_digest(tensors))
+    return digest(settings_digest({"queries": about}), tensors_digest(named_arrays(queries)))

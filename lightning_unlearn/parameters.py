@@ -1,10 +1,11 @@
-"""Which weights are unlearned: layers chosen by name."""
+"""Which weights are unlearned: a network found by name, and layers of it chosen by name."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -56,6 +57,33 @@ class LayerSpec:
             The spec.
         """
         return cls(fields["name"], tuple(fields["weight_shape"]), bool(fields["has_bias"]))
+
+
+def find_network(module: nn.Module, target: str) -> nn.Module:
+    """A part of a user's LightningModule by its dotted name.
+
+    Args:
+        module: The user's.
+        target: The name; empty for the module itself.
+
+    Returns:
+        The network.
+
+    Raises:
+        InputError: If there is none, or it is not a module.
+    """
+    try:
+        network = attrgetter(target)(module) if target else module
+    except AttributeError:
+        names = ", ".join(name for name, _ in module.named_children())
+        raise InputError(
+            f"{type(module).__name__} has no {target!r}; set the target to one of its parts: {names}."
+        ) from None
+    if not isinstance(network, nn.Module):
+        raise InputError(
+            f"{target!r} of {type(module).__name__} is a {type(network).__name__}, not a module; name the network."
+        )
+    return network
 
 
 def select_layers(network: nn.Module, selection: str | Sequence[str]) -> dict[str, nn.Module]:

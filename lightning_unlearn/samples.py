@@ -174,6 +174,18 @@ def decode_sample(fields: Mapping[str, Any]) -> Sample:
     return Sample(fields["__key__"], latent, text, metadata, flip, picture)
 
 
+def named_arrays(samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """What a network sees of samples, by names of which a digest can be taken.
+
+    Args:
+        samples: With unique keys.
+
+    Returns:
+        ``{key}/latent`` and ``{key}/text`` to tensor.
+    """
+    return {f"{sample.key}/{name}": getattr(sample, name) for sample in samples for name in ("latent", "text")}
+
+
 def collate_samples(shard: str, samples: Sequence[Sample], **markers: Any) -> SampleBatch:
     """Stack samples of one shard.
 

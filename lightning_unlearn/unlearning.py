@@ -7,23 +7,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_unlearn.deltas import DeltaStore, relative_distance, target_weights
+from lightning_unlearn.deltas import DeltaStore, target_weights
 from lightning_unlearn.draws import DrawBatch, Stream, draw_batches, draw_for_target
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import digest, settings_digest, tensors_digest
-from lightning_unlearn.fisher import Fisher, IdentityFisher, load_fisher
+from lightning_unlearn.fisher import Fisher
+from lightning_unlearn.fisher_source import find_fisher
 from lightning_unlearn.frozen import FrozenModule
 from lightning_unlearn.guards import check_precision, check_unlearning
 from lightning_unlearn.objective import Objective
 from lightning_unlearn.parameters import layer_parameters, layer_specs
-from lightning_unlearn.samples import Sample, ViewBatch
+from lightning_unlearn.samples import Sample, ViewBatch, named_arrays
 from lightning_unlearn.strategies import Problem, Strategy
-
-# Relative distance of the weights from where the Fisher was taken, above which a person is told.
-FAR = 0.1
 
 
 class Unlearning(FrozenModule):
@@ -154,30 +151,7 @@ class Unlearning(FrozenModule):
         Raises:
             InputError: If there is none, or it is of another model.
         """
-        if self.fisher_source is None:
-            raise InputError(
-                "A Fisher is needed: train with FisherAccumulator or run `lightning-unlearn fisher`, and pass its file "
-                "as fisher."
-            )
-        if self.fisher_source == IdentityFisher.kind:
-            return IdentityFisher(layer_specs(self.layers))
-        fisher = load_fisher(self.fisher_source) if isinstance(self.fisher_source, str) else self.fisher_source
-        where = self.fisher_source if isinstance(self.fisher_source, str) else "the given Fisher"
-        for name, spec in layer_specs(self.layers).items():
-            theirs = fisher.layers.get(name)
-            if theirs != spec:
-                what = f"has {theirs.weight_shape}" if theirs else "lacks it"
-                raise InputError(
-                    f"The Fisher in {where} is of another model or selection: layer {name} is {spec.weight_shape} "
-                    f"here, but it {what}."
-                )
-        distance = relative_distance(layer_parameters(self.layers), fisher.weights)
-        if distance > FAR:
-            rank_zero_warn(
-                f"The weights lie {distance:.0%} of their norm from those the Fisher in {where} was taken at; "
-                "take it in the last part of training."
-            )
-        return fisher
+        return find_fisher(self.fisher_source, self.layers)
 
     def on_train_start(self) -> None:
         """Keep the network in eval mode, whatever mode fit puts the module in."""
@@ -342,12 +316,9 @@ class Unlearning(FrozenModule):
         Returns:
             32 hexadecimal characters.
         """
-        tensors = {
-            f"{query.key}/{name}": getattr(query, name) for query in datamodule.queries for name in ("latent", "text")
-        }
         order = [query.key for query in datamodule.queries]
         settings = {**self.unlearning_settings(), "draws": datamodule.draws, "queries": order}
-        return digest(settings_digest(settings), tensors_digest(tensors))
+        return digest(settings_digest(settings), tensors_digest(named_arrays(datamodule.queries)))
 
 
 def _fisher_digest(fisher: Fisher) -> str:

@@ -119,10 +119,6 @@ class Customisation(DiffusionModule):
         text = torch.where(new[:, None, None], self.prompt(views.text), views.text)
         return replace(views, text=text), timesteps, noise
 
-    def on_train_start(self) -> None:
-        """Keep the network in eval mode, whatever mode fit puts the module in."""
-        self.network.eval()
-
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over the chosen weights and the token.
 

@@ -16,7 +16,7 @@ from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import settings_digest, tensors_digest
 from lightning_unlearn.objective import DenoisingObjective, Objective
 from lightning_unlearn.precision import ExactFloat32
-from lightning_unlearn.samples import Sample, ViewBatch
+from lightning_unlearn.samples import Sample, ViewBatch, named_arrays
 from lightning_unlearn.sampling import generate
 
 # The loss is also kept for this many parts of the schedule.
@@ -89,7 +89,6 @@ class Measuring:
         Returns:
             JSON-like settings; the queries by a digest of their arrays.
         """
-        tensors = {f"{query.key}/{name}": getattr(query, name) for query in self.queries for name in ("latent", "text")}
         made = {
             query.key: [query.metadata.get(name) for name in ("seed", "steps", "clipped")] for query in self.queries
         }
@@ -98,7 +97,7 @@ class Measuring:
             "seed": self.seed,
             "encoder": self.encoder_name,
             "queries": [query.key for query in self.queries],
-            "queries_digest": settings_digest({"tensors": tensors_digest(tensors), "made": made}),
+            "queries_digest": settings_digest({"tensors": tensors_digest(named_arrays(self.queries)), "made": made}),
         }
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_unlearn.capture import CapturedLayer
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.fisher.base import Fisher
+from lightning_unlearn.fisher.base import Fisher, accumulate
 from lightning_unlearn.parameters import LayerSpec
 
 # Per-sample gradients are formed for as many samples at a time as fit in this many numbers (16 MiB in float32).
@@ -56,16 +56,9 @@ class DiagonalFisher(Fisher):
         self.count += max(len(layer) for layer in captured.values())
         for name, layer in captured.items():
             spec = self.layers[name]
-            self._add(f"{name}.weight", sum_of_squares(layer).reshape(spec.weight_shape))
+            accumulate(self.sums, f"{name}.weight", sum_of_squares(layer).reshape(spec.weight_shape))
             if spec.has_bias:
-                self._add(f"{name}.bias", layer.bias_gradients().square().sum(0))
-
-    def _add(self, name: str, squares: Tensor) -> None:
-        total = self.sums[name]
-        wide = torch.promote_types(total.dtype, squares.dtype)
-        if total.device != squares.device or total.dtype != wide:
-            total = self.sums[name] = total.to(squares.device, wide)
-        total += squares
+                accumulate(self.sums, f"{name}.bias", layer.bias_gradients().square().sum(0))
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums of squares; see :meth:`Fisher.tensors`.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_unlearn.capture import CapturedLayer
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.fisher.base import Fisher
+from lightning_unlearn.fisher.base import Fisher, accumulate
 from lightning_unlearn.fisher.diagonal import sum_of_squares
 from lightning_unlearn.parameters import LayerSpec
 
@@ -137,20 +137,13 @@ class EKFACFisher(Fisher):
             if stage == "covariances":
                 # A sample without any gradient (one of weight 0) has no say in the inputs' basis either.
                 inputs = inputs * gradients.any(2).any(1)[:, None, None]
-                self._add(f"covariances/{name}/inputs", _outer_products(inputs))
-                self._add(f"covariances/{name}/outputs", _outer_products(gradients))
+                accumulate(self._tensors, f"covariances/{name}/inputs", _outer_products(inputs))
+                accumulate(self._tensors, f"covariances/{name}/outputs", _outer_products(gradients))
             else:
                 bases = [self._tensors[f"bases/{name}/{side}"].to(gradients.device) for side in SIDES]
                 wide = torch.promote_types(gradients.dtype, bases[0].dtype)
                 turned = CapturedLayer(inputs.to(wide) @ bases[0].to(wide), gradients.to(wide) @ bases[1].to(wide))
-                self._add(f"eigenvalues/{name}", sum_of_squares(turned))
-
-    def _add(self, name: str, addend: Tensor) -> None:
-        total = self._tensors[name]
-        wide = torch.promote_types(total.dtype, addend.dtype)
-        if total.device != addend.device or total.dtype != wide:
-            total = self._tensors[name] = total.to(addend.device, wide)
-        total += addend
+                accumulate(self._tensors, f"eigenvalues/{name}", sum_of_squares(turned))
 
     def next_stage(self) -> None:
         """Take the covariances' eigenvectors, in float64 on the CPU, as bases, and start to sum eigenvalues.

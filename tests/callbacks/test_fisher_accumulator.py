@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command_toys import run_file
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
@@ -932,16 +932,7 @@ def run_rank(folder: Path) -> None:
 
 
 def test_two_processes_give_the_sums_over_both_also_after_a_resume(tmp_path: Path) -> None:
-    paths = [str(Path(__file__).parents[1] / "helpers"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    finished = subprocess.run(
-        [sys.executable, __file__, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr[-4000:]
+    run_file(__file__, tmp_path)
     seen = {
         (name, rank): torch.load(tmp_path / name / f"seen-{rank}.pt", weights_only=True)
         for name in ("whole", "resumed")

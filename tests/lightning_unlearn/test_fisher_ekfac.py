@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import warnings
 from collections.abc import Mapping
@@ -11,7 +9,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from command_toys import SAMPLES, run, write_config
+from command_toys import SAMPLES, run, run_file, write_config
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from reference import (
@@ -669,16 +667,7 @@ def run_rank(folder: Path) -> None:
 
 
 def test_two_processes_give_the_file_of_one_also_after_a_resume(tmp_path: Path) -> None:
-    paths = [str(Path(__file__).parents[1] / "helpers"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    finished = subprocess.run(
-        [sys.executable, __file__, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr[-4000:]
+    run_file(__file__, tmp_path)
     # Weights do not move and an epoch is two steps in either way, so one process sees the same samples in each stage.
     alone = fit(tmp_path / "alone", Training(), batch_size=4)
     for name in ("whole", "early", "late"):
