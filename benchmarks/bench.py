@@ -151,7 +151,8 @@ def retrain(bench: Bench, runs: Sequence[Run], share: Share) -> None:
     """Train what is missing of this process's share."""
     cli = bench.cli()
     keys = [sample.key for sample in bench.samples("shards")]
-    study = study_of(cli, bench.folder / "study", bench.samples("queries"))
+    decoder = bench.settings.get("decoder")
+    study = study_of(cli, bench.folder / "study", bench.samples("queries"), decoder=decoder)
     retrainer = Retrainer(lambda run: cli.build(run, keys), study[1], study[0])
     retrainer.train(runs, share)
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 SAMPLE = Path(str(files("lightning_unlearn.datamodules"))) / "sample"
 CONFIGS = Path(str(files("lightning_unlearn.configs")))
@@ -76,6 +76,18 @@ def quiet() -> None:
     """Keep Lightning's remarks on hardware, workers and shards out of the result."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"lightning\..*")
+
+
+def pixels_of_blocks(latents: Tensor) -> Tensor:
+    """Pictures from latents whose channels are the pixels of 2×2 blocks.
+
+    Args:
+        latents: ``(B, 4 · C, H, W)``.
+
+    Returns:
+        ``(B, C, 2 · H, 2 · W)``.
+    """
+    return nn.functional.pixel_shuffle(latents, 2)
 
 
 def sample_network() -> nn.Module:

@@ -182,8 +182,8 @@ def _pictures(page: Page, sizes: Sequence[int]) -> list[str]:
     done = [row for row in page.rows if any(isinstance(row.removals[size], Removal) for size in sizes)]
     if not done:
         return []
-    # Of a latent whose channels are the pixels of blocks there is no structural similarity.
-    measures = ("mse",) if page.bench.settings.get("blocks", 1) > 1 else ("mse", "ssim")
+    # Latents whose channels are the pixels of blocks are pictures only after decoding.
+    measures = ("mse", "ssim") if "decoder" in page.bench.settings else ("mse",)
     head = " | ".join(f"{measure.upper()}, K = {size}" for size in sizes for measure in measures)
     lines = [
         "",

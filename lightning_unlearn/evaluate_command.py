@@ -53,6 +53,9 @@ def evaluate(arguments: list[str]) -> None:
         parser.add_argument(
             "--encoder", type=str | None, default=None, help="Dotted name of an image encoder, for cosines."
         )
+        parser.add_argument(
+            "--decoder", type=str | None, default=None, help="Dotted name of what makes pictures from latents."
+        )
         parser.add_argument("--target", type=str, default="network", help="Dotted name of the network in the module.")
         parser.add_argument(
             "--objective", type=Objective | None, default=None, help="The loss; by default the module's own."
@@ -76,7 +79,7 @@ def evaluate(arguments: list[str]) -> None:
         keys, queries = _read_keys(cli.training_data()), _read_queries(config.queries, cli.training_data())
         tables = {name: _read_table(folder, keys, queries) for name, folder in config.scores.items()}
         objective = cli.config_init.objective
-        measuring = {"draws": config.draws, "encoder": config.encoder}
+        measuring = {"draws": config.draws, "encoder": config.encoder, "decoder": config.decoder}
         study, measure = study_of(cli, Path(config.study), queries, config.target, objective, **measuring)
         needed = plan(cli.config_init.design, keys, [query.key for query in queries], tables)
         say(outlook(study, needed.runs(), share))

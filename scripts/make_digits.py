@@ -1,5 +1,8 @@
 """Make the data of the quicker bench: 200 handwritten digits at 8x8 with captions, and others to customise models with.
 
+A latent is a picture with each 2x2 block's pixels as channels, (4, 4, 4) for (1, 8, 8): nothing is lost, and a network
+at 4x4 takes a third of the time.
+
 Needs ``pip install lightning-unlearn[bench]``: the pictures ship with scikit-learn. Run twice on one machine it gives
 the same bytes.
 """
@@ -67,6 +70,19 @@ def chosen(digits: Array) -> list[int]:
     return sorted(kept, key=order.index)
 
 
+def latent(picture: Array) -> Array:
+    """A picture with the pixels of 2x2 blocks as channels.
+
+    Args:
+        picture: ``(8, 8)``.
+
+    Returns:
+        ``(4, 4, 4)`` float16.
+    """
+    blocks = picture.reshape(4, 2, 4, 2).transpose(1, 3, 0, 2).reshape(4, 4, 4)
+    return np.ascontiguousarray(blocks, dtype=np.float16)
+
+
 def concepts(pictures: Array, digits: Array, training: list[int]) -> dict[str, list[int]]:
     """The exemplars of each concept.
 
@@ -104,7 +120,7 @@ def main() -> None:
     samples = [
         encode_sample(
             f"digit-{number:04d}",
-            pictures[number][None].astype(np.float16),
+            latent(pictures[number]),
             states[captions[number]][None],
             {"captions": [captions[number]], "digit": int(digits[number]), "source": SOURCE},
         )
@@ -112,7 +128,7 @@ def main() -> None:
     ]
     about = {
         "space": "pixel",
-        "latent": {"shape": [1, 8, 8], "dtype": "float16"},
+        "latent": {"shape": [4, 4, 4], "dtype": "float16"},
         "text": {"shape": [TOKENS, 384], "dtype": "float16", "encoder": ENCODER},
         "flips": False,
         "source": SOURCE,
@@ -122,7 +138,7 @@ def main() -> None:
     exemplars = [
         encode_sample(
             f"exemplar-{concept}-{place}",
-            np.ascontiguousarray(np.rot90(pictures[number]))[None].astype(np.float16),
+            latent(np.rot90(pictures[number])),
             neutral,
             {"captions": [NEUTRAL], "concept": concept, "of": f"digit-{number:04d}", "source": SOURCE},
         )

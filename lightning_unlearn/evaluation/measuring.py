@@ -21,7 +21,7 @@ from lightning_unlearn.sampling import generate
 
 # The loss is also kept for this many parts of the schedule.
 PARTS = 10
-Encoder = Callable[[Tensor], Tensor]
+Images = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Outcome:
     Attributes:
         loss: Mean loss over the fixed draws.
         parts: The same over each tenth of the schedule.
-        mse: Mean squared difference of the picture generated again from the query, ``None`` if the query does not say
+        mse: Mean squared difference of the latent generated again from the query, ``None`` if the query does not say
             how it was made.
-        ssim: Their structural similarity (pictures only).
+        ssim: Structural similarity of the two pictures (of models in pixel space, or with a decoder).
         cosine: Cosine of their codes under the user's encoder, if there is one.
     """
 
@@ -53,11 +53,14 @@ class Measuring:
         draws: (timestep, noise) pairs over which a query's loss is the mean, a multiple of 10.
         seed: Of the draws, which come from a stream of their own.
         batch_size: Draws a forward pass.
-        encoder: Dotted name of an image encoder ``(B, C, H, W) -> (B, D)``, for the cosine.
+        encoder: Dotted name of an image encoder ``(B, C, H, W) -> (B, D)``, for the cosine; it sees what the decoder
+            makes.
+        decoder: Dotted name of what makes pictures in [-1, 1] from latents, ``(B, c, h, w) -> (B, C, H, W)``. Without
+            one latents are taken as they are, and have a structural similarity only where they are clipped to [-1, 1].
 
     Raises:
         InputError: If there is no query, one says its seed or steps in other than whole numbers, the number of draws is
-            not a multiple of 10, the encoder is not there, or a key stands twice.
+            not a multiple of 10, the encoder or decoder is not there, or a key stands twice.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Measuring:
         seed: int = 0,
         batch_size: int = 64,
         encoder: str | None = None,
+        decoder: str | None = None,
     ) -> None:
         if not queries:
             raise InputError("There is no query to measure retrained models on; make some with `prepare`.")
@@ -81,7 +85,9 @@ class Measuring:
         self.seed = seed
         self.batch_size = batch_size
         self.encoder_name = encoder
-        self.encoder = _find_encoder(encoder) if encoder is not None else None
+        self.encoder = _find(encoder, "encoder", "(B, D)") if encoder is not None else None
+        self.decoder_name = decoder
+        self.decoder = _find(decoder, "decoder", "(B, C, H, W)") if decoder is not None else None
 
     def settings(self) -> dict[str, Any]:
         """What outcomes depend on besides the model, as JSON.
@@ -96,6 +102,8 @@ class Measuring:
             "draws": self.draws,
             "seed": self.seed,
             "encoder": self.encoder_name,
+            # Named only where there is one, so that studies from before decoders came in go on.
+            **({} if self.decoder_name is None else {"decoder": self.decoder_name}),
             "queries": [query.key for query in self.queries],
             "queries_digest": settings_digest({"tensors": tensors_digest(named_arrays(self.queries)), "made": made}),
         }
@@ -166,10 +174,15 @@ class Measuring:
         if picture is None:
             return {}
         found = {"mse": float((picture - query.latent).square().mean())}
-        if query.metadata.get("clipped"):
-            found["ssim"] = structural_similarity(picture, query.latent)
+        seen = torch.stack([picture, query.latent])
+        if self.decoder is not None:
+            seen = self.decoder(seen).float().cpu().clamp(-1, 1)
+            if seen.ndim != 4 or len(seen) != 2:
+                raise InputError(f"The decoder {self.decoder_name!r} gives {tuple(seen.shape)} for two latents.")
+        if self.decoder is not None or query.metadata.get("clipped"):
+            found["ssim"] = structural_similarity(*seen)
         if self.encoder is not None:
-            codes = self.encoder(torch.stack([picture, query.latent]))
+            codes = self.encoder(seen)
             found["cosine"] = float(torch.nn.functional.cosine_similarity(codes[0], codes[1], dim=0))
         return found
 
@@ -237,14 +250,14 @@ def outcome_fields(outcome: Outcome) -> dict[str, Any]:
     return {name: value for name, value in asdict(outcome).items() if value is not None}
 
 
-def _find_encoder(name: str) -> Encoder:
+def _find(name: str, what: str, shape: str) -> Images:
     module, _, attribute = name.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"There is no encoder {name!r} ({error}); give the dotted name of one.") from None
+        raise InputError(f"There is no {what} {name!r} ({error}); give the dotted name of one.") from None
     made = found() if isinstance(found, type) else found
     if not callable(made):
-        raise InputError(f"{name!r} is no image encoder; it must take (B, C, H, W) and give (B, D).")
-    encoder: Encoder = made
-    return encoder
+        raise InputError(f"{name!r} is no image {what}; it must take (B, C, H, W) and give {shape}.")
+    images: Images = made
+    return images

@@ -53,6 +53,11 @@ def subject(
     return Subject(loss, layers, views or Views(timesteps=2), queries, batches, fisher, keep)
 
 
+def enlarged(latents: Tensor) -> Tensor:
+    """A stand-in for a decoder: latents twice as large and half as bright."""
+    return torch.nn.functional.interpolate(latents, scale_factor=2.0) / 2
+
+
 def rows(latents: Tensor) -> Tensor:
     """An encoder that is a function: the pixels themselves."""
     return latents.flatten(1)

@@ -131,6 +131,31 @@ def test_pictures_are_generated_again_and_compared(clipped: bool) -> None:
         assert outcome.cosine == pytest.approx(cosine, rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.parametrize("clipped", [True, False])
+def test_pictures_are_what_a_decoder_makes_of_latents(clipped: bool) -> None:
+    network, objective = tiny_unet(), DenoisingObjective({"clip_sample": False})
+    (query,) = queries(1, seed=4, steps=2, clipped=clipped)
+    found = Measuring([query], draws=10, encoder="baseline_toys.rows", decoder="baseline_toys.enlarged")(
+        network, objective
+    )[query.key]
+    plain = Measuring([query], draws=10)(network, objective)[query.key]
+    assert (found.loss, found.mse) == (plain.loss, plain.mse)
+    (picture,) = generate(network, objective, query.text[:1], query.latent.shape, [4], 2)
+    first, second = (latent.double().numpy() for latent in (picture, query.latent))
+    first = first.clip(-1, 1) if clipped else first
+    large = [(one.repeat(2, 1).repeat(2, 2) / 2).clip(-1, 1) for one in (first, second)]
+    assert found.ssim == pytest.approx(slow_ssim(*large), rel=1e-3, abs=1e-4)
+    assert found.ssim != plain.ssim
+    cosine = (large[0] * large[1]).sum() / np.sqrt((large[0] ** 2).sum() * (large[1] ** 2).sum())
+    assert found.cosine == pytest.approx(cosine, rel=1e-4, abs=1e-5)
+
+
+def test_a_decoder_that_gives_no_pictures_is_refused() -> None:
+    asked = queries(1, seed=4, steps=2)
+    with pytest.raises(InputError, match=r"The decoder 'torch.nn.Flatten' gives \(2, \d+\) for two latents\.$"):
+        Measuring(asked, draws=10, decoder="torch.nn.Flatten")(tiny_unet(), DenoisingObjective())
+
+
 def test_the_network_that_made_a_query_makes_it_again() -> None:
     network, objective = tiny_unet(), DenoisingObjective({"clip_sample": False})
     asked = [own_query(network, objective, 3, clipped=True), own_query(network, objective, 4, clipped=False)]
@@ -192,6 +217,8 @@ def test_a_query_that_says_its_seed_or_steps_wrongly_is_refused(about: dict[str,
         ({"encoder": "no_such_module.encoder"}, "no encoder 'no_such_module.encoder'"),
         ({"encoder": "torch.nn.Nothing"}, "no encoder 'torch.nn.Nothing'"),
         ({"encoder": "baseline_toys.__doc__"}, "is no image encoder"),
+        ({"decoder": "nowhere"}, "no decoder 'nowhere'"),
+        ({"decoder": "baseline_toys.__doc__"}, "is no image decoder"),
     ],
 )
 def test_what_cannot_be_measured_with_is_refused(wrong: dict[str, Any], said: str) -> None:
@@ -237,6 +264,7 @@ def test_settings_tell_apart_what_changes_outcomes_and_nothing_else() -> None:
         Measuring(queries(), draws=20),
         Measuring(queries(), draws=10, seed=1),
         Measuring(queries(), draws=10, encoder="torch.nn.Flatten"),
+        Measuring(queries(), draws=10, decoder="torch.nn.Identity"),
         Measuring(queries(2), draws=10),
         Measuring([moved, *others], draws=10),
         Measuring([replace(first, text=first.text + 1), *others], draws=10),
