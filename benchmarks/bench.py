@@ -38,6 +38,7 @@ from lightning_unlearn.sampling import generate, how_generated
 from lightning_unlearn.shards import encode_sample, write_shards
 
 BENCHES = Path(__file__).resolve().parent
+FISHER_FILES = {"diagonal": "fisher.safetensors", "ekfac": "ekfac.safetensors"}
 
 
 @dataclass(frozen=True)
@@ -109,14 +110,23 @@ def make_base(bench: Bench) -> None:
     write_shards(fields, bench.folder / "queries", name="queries")
     print(f"{len(fields)} queries in {bench.folder / 'queries'}")
     show(bench, pictures, good)
-    if not (bench.folder / "fisher.safetensors").is_file():
-        take_fisher(bench, bench.folder / "fisher.safetensors")
+    for kind in FISHER_FILES:
+        fisher_file(bench, kind)
 
 
-def take_fisher(bench: Bench, path: Path) -> None:
+def fisher_file(bench: Bench, kind: str) -> Path:
+    """The file of a kind of Fisher of the trained model, which is taken if it is not there."""
+    path = bench.folder / FISHER_FILES[kind]
+    if not path.is_file():
+        take_fisher(bench, path, kind)
+    return path
+
+
+def take_fisher(bench: Bench, path: Path, kind: str, parameters: str = "text_kv") -> None:
     """The Fisher of the trained model, by passes over all pictures."""
-    passes = ["--passes", str(bench.settings["fisher_passes"])]
-    fisher(["--config", str(bench.folder / "attribute.yaml"), *passes, "--output", str(path)])
+    how = ["--passes", str(bench.settings["fisher_passes"]), "--kind", kind]
+    how += ["--model.init_args.parameters", parameters]
+    fisher(["--config", str(bench.folder / "attribute.yaml"), *how, "--output", str(path)])
 
 
 def recognised(bench: Bench, picture: Tensor, of: Sample, samples: list[Sample]) -> bool:

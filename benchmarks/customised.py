@@ -21,7 +21,7 @@ from bench import BENCHES, Bench
 from common import PLAIN
 from judged import chosen_settings
 from lightning.pytorch import Trainer
-from methods import RISES, UNLEARNING, baseline_of, config
+from methods import RISES, UNLEARNING, baseline_of, config, fisher_source
 
 from lightning_unlearn.baselines import Subject
 from lightning_unlearn.evaluation.customised import Customising, customise
@@ -57,7 +57,7 @@ def nearest(picture: Sample, candidates: list[Sample]) -> str:
 
 def unlearn(bench: Bench, fisher: str, setting: str, weights: Any, folder: Path) -> torch.Tensor:
     """Scores of unlearning under a setting, by Lightning's fit and predict."""
-    module, data = config(bench, **({"fisher": fisher} if fisher else {}))
+    module, data = config(bench, fisher=fisher_source(bench, fisher))
     module.network.load_state_dict(weights)
     rise, rule = next((rise, rule) for rise in RISES for rule in RULES if setting == f"rise {rise:.0%}, {rule}")
     module.strategy = Newton(target_increase=rise)

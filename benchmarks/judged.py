@@ -28,7 +28,7 @@ from lightning_unlearn.scores import ScoreTable
 
 OURS = "unlearning"
 # What papers report of two methods, the better one first: Zheng et al. (arXiv 2311.00500), Park et al. (arXiv
-# 2303.14186), Lin et al. (ICLR 2025); the last one Wang et al. (arXiv 2406.09408) by leave-K-out.
+# 2303.14186), Lin et al. (ICLR 2025); the last two by leave-K-out, Wang et al. (arXiv 2406.09408 and 2511.10721).
 REPORTED = (
     ("d_trak", "trak"),
     ("d_trak", "journey_trak"),
@@ -36,7 +36,8 @@ REPORTED = (
     ("trak", "gradient_similarity"),
     ("trak", "influence"),
     ("das", "d_trak"),
-    (OURS, "gradient_ascent"),
+    ("unlearning", "gradient_ascent"),
+    ("unlearning_ekfac", "unlearning"),
 )
 
 

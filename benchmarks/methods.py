@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from bench import BENCHES, Bench, take_fisher
+from bench import BENCHES, FISHER_FILES, Bench, fisher_file, take_fisher
 from common import PLAIN, quiet
 from lightning.pytorch import Trainer
 from torch import Tensor
@@ -49,12 +49,12 @@ from lightning_unlearn.scores import RULES, ScoreTable
 from lightning_unlearn.strategies import Newton
 from lightning_unlearn.trainer_cli import TrainerCLI
 
-RIDGES = (1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0)
-RISES = (0.02, 0.1, 0.3)
+RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0)
+RISES = (0.02, 0.1, 0.3, 1.0)
 
-# Method to its settings. All get six, or what there is to choose.
+# Method to its settings. All get eight, or what there is to choose.
 BASELINE_SETTINGS: dict[str, dict[str, Baseline]] = {
-    "random": {f"seed {seed}": Random(seed) for seed in range(6)},
+    "random": {f"seed {seed}": Random(seed) for seed in range(8)},
     "pixel_similarity": {kind: PixelSimilarity(kind) for kind in ("cosine", "l2", "centred_cosine")},
     "text_similarity": {kind: TextSimilarity(kind) for kind in ("mean", "max", "max_token")},
     "gradient_similarity": {
@@ -68,10 +68,10 @@ BASELINE_SETTINGS: dict[str, dict[str, Baseline]] = {
     "d_trak": {f"ridge {value:g}": DTRAK(value) for value in RIDGES},
     "das": {f"ridge {value:g}": DAS(value) for value in RIDGES},
 }
-# With the Fisher, and plain gradient ascent without it.
-UNLEARNING = {"unlearning": "", "gradient_ascent": "identity"}
+# With a Fisher, and plain gradient ascent without one.
+UNLEARNING = {"unlearning_ekfac": "ekfac", "unlearning": "diagonal", "gradient_ascent": "identity"}
 METHODS = (*UNLEARNING, *BASELINE_SETTINGS)
-WITH_FISHER = ("unlearning", "influence")
+WITH_FISHER = {"unlearning_ekfac": "ekfac", "unlearning": "diagonal", "influence": "diagonal"}
 
 Scores = dict[str, Tensor]
 
@@ -88,12 +88,17 @@ def config(bench: Bench, **settings: Any) -> tuple[UnlearningModule, Attribution
     return cli.model, cli.datamodule
 
 
+def fisher_source(bench: Bench, kind: str) -> str:
+    """What an attribution config takes as Fisher: a file, or ``identity``."""
+    return str(fisher_file(bench, kind)) if kind in FISHER_FILES else kind
+
+
 def unlearning_scores(bench: Bench, fisher: str, queries: int | None) -> tuple[Scores, list[str], int]:
     """Scores of unlearning under all of its settings; base losses and views are the same in all."""
     scores: Scores = {}
     keys: list[str] = []
     for rise in RISES:
-        module, data = config(bench, **({"fisher": fisher} if fisher else {}))
+        module, data = config(bench, fisher=fisher_source(bench, fisher))
         module.strategy = Newton(target_increase=rise)
         if queries is not None:
             data.query_keys = [f"query-{number:02d}" for number in range(queries)]
@@ -143,11 +148,11 @@ def score(bench: Bench, method: str, queries: int | None = None) -> tuple[Scores
     return baseline_scores(bench, method, queries)
 
 
-def fisher_seconds(bench: Bench) -> float:
+def fisher_seconds(bench: Bench, kind: str) -> float:
     """Processor time of taking the Fisher by passes over the data."""
     with tempfile.TemporaryDirectory() as folder:
         started = time.process_time()
-        take_fisher(bench, Path(folder) / "fisher.safetensors")
+        take_fisher(bench, Path(folder) / "fisher.safetensors", kind)
         return time.process_time() - started
 
 
@@ -156,6 +161,8 @@ def measure(bench: Bench, method: str) -> None:
     quiet()
     torch.set_num_threads(1)
     config(bench)  # imports and first reads are nobody's cost
+    if method in WITH_FISHER:
+        fisher_file(bench, WITH_FISHER[method])
     started = time.process_time()
     score(bench, method, 1)
     alone = time.process_time() - started
@@ -168,8 +175,8 @@ def measure(bench: Bench, method: str) -> None:
     anew = len(RISES) if method in UNLEARNING else 1
     before = max(0.0, alone - each) / anew
     if method in WITH_FISHER:
-        before += fisher_seconds(bench)
-        once += (bench.folder / "fisher.safetensors").stat().st_size
+        before += fisher_seconds(bench, WITH_FISHER[method])
+        once += fisher_file(bench, WITH_FISHER[method]).stat().st_size
     costs = {
         "seconds_a_query": each / anew,
         "seconds_once": before,

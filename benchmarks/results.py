@@ -22,6 +22,7 @@ from lightning_unlearn.evaluation.results import Removal, Value, value_of
 
 PAGE = BENCHES / "RESULTS.md"
 LABELS = {
+    "unlearning_ekfac": "**unlearning, EKFAC Fisher (ours)**",
     "unlearning": "**unlearning, diagonal Fisher (ours)**",
     "gradient_ascent": "gradient ascent (no Fisher)",
     "pixel_similarity": "pixel similarity",
@@ -63,7 +64,7 @@ def text(page: Page) -> str:
     lines += [
         f"{facts['subset_models']} of {facts['asked_subset_models']} subset models are trained; scores are reported on "
         f"{facts['report_queries']} queries and {facts['report_models']} of them, settings were chosen on the others "
-        f"(six a method, or what there is to choose). One model takes {facts['seconds']:.0f} s on one "
+        f"(eight a method, or what there is to choose). One model takes {facts['seconds']:.0f} s on one "
         f"thread of a busy machine. Of all {facts['all']} models that the bench asks for, {facts['missing']} are not "
         "trained yet.",
         "",
@@ -139,7 +140,39 @@ def text(page: Page) -> str:
             f"{_bytes(costs['bytes_once'])} | {_bytes(costs['peak_bytes'])} |"
         )
     lines += customised(page.bench)
+    lines += swept(page.bench)
     return "\n".join(lines) + "\n"
+
+
+def swept(bench: Bench) -> list[str]:
+    """What each setting of unlearning is worth on a bench."""
+    path = bench.folder / "sweep.json"
+    if not path.is_file():
+        return []
+    found = json.loads(path.read_text())
+    centre = ", ".join(f"{name} {value}" for name, value in found["centre"].items() if name not in ("start", "end"))
+    lines = [
+        "",
+        "### Settings of unlearning",
+        "",
+        f"By `python benchmarks/sweep.py {bench.name}`: one setting changed at a time, from the centre ({centre}), "
+        "over 20 views of a sample. LDS on the queries and models that choose, and on those that report, where the "
+        "difference from the centre stands beside it.",
+        "",
+        "| setting | value | LDS, choosing half | LDS, reporting half | less the centre's |",
+        "|---|---|---|---|---|",
+    ]
+    for row in found["rows"]:
+        if "failed" in row:
+            lines.append(f"| {row['factor']} | {row['value']} | {row['failed']} | – | – |")
+            continue
+        report = Value(*row["reported_on"])
+        centred = report.mean - found["rows"][0]["reported_on"][0]
+        apart = row.get("reported_on_less_centre")
+        less = "–" if apart is None else _difference(Value(centred, *apart))
+        cells = f"{row['chosen_on'][0]:.3f} | {_shown(report)} | {less}"
+        lines.append(f"| {row['factor']} | {row['value'] or '–'} | {cells} |")
+    return lines
 
 
 def customised(bench: Bench) -> list[str]:
@@ -238,19 +271,39 @@ def plot(page: Page) -> None:
 
 
 def _plot_removals(page: Page) -> None:
+    import matplotlib
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    figure = Figure(figsize=(8.5, 5), layout="constrained")
     axes = figure.add_subplot()
     samples = page.facts["samples"]
-    for row in page.rows:
-        done = {size: found for size, found in row.removals.items() if isinstance(found, Removal)}
-        if not done:
-            continue
-        means = [found.changes["loss"].mean * 1e3 for found in done.values()]
-        shares = [100 * size / samples for size in done]
-        width, colour = (2.4, "#c2410c") if row.method == OURS else (1.2, None)
-        axes.plot(shares, means, "o-", linewidth=width, color=colour, label=_plain(row.method))
+    shown = [row for row in page.rows if any(isinstance(found, Removal) for found in row.removals.values())]
+    colours = matplotlib.colormaps["tab10"].colors
+    for place, row in enumerate(shown):
+        done = {size: found.changes["loss"] for size, found in row.removals.items() if isinstance(found, Removal)}
+        # Beside each other, so that no interval hides another.
+        shares = [100 * size / samples * 1.035 ** (place - len(shown) / 2) for size in done]
+        means = [value.mean * 1e3 for value in done.values()]
+        reach = [
+            [(value.mean - value.low) * 1e3 for value in done.values()],
+            [(value.high - value.mean) * 1e3 for value in done.values()],
+        ]
+        width, colour = (2.4, "#c2410c") if row.method == OURS else (1.0, colours[place % len(colours)])
+        axes.errorbar(
+            shares,
+            means,
+            reach,
+            fmt="o-",
+            markersize=4,
+            linewidth=width,
+            elinewidth=0.9,
+            color=colour,
+            label=_plain(row.method),
+        )
+    axes.set_xscale("log")
+    ticks = [100 * size / samples for size in page.rows[0].removals]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
     if page.random:
         shares = [100 * size / samples for size in page.random]
         values = [found["loss"] for found in page.random.values()]
