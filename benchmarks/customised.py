@@ -129,9 +129,13 @@ def main() -> None:
     (bench.folder / "customised").mkdir(exist_ok=True)
     for concept in sorted(concepts)[arguments.index :: arguments.count]:
         path = bench.folder / "customised" / f"{concept}.json"
-        if not path.is_file():
+        known = json.loads(path.read_text()) if path.is_file() else {"settings": {}, "methods": {}}
+        # A method that came in later, or was chosen another setting since.
+        missing = {method: setting for method, setting in settings.items() if known["settings"].get(method) != setting}
+        if missing:
             with quiet(steps=True):
-                found = judge(bench, concept, concepts, settings)
+                found = judge(bench, concept, concepts, missing)
+            found["methods"] = {**known["methods"], **found["methods"]}
             write_atomically(path, json.dumps({"settings": settings, **found}).encode() + b"\n")
             print(concept, found["exemplar_nearest"], found["methods"], flush=True)
 
