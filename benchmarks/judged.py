@@ -26,7 +26,7 @@ from lightning_unlearn.metrics import (
 )
 from lightning_unlearn.scores import ScoreTable
 
-OURS = "unlearning"
+OURS = "unlearning_ekfac"
 # What papers report of two methods, the better one first: Zheng et al. (arXiv 2311.00500), Park et al. (arXiv
 # 2303.14186), Lin et al. (ICLR 2025); the last two by leave-K-out, Wang et al. (arXiv 2406.09408 and 2511.10721).
 REPORTED = (
@@ -147,7 +147,8 @@ def judge(bench: Bench) -> Page:
         removals: dict[int, Removal | str] = {}
         for size, removed in plan.removals[method].items():
             missing = len(study.missing([*removed, *plan.random[size], *plan.seeds]))
-            waiting = f"{missing} models missing" if method in bench.settings["removal_methods"] else "–"
+            listed = method in bench.settings["removal_methods"]
+            waiting = f"{missing} model{'s' * (missing > 1)} missing" if listed else "–"
             removals[size] = waiting if missing else floors.removal(size, removed)
         costs = read_costs(bench, method)
         rows.append(Row(method, setting, list(settings), raw, by_rank, behind, costs, removals))

@@ -24,7 +24,7 @@ PAGE = BENCHES / "RESULTS.md"
 LABELS = {
     "unlearning_ekfac": "**unlearning, EKFAC Fisher (ours)**",
     "unlearning": "**unlearning, diagonal Fisher (ours)**",
-    "gradient_ascent": "gradient ascent (no Fisher)",
+    "gradient_ascent": "gradient ascent (no Fisher, ours)",
     "pixel_similarity": "pixel similarity",
     "text_similarity": "text similarity",
     "gradient_similarity": "gradient similarity (TracIn, ReTrac)",
@@ -180,7 +180,7 @@ def customised(bench: Bench) -> list[str]:
     found = [json.loads(path.read_text()) for path in sorted((bench.folder / "customised").glob("*.json"))]
     if len(found) < 2:
         return []
-    names = list(found[0]["methods"][OURS])
+    names = list(next(iter(found[0]["methods"].values())))
     near = sum(concept["exemplar_nearest"] for concept in found)
     lines = [
         "",
@@ -264,7 +264,7 @@ def plot(page: Page) -> None:
         axes.legend(loc="lower right", frameon=False)
     axes.axvline(0, color="#94a3b8", linewidth=0.8)
     axes.set_yticks(range(len(rows)), names)
-    axes.set_xlabel("linear datamodelling score: as it is (●), by ranks only (◇); 95 % intervals")
+    axes.set_xlabel("LDS: as it is (●), by ranks only (◇); 95 % intervals")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(page.bench.folder / "lds.png", dpi=130)
     _plot_removals(page)
