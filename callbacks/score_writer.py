@@ -19,6 +19,7 @@ from typing_extensions import override
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.module import UnlearningModule
 from lightning_unlearn.run_record import earlier_run, record_run, scored_shards, write_run
+from lightning_unlearn.samples import Sample
 from lightning_unlearn.scores import FAILED, RULES, read_run, reduce_losses, run_digest, shard_path, write_shard_scores
 from lightning_unlearn.scoring import Deviations, measured
 from lightning_unlearn.shards import ShardInfo, shard_id, write_atomically
@@ -120,7 +121,7 @@ class ScoreWriter(Callback):
         self, trainer: Trainer, pl_module: UnlearningModule, fingerprints: dict[str, str], earlier: dict[str, Any]
     ) -> None:
         datamodule = getattr(trainer, "datamodule", None)
-        prompts = {query.key: query.captions for query in getattr(datamodule, "queries", [])}
+        queries = {query.key: query for query in getattr(datamodule, "queries", [])}
         about = {
             "fingerprints": fingerprints,
             "rule": self.rule,
@@ -128,7 +129,8 @@ class ScoreWriter(Callback):
             "unlearning": pl_module.settings,
             "precision": str(trainer.precision),
             "targets": {
-                key: {"captions": prompts.get(key, []), **pl_module.results.get(key, {})} for key in pl_module.targets
+                name: _about_target(pl_module.members.get(name), queries.get(name)) | pl_module.results.get(name, {})
+                for name in pl_module.targets
             },
             "world_size": trainer.world_size,
         }
@@ -239,6 +241,16 @@ class ScoreWriter(Callback):
             if trainer.world_size == 1 or self._unnoted:
                 raise InputError(message)
             print(message)
+
+
+def _about_target(members: list[str] | None, query: Sample | None) -> dict[str, Any]:
+    """What is unlearned: which queries, or a query's captions and how much of it its region is."""
+    if members is not None:
+        return {"members": members}
+    about: dict[str, Any] = {"captions": query.captions if query is not None else []}
+    if query is not None and query.mask is not None:
+        about["region"] = float(query.mask.mean())
+    return about
 
 
 def _agreement(scores: Tensor, exact: Tensor) -> float:

@@ -15,6 +15,7 @@ from lightning_unlearn.draws import DrawBatch, draw_batches
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.samples import Sample, SampleBatch, decode_sample
 from lightning_unlearn.shards import ShardInfo, shard_id
+from lightning_unlearn.targets import targets_of
 
 
 class AttributionDataModule(LightningDataModule):
@@ -28,6 +29,9 @@ class AttributionDataModule(LightningDataModule):
         shards: The training shards: folders, paths, brace patterns or http(s) addresses.
         queries: The queries, in shards of the same form.
         query_keys: Only these queries, in this order.
+        targets_by: A field of the queries' json, e.g. ``artist``: those with the same value are unlearned together, and
+            the value is the name of their scores. The order is then that of names and keys. By default each query is
+            unlearned by itself.
         draws: (timestep, noise) pairs a query and step.
         draw_batch_size: Draws a forward pass.
         batch_size: Samples a batch when scoring.
@@ -46,6 +50,7 @@ class AttributionDataModule(LightningDataModule):
         shards: str | list[str],
         queries: str | list[str],
         query_keys: list[str] | None = None,
+        targets_by: str | None = None,
         draws: int = 128,
         draw_batch_size: int = 32,
         batch_size: int = 64,
@@ -60,6 +65,7 @@ class AttributionDataModule(LightningDataModule):
         self.shard_patterns = shards
         self.query_patterns = queries
         self.query_keys = query_keys
+        self.targets_by = targets_by
         self.draws = draws
         self.draw_batch_size = draw_batch_size
         self.batch_size = batch_size
@@ -78,7 +84,7 @@ class AttributionDataModule(LightningDataModule):
             stage: Lightning's.
 
         Raises:
-            InputError: If there is no query, a key stands twice, or shapes differ.
+            InputError: If there is no query, a key stands twice, shapes differ, or a query does not say its target.
         """
         self.shards = list_shards(self.shard_patterns, allow_pipe=self.allow_pipe)
         self.queries = self._read_queries()
@@ -99,7 +105,7 @@ class AttributionDataModule(LightningDataModule):
         found: dict[str, Sample] = {}
         # By address, not by size: the order of the queries is for people.
         for shard in sorted(infos, key=lambda info: info.url):
-            for sample in read_samples(shard, pictures=True):
+            for sample in read_samples(shard, pictures=True, masks=True):
                 if sample.key in found:
                     raise InputError(
                         f"The query {sample.key!r} stands twice in {self.query_patterns}; keys must be unique."
@@ -122,10 +128,16 @@ class AttributionDataModule(LightningDataModule):
                     f"The queries {queries[0].key!r} and {query.key!r} differ in shape; all queries of a run must "
                     "have one shape."
                 )
-        return queries
+        return [query for target in targets_of(queries, self.targets_by) for query in target.members]
 
     def _rank(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+    def _step(self) -> int:
+        """Whose draws are taken: those of the first step in all, if the strategy minimises one function."""
+        strategy = getattr(getattr(self.trainer, "lightning_module", None), "strategy", None)
+        fresh = getattr(strategy, "fresh_draws", True)
+        return self.trainer.current_epoch if self.trainer is not None and fresh else 0
 
     def _dealt(self) -> list[ShardInfo]:
         rank, world_size = self._rank()
@@ -172,7 +184,9 @@ class AttributionDataModule(LightningDataModule):
 
 
 class DrawLoader:
-    """The draws of one step, a query after the other; each epoch has its own numbers.
+    """The draws of one step, a target after the other and in it a query.
+
+    Each epoch has its own numbers, unless the strategy wants the same in all.
 
     Args:
         datamodule: Whose queries they are.
@@ -189,8 +203,9 @@ class DrawLoader:
     def __iter__(self) -> Iterator[DrawBatch]:
         data = self.datamodule
         rank, world_size = data._rank()
-        step = data.trainer.current_epoch if data.trainer is not None else 0
-        for target, query in enumerate(data.queries):
-            yield from draw_batches(
-                query, target, step * data.draws, data.draws, rank, world_size, data.draw_batch_size
-            )
+        step = data._step()
+        for number, target in enumerate(targets_of(data.queries, data.targets_by)):
+            for query in target.members:
+                yield from draw_batches(
+                    query, number, step * data.draws, data.draws, rank, world_size, data.draw_batch_size
+                )

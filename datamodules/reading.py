@@ -13,18 +13,20 @@ from webdataset.gopen import gopen
 
 from lightning_unlearn.datamodules.remote import RemoteFile
 from lightning_unlearn.errors import InputError
+from lightning_unlearn.masks import MASK_FIELD
 from lightning_unlearn.samples import PICTURE_FIELDS, Sample, decode_sample
 from lightning_unlearn.shards import ShardInfo
 
 FIELDS = frozenset({"latent.npy", "latent_flip.npy", "text.npy", "json"})
 
 
-def read_fields(shard: ShardInfo, *, pictures: bool = False) -> Iterator[dict[str, Any]]:
+def read_fields(shard: ShardInfo, *, pictures: bool = False, masks: bool = False) -> Iterator[dict[str, Any]]:
     """The samples of a shard as undecoded bytes.
 
     Args:
         shard: Where it is. http(s) addresses are read with retries.
         pictures: Whether pictures are read too.
+        masks: Whether masks are read too, as they are of queries alone.
 
     Yields:
         Field name to bytes, with ``__key__`` and ``__url__``.
@@ -32,7 +34,7 @@ def read_fields(shard: ShardInfo, *, pictures: bool = False) -> Iterator[dict[st
     Raises:
         InputError: If the shard can't be read to its end.
     """
-    wanted = FIELDS | set(PICTURE_FIELDS) if pictures else FIELDS
+    wanted = {*FIELDS, *(PICTURE_FIELDS if pictures else ()), *((MASK_FIELD,) if masks else ())}
     count = 0
     try:
         for fields in tariterators.group_by_keys(_read_files(shard.url)):
@@ -49,17 +51,18 @@ def read_fields(shard: ShardInfo, *, pictures: bool = False) -> Iterator[dict[st
         )
 
 
-def read_samples(shard: ShardInfo, *, pictures: bool = False) -> Iterator[Sample]:
+def read_samples(shard: ShardInfo, *, pictures: bool = False, masks: bool = False) -> Iterator[Sample]:
     """The samples of a shard, decoded and checked.
 
     Args:
         shard: Where it is.
         pictures: Whether pictures are read too.
+        masks: Whether masks are read too, as they are of queries alone.
 
     Yields:
         The samples.
     """
-    for fields in read_fields(shard, pictures=pictures):
+    for fields in read_fields(shard, pictures=pictures, masks=masks):
         yield decode_sample(fields)
 
 

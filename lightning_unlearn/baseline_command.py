@@ -94,10 +94,12 @@ class BaselineRun:
         """Score all samples and write the table.
 
         Raises:
-            InputError: If the folder is another run's, a shard can't be read, or scores are not finite.
+            InputError: If the folder is another run's, a shard can't be read, queries form sets or have masks, or
+                scores are not finite.
         """
         started = time.monotonic()
         self.data.setup("predict")
+        self._check_queries()
         versions = {shard_id(shard.url): shard.version for shard in self.data.shards}
         fingerprints = self._fingerprints(versions)
         earlier = earlier_run(self.folder, fingerprints)
@@ -124,6 +126,16 @@ class BaselineRun:
         if self.skipped:
             say(f"{self.skipped} bad samples were left out.")
         say(f"{len(keys)} samples scored into {shard_path(self.folder, '*').parent}.")
+
+    def _check_queries(self) -> None:
+        """Refuse sets and regions, of which methods know nothing."""
+        if self.data.targets_by is not None:
+            raise InputError("A baseline scores each query by itself, not sets of them; leave targets_by out.")
+        masked = [query.key for query in self.data.queries if query.mask is not None]
+        if masked:
+            raise InputError(
+                f"A baseline looks at whole pictures, but the query {masked[0]!r} has a mask; leave the mask out."
+            )
 
     def _subject(self) -> Subject:
         fisher = self.module.checked_fisher() if self.method.needs_fisher else None

@@ -24,6 +24,7 @@ from lightning_unlearn.quiet import quiet
 from lightning_unlearn.samples import Sample
 from lightning_unlearn.scores import FAILED, RULES, SCORES, is_scored, read_run, read_scores
 from lightning_unlearn.shards import ShardInfo, shard_id
+from lightning_unlearn.targets import targets_of
 from lightning_unlearn.trainer_cli import TrainerCLI, one_sentence
 from lightning_unlearn.training import FisherPass
 
@@ -150,8 +151,7 @@ class _Announcer(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        queries = _many(len(data.queries), "query", "queries")
-        say(f"Unlearning {queries} with {data.draws} draws each on {pl_module.device} …")
+        say(f"Unlearning {_targets(data)} with {data.draws} draws each on {pl_module.device} …")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         shards: list[ShardInfo] = trainer.datamodule.shards  # type: ignore[attr-defined]
@@ -172,6 +172,13 @@ def _many(number: int, one: str, more: str = "") -> str:
     return f"{number} {one if number == 1 else more or one + 's'}"
 
 
+def _targets(data: AttributionDataModule) -> str:
+    queries = _many(len(data.queries), "query", "queries")
+    if data.targets_by is None:
+        return queries
+    return f"{_many(len(targets_of(data.queries, data.targets_by)), 'set')} of {queries}"
+
+
 def _is_unlearned(path: Path, module: UnlearningModule, data: AttributionDataModule, trainer: Trainer) -> bool:
     """Whether a checkpoint holds the deltas that this run would make."""
     if not path.is_file():
@@ -190,7 +197,7 @@ def _is_unlearned(path: Path, module: UnlearningModule, data: AttributionDataMod
             f"{path} was made with other {', '.join(differing)} than this run's; "
             "choose another --output, or remove that folder."
         )
-    say(f"{_many(len(data.queries), 'query', 'queries')} unlearned already, in {path}.")
+    say(f"{_targets(data)} unlearned already, in {path}.")
     return True
 
 
@@ -219,14 +226,16 @@ def write_report(folder: Path, top: int, *, allow_pipe: bool = False) -> None:
         top: How many images are shown for each query.
         allow_pipe: Whether shards may be commands.
     """
+    from lightning_unlearn.report import shown_queries
     from lightning_unlearn.report import write_report as write
 
     table = read_scores(folder)
+    shown = {key for target in table.queries for key in shown_queries(table, target)}
     queries = [
         sample
         for shard in list_shards(table.run["query_shards"], allow_pipe=allow_pipe)
-        for sample in read_samples(shard, pictures=True)
-        if sample.key in table.queries
+        for sample in read_samples(shard, pictures=True, masks=True)
+        if sample.key in shown
     ]
     urls = [info["url"] for info in table.run["shards"].values()]
 

@@ -21,7 +21,7 @@ class DeltaStore(nn.Module):
 
     Args:
         parameters: The chosen weights by name; deltas have their dtypes and devices, and start at zero.
-        targets: Keys of the ``Q`` targets.
+        targets: Names of the ``Q`` targets.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], targets: Sequence[str]) -> None:
@@ -98,7 +98,7 @@ def read_targets(checkpoint: Mapping[str, Any], where: str) -> dict[str, Any]:
         where: Its path, for the message.
 
     Returns:
-        Keys ``targets``, ``results``, ``settings`` and ``fingerprints``.
+        Keys ``targets``, ``members``, ``results``, ``settings`` and ``fingerprints``.
 
     Raises:
         InputError: If it is not one of an ``UnlearningModule``.

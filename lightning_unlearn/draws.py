@@ -19,23 +19,27 @@ Stream = Literal["unlearning", "rise", "evaluation"]
 # Not frozen: a Trainer's precision plugin may only convert the tensors of a dataclass that isn't.
 @dataclass
 class DrawBatch:
-    """Some (timestep, noise) draws of one target, by their numbers.
+    """Some (timestep, noise) draws of one query, by their numbers.
 
     Attributes:
         target: Number of the target in the run.
+        key: Of the query that it is, or that belongs to it; draws are keyed by it.
         latents: ``(b, C, H, W)``.
         text: ``(b, tokens, dim)``.
         numbers: ``b`` numbers of draws.
         weights: ``(b,)`` 1, or 0 for draws that only fill up a rank's share.
         total: Draws a step, over all ranks.
+        mask: ``(b, H, W)``, or ``None`` if all of the picture is unlearned.
     """
 
     target: int
+    key: str
     latents: Tensor
     text: Tensor
     numbers: list[int]
     weights: Tensor
     total: int
+    mask: Tensor | None = None
 
     def to(self, device: torch.device) -> DrawBatch:
         """The batch with its tensors on ``device``; Lightning calls this.
@@ -47,21 +51,25 @@ class DrawBatch:
             A new batch.
         """
         return replace(
-            self, latents=self.latents.to(device), text=self.text.to(device), weights=self.weights.to(device)
+            self,
+            latents=self.latents.to(device),
+            text=self.text.to(device),
+            weights=self.weights.to(device),
+            mask=None if self.mask is None else self.mask.to(device),
         )
 
 
 def draw_batches(
     sample: Sample, target: int, first: int, total: int, rank: int, world_size: int, batch_size: int
 ) -> list[DrawBatch]:
-    """One rank's share of a step's draws of a target, in batches; the same number of batches on every rank.
+    """One rank's share of a step's draws of a query, in batches; the same number of batches on every rank.
 
     Rank ``r`` takes the draws ``first + r``, ``first + r + world_size``, … Draw ``n`` takes caption ``n`` modulo their
     number.
 
     Args:
-        sample: The target's picture.
-        target: Its number.
+        sample: The target's picture, or one of them.
+        target: The target's number.
         first: Number of the step's first draw.
         total: Draws of the step.
         rank: This process.
@@ -82,11 +90,13 @@ def draw_batches(
         batches.append(
             DrawBatch(
                 target=target,
+                key=sample.key,
                 latents=sample.latent.expand(len(chunk), *sample.latent.shape),
                 text=sample.text[captions],
                 numbers=chunk,
                 weights=weights[start : start + batch_size],
                 total=total,
+                mask=None if sample.mask is None else sample.mask.expand(len(chunk), *sample.mask.shape),
             )
         )
     return batches
@@ -101,7 +111,7 @@ def draw_for_target(
     num_timesteps: int,
     shape: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """(timestep, noise) draws of a target, each keyed by its number.
+    """(timestep, noise) draws of a query, each keyed by its number.
 
     Draw ``n`` of ``total`` is uniform in the stratum ``n mod total`` of the schedule; numbers from ``total`` on belong
     to later steps.
@@ -110,7 +120,7 @@ def draw_for_target(
         stream: ``"unlearning"`` for gradients, ``"rise"`` for the target's loss before and after, ``"evaluation"`` for
             its loss under retrained models.
         seed: Of all draws.
-        key: The target's.
+        key: The query's.
         numbers: ``B`` numbers of draws.
         total: Draws a step.
         num_timesteps: Length of the training schedule.

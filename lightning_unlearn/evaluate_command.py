@@ -164,11 +164,16 @@ def _read_keys(data: TrainingDataModule) -> list[str]:
 
 def _read_queries(shards: str | list[str], data: TrainingDataModule) -> list[Sample]:
     infos = sorted(list_shards(shards, allow_pipe=data.allow_pipe), key=lambda info: info.url)
-    return [sample for shard in infos for sample in read_samples(shard)]
+    return [sample for shard in infos for sample in read_samples(shard, masks=True)]
 
 
 def _read_table(folder: str, keys: Sequence[str], queries: Sequence[Sample]) -> ScoreTable:
     table = read_scores(folder)
+    if any("members" in target for target in table.run.get("targets", {}).values()):
+        raise InputError(
+            f"The scores in {folder} are of sets of queries, but models are measured on one query at a time; attribute "
+            "without targets_by."
+        )
     missing = [query.key for query in queries if query.key not in table.queries]
     if missing:
         raise InputError(f"The scores in {folder} are not of the query {missing[0]!r}; attribute the same queries.")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lightning_unlearn.samples import Sample
 
@@ -59,6 +60,8 @@ def power_of_ten(exponent: int) -> str:
 def picture_of(sample: Sample | None) -> Picture | None:
     """A sample's picture, or the one its latent is; never an error, since the page serves without it too.
 
+    Outside of a query's region it is faint.
+
     Args:
         sample: The sample, if the shards still hold it.
 
@@ -77,13 +80,25 @@ def picture_of(sample: Sample | None) -> Picture | None:
         except Exception:  # damaged bytes make Pillow raise nearly anything
             return None
         paper = Image.new("RGBA", upright.size, "white")
-        return _encode(Image.alpha_composite(paper, upright).convert("RGB"))
+        return _encode(_within(Image.alpha_composite(paper, upright).convert("RGB"), sample.mask))
     latent = sample.latent.float().numpy()  # (C, H, W)
     # An autoencoder's latents may have three channels too, but they don't keep to [-1, 1]; generated pixels nearly do.
     if len(latent) not in (1, 3) or (np.abs(latent) <= 1.25).mean() < 0.95:
         return None
     pixels = np.rint((latent.clip(-1, 1) + 1) * 127.5).astype(np.uint8).transpose(1, 2, 0)  # (H, W, C)
-    return _encode(Image.fromarray(pixels if len(latent) == 3 else pixels[..., 0]).convert("RGB"))
+    image = Image.fromarray(pixels if len(latent) == 3 else pixels[..., 0]).convert("RGB")
+    return _encode(_within(image, sample.mask))
+
+
+def _within(image: Image.Image, mask: Tensor | None) -> Image.Image:
+    """The picture, faint outside of its region."""
+    from PIL import Image
+
+    if mask is None:
+        return image
+    faint = Image.blend(image, Image.new("RGB", image.size, "white"), 0.75)
+    shares = Image.fromarray(np.rint(255 * mask.numpy()).astype(np.uint8))
+    return Image.composite(image, faint, shares.resize(image.size, Image.Resampling.NEAREST))
 
 
 def _encode(image: Image.Image) -> Picture:

@@ -40,6 +40,8 @@ class FrozenModule(LightningModule):
         self.loss = NetworkLoss(network.eval().requires_grad_(False), objective)
         self.layers = select_layers(network, parameters)
         self.deltas: DeltaStore | None = None
+        # Target to its queries' keys, where targets are sets.
+        self.members: dict[str, list[str]] = {}
         # Of the unlearning that the deltas come from: each target's losses, and the settings.
         self.results: dict[str, dict[str, float]] = {}
         self.settings: dict[str, Any] = {}
@@ -60,12 +62,13 @@ class FrozenModule(LightningModule):
 
     @property
     def targets(self) -> list[str]:
-        """Keys of the targets whose deltas the module holds."""
+        """Names of the targets whose deltas the module holds."""
         return self.deltas.targets if self.deltas is not None else []
 
     def _cast(self, batch: ViewBatch) -> ViewBatch:
         dtype = next(self.network.parameters()).dtype
-        return ViewBatch(batch.latents.to(self.device, dtype), batch.text.to(self.device, dtype))
+        mask = None if batch.mask is None else batch.mask.to(self.device, dtype)
+        return ViewBatch(batch.latents.to(self.device, dtype), batch.text.to(self.device, dtype), mask)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen network out and say whose the deltas are, in plain types that load without pickle.
@@ -77,6 +80,7 @@ class FrozenModule(LightningModule):
         checkpoint["state_dict"] = {name: value for name, value in state.items() if not name.startswith("loss.")}
         checkpoint[CHECKPOINT_KEY] = {
             "targets": list(self.targets),
+            "members": self.members,
             "results": self.results,
             "settings": self.settings,
             "fingerprints": {name: self.fingerprints()[name] for name in ("weights", "fisher", "unlearning")},
@@ -128,6 +132,7 @@ class FrozenModule(LightningModule):
         store.to(next(iter(checkpoint["state_dict"].values())).dtype)
         store.load_state_dict({name.removeprefix("deltas."): value for name, value in checkpoint["state_dict"].items()})
         self.deltas = store
+        self.members = {target: list(keys) for target, keys in about.get("members", {}).items()}
         self.results = {target: dict(result) for target, result in about["results"].items()}
         self.settings = dict(about["settings"])
         self._fingerprints |= about["fingerprints"]

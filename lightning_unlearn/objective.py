@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal, cast
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.families import family_of
-from lightning_unlearn.samples import ViewBatch
+from lightning_unlearn.samples import Sample, ViewBatch
 
 
 class Objective(ABC):
@@ -20,6 +21,8 @@ class Objective(ABC):
 
     Attributes:
         num_timesteps: Length of the training schedule; timesteps are drawn from ``[0, num_timesteps)``.
+        takes_masks: Whether the loss is that of the region alone where ``batch.mask`` gives one (:func:`mean_error`
+            does it). A class that has a ``__call__`` of its own must say so itself.
 
     Example:
         >>> class Plain(Objective):
@@ -33,6 +36,7 @@ class Objective(ABC):
     """
 
     num_timesteps: int
+    takes_masks: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, network: nn.Module, batch: ViewBatch, timesteps: Tensor, noise: Tensor) -> Tensor:
@@ -65,6 +69,47 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
+def mean_error(errors: Tensor, mask: Tensor | None) -> Tensor:
+    r"""Mean of each view's errors, over its region: :math:`\sum m ℓ / \sum m`.
+
+    Args:
+        errors: ``(B, C, H, W)``, a loss of each element.
+        mask: ``(B, H, W)``, how much of each place is in the region; ``None`` for all of it.
+
+    Returns:
+        ``(B,)``.
+
+    Example:
+        >>> errors = torch.tensor([[[[1.0, 2.0], [3.0, 6.0]]]])
+        >>> mean_error(errors, None), mean_error(errors, torch.tensor([[[0.0, 1.0], [0.0, 1.0]]]))
+        (tensor([3.]), tensor([4.]))
+    """
+    if mask is None:
+        return errors.flatten(1).mean(1)
+    shares = mask.to(errors)[:, None].expand_as(errors)  # (B, C, H, W)
+    return (errors * shares).flatten(1).sum(1) / shares.flatten(1).sum(1)
+
+
+def check_masks(objective: Objective, queries: Sequence[Sample]) -> None:
+    """Refuse a region that the loss would not know of.
+
+    Args:
+        objective: The loss.
+        queries: All queries.
+
+    Raises:
+        InputError: If one has a mask and the objective takes none.
+    """
+    masked = [query.key for query in queries if query.mask is not None]
+    # What a class says of masks holds for its own loss, not for one that a class derived from it puts in its place.
+    said = next(cls for cls in type(objective).__mro__ if {"takes_masks", "__call__"} & vars(cls).keys())
+    if masked and not vars(said).get("takes_masks", False):
+        raise InputError(
+            f"The query {masked[0]!r} has a mask, of which {type(objective).__name__} knows nothing; let its loss be "
+            "that of batch.mask and set takes_masks to True, or leave masks out."
+        )
+
+
 class DenoisingObjective(Objective):
     r"""Mean squared error of a noise (ε), velocity (v) or image (x₀) prediction.
 
@@ -82,6 +127,8 @@ class DenoisingObjective(Objective):
     Raises:
         InputError: If the scheduler can't be read, or is not one of a noise schedule.
     """
+
+    takes_masks: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -111,7 +158,7 @@ class DenoisingObjective(Objective):
         # The difference is taken in float32 even where the network runs in half precision.
         wide = torch.promote_types(prediction.dtype, torch.float32)
         error = prediction.to(wide) - self._target(batch.latents, noise, timesteps).to(wide)
-        loss = error.square().flatten(1).mean(1)  # (B,)
+        loss = mean_error(error.square(), batch.mask)  # (B,)
         return loss if self.snr_gamma is None else loss * self._weight(timesteps).to(loss)
 
     def _target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

@@ -31,6 +31,25 @@ Rows = NDArray[np.intp]
 MADE = ("kind", "of", "seed", "scheduler", "steps", "num_inference_steps", "guidance", "guidance_scale")
 
 
+# So many of a set's queries are shown.
+MEMBERS = 6
+
+
+@dataclass(frozen=True)
+class Member:
+    """A query of a set.
+
+    Attributes:
+        key: The query's.
+        captions: Empty if the query was not found.
+        picture: ``None`` if there is nothing to see.
+    """
+
+    key: str
+    captions: list[str]
+    picture: Picture | None
+
+
 @dataclass(frozen=True)
 class Ranked:
     """A training image and its place among all for one query.
@@ -52,6 +71,20 @@ class Ranked:
     picture: Picture | None
 
 
+def shown_queries(table: ScoreTable, target: str) -> list[str]:
+    """The queries that the report shows of a target.
+
+    Args:
+        table: The scores.
+        target: Its name in the table.
+
+    Returns:
+        Their keys: the query itself, or the first ones of a set.
+    """
+    members: list[str] = table.run.get("targets", {}).get(target, {}).get("members", [target])
+    return members[:MEMBERS]
+
+
 def write_report(
     path: str | Path,
     table: ScoreTable,
@@ -65,7 +98,8 @@ def write_report(
     Args:
         path: The HTML file; its folder is made if it is not there.
         table: The scores of all queries.
-        queries: The queries' samples, in any order; of one that is missing, what ``run.json`` knows is shown.
+        queries: The queries' samples (:func:`shown_queries`), in any order; of one that is missing, what ``run.json``
+            knows is shown.
         pictures: Fetches training samples by key; called once with all that are shown, and may leave some out.
         top: How many of a query's most influential images are shown.
         bottom: How many of its least influential ones.
@@ -120,11 +154,14 @@ def _render(
     if views.get("captions", 0) is None:
         views["captions"] = "all"
     unlearning = run.get("unlearning", {})
+    sets = any("members" in target for target in run.get("targets", {}).values())
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": _number, "share": _share, "duration": _duration}
     template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text("utf-8"))
     return template.render(
         queries=[_query(table, column, queries, *rows, samples) for column, rows in enumerate(ends)],
+        one="set" if sets else "query",
+        many="sets" if sets else "queries",
         images=len(table.keys),
         shards=len(set(table.shards)),
         all_shards=len(run.get("shards", {})),
@@ -152,8 +189,10 @@ def _query(
     from markupsafe import Markup
 
     key = table.queries[column]
-    sample = queries.get(key)
     target = table.run.get("targets", {}).get(key, {})
+    in_set = "members" in target
+    sample = None if in_set else queries.get(key)
+    members = [_member(name, queries.get(name)) for name in shown_queries(table, key)] if in_set else []
     captions = sample.captions if sample else target.get("captions") or []
     metadata = sample.metadata if sample else {}
     facts = dict(_flatten({name: value for name, value in metadata.items() if name != "captions"}))
@@ -168,8 +207,9 @@ def _query(
         "key": key,
         "prompt": captions[0] if captions else key,
         "captions": captions,
-        "picture": picture_of(sample),
-        "made": {"key": key} | {name: facts.pop(name) for name in MADE if name in facts},
+        "picture": members[0].picture if members else picture_of(sample),
+        "members": members,
+        "made": _named(key, target) | {name: facts.pop(name) for name in MADE if name in facts},
         "facts": facts,
         "target": target,
         "own": own,
@@ -181,6 +221,17 @@ def _query(
         "plot": Markup(histogram(scores / unit, scores[highest] / unit, unit_name, f"plot{column + 1}-")),
         "rest": _rest(scores, table.base_losses.astype(np.float64), table.run.get("rule")),
     }
+
+
+def _member(key: str, sample: Sample | None) -> Member:
+    return Member(key, sample.captions if sample else [], picture_of(sample))
+
+
+def _named(key: str, target: Mapping[str, Any]) -> dict[str, str]:
+    """What a target is called, and what of it is unlearned."""
+    if "members" in target:
+        return {"name": key, "queries": f"{len(target['members']):,}"}
+    return {"key": key} | ({"region": f"{_share(target['region'])} of it"} if "region" in target else {})
 
 
 def _ranked(table: ScoreTable, scores: Floats, rows: Rows, first: int, samples: Mapping[str, Sample]) -> list[Ranked]:

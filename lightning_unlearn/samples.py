@@ -12,6 +12,9 @@ A sample is a mapping of field name to bytes, as WebDataset reads it from a tar 
     ``{"captions": [...], ...}``: the captions in the order of ``text.npy``, and whatever else is known.
 ``png`` / ``jpg`` / ``webp``
     Optional: a picture for people to look at. It is never decoded on the way to a score.
+``mask.png``
+    Optional, of a query: which part of it is unlearned (:mod:`lightning_unlearn.masks`). Samples that are scored, or
+    trained on, are read without it.
 
 Nothing else is decoded, and arrays are read with ``allow_pickle=False``: a shard is data and can't run code.
 """
@@ -29,6 +32,7 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.errors import InputError
+from lightning_unlearn.masks import MASK_FIELD, decode_mask
 
 PICTURE_FIELDS = ("png", "jpg", "jpeg", "webp")
 
@@ -44,6 +48,7 @@ class Sample:
         metadata: The sample's json; ``metadata["captions"]`` is a list of strings.
         latent_flip: ``(C, H, W)`` float32, or ``None``.
         picture: The bytes of an encoded picture, or ``None``.
+        mask: ``(H, W)`` float32, a query's region: 1 inside, 0 outside; ``None`` for the whole picture.
     """
 
     key: str
@@ -52,6 +57,7 @@ class Sample:
     metadata: dict[str, Any]
     latent_flip: Tensor | None = None
     picture: bytes | None = None
+    mask: Tensor | None = None
 
     @property
     def captions(self) -> list[str]:
@@ -66,10 +72,12 @@ class ViewBatch:
     Attributes:
         latents: ``(B, C, H, W)``.
         text: ``(B, tokens, dim)``.
+        mask: ``(B, H, W)``, which part of each latent the loss is of; ``None`` for all of it.
     """
 
     latents: Tensor
     text: Tensor
+    mask: Tensor | None = None
 
 
 # Not frozen: a Trainer's precision plugin may only convert the tensors of a dataclass that isn't.
@@ -137,7 +145,8 @@ def decode_sample(fields: Mapping[str, Any]) -> Sample:
     """Decode and check one sample.
 
     Args:
-        fields: Field name to bytes, with ``__key__`` and ``__url__`` as WebDataset adds them.
+        fields: Field name to bytes, with ``__key__`` and ``__url__`` as WebDataset adds them; with ``mask.png`` only if
+            the sample is a query.
 
     Returns:
         The sample, its arrays in float32.
@@ -171,7 +180,8 @@ def decode_sample(fields: Mapping[str, Any]) -> Sample:
             f"{where}: latent_flip.npy {tuple(flip.shape)} and latent.npy {tuple(latent.shape)} differ in shape."
         )
     picture = next((fields[name] for name in PICTURE_FIELDS if name in fields), None)
-    return Sample(fields["__key__"], latent, text, metadata, flip, picture)
+    mask = decode_mask(fields[MASK_FIELD], latent.shape[-2], latent.shape[-1], where) if MASK_FIELD in fields else None
+    return Sample(fields["__key__"], latent, text, metadata, flip, picture, mask)
 
 
 def named_arrays(samples: Sequence[Sample]) -> dict[str, Tensor]:
@@ -181,9 +191,10 @@ def named_arrays(samples: Sequence[Sample]) -> dict[str, Tensor]:
         samples: With unique keys.
 
     Returns:
-        ``{key}/latent`` and ``{key}/text`` to tensor.
+        ``{key}/latent`` and ``{key}/text`` to tensor, and ``{key}/mask`` of those that have one.
     """
-    return {f"{sample.key}/{name}": getattr(sample, name) for sample in samples for name in ("latent", "text")}
+    arrays = {f"{sample.key}/{name}": getattr(sample, name) for sample in samples for name in ("latent", "text")}
+    return arrays | {f"{sample.key}/mask": sample.mask for sample in samples if sample.mask is not None}
 
 
 def collate_samples(shard: str, samples: Sequence[Sample], **markers: Any) -> SampleBatch:

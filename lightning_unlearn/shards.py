@@ -15,6 +15,7 @@ import numpy as np
 import webdataset
 
 from lightning_unlearn.fingerprints import digest
+from lightning_unlearn.masks import MASK_FIELD
 
 MANIFEST = "manifest.json"
 
@@ -101,6 +102,7 @@ def encode_sample(
     latent_flip: np.ndarray[Any, Any] | None = None,
     picture: bytes | None = None,
     picture_format: str = "png",
+    mask: bytes | None = None,
 ) -> dict[str, Any]:
     """The fields of one sample as :func:`write_shards` takes them (their meaning: :mod:`lightning_unlearn.samples`).
 
@@ -112,6 +114,7 @@ def encode_sample(
         latent_flip: ``(C, H, W)`` or ``None``.
         picture: Bytes of an encoded picture or ``None``.
         picture_format: Its field name.
+        mask: Bytes of an 8-bit grey PNG or ``None``: of a query, which part of it is unlearned.
 
     Returns:
         Field name to bytes, and ``__key__``.
@@ -126,6 +129,8 @@ def encode_sample(
         fields["latent_flip.npy"] = npy_bytes(latent_flip)
     if picture is not None:
         fields[picture_format] = picture
+    if mask is not None:
+        fields[MASK_FIELD] = mask
     return fields
 
 

@@ -17,10 +17,11 @@ from lightning_unlearn.fisher import Fisher
 from lightning_unlearn.fisher_source import find_fisher
 from lightning_unlearn.frozen import FrozenModule
 from lightning_unlearn.guards import check_precision, check_unlearning
-from lightning_unlearn.objective import Objective
+from lightning_unlearn.objective import Objective, check_masks
 from lightning_unlearn.parameters import layer_parameters, layer_specs
 from lightning_unlearn.samples import Sample, ViewBatch, named_arrays
 from lightning_unlearn.strategies import Problem, Strategy
+from lightning_unlearn.targets import Target, targets_of
 
 
 class Unlearning(FrozenModule):
@@ -78,10 +79,15 @@ class Unlearning(FrozenModule):
             )
         return queries
 
+    def _targets(self) -> list[Target]:
+        return targets_of(self._queries(), getattr(self._datamodule, "targets_by", None))
+
     def configure_model(self) -> None:
-        """Make the deltas, one a query, before a checkpoint is restored; in predict they come from the checkpoint."""
+        """Make the deltas, one a target, before a checkpoint is restored; in predict they come from the checkpoint."""
         if self.trainer.state.fn == "fit":
-            self.deltas = DeltaStore(layer_parameters(self.layers), [query.key for query in self._queries()])
+            names = [target.name for target in self._targets()]
+            self.deltas = DeltaStore(layer_parameters(self.layers), names)
+            self.members = _members(self._datamodule)
 
     def setup(self, stage: str) -> None:
         """Refuse what would spoil a step, and give the Trainer the exact number of steps.
@@ -90,7 +96,7 @@ class Unlearning(FrozenModule):
             stage: Lightning's.
 
         Raises:
-            InputError: If the Trainer can't be used, or the Fisher is missing.
+            InputError: If the Trainer can't be used, the Fisher is missing, or the objective does not know masks.
         """
         check_precision(self.trainer)
         if stage != "fit":
@@ -101,6 +107,7 @@ class Unlearning(FrozenModule):
                 "Unlearning needs a Fisher: train with FisherAccumulator or run `lightning-unlearn fisher`, and "
                 "pass its file as fisher."
             )
+        check_masks(self.objective, self._queries())
         # The network is in eval mode on purpose.
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
         # What an earlier fit of this module left; a checkpoint, if there is one, is loaded after this.
@@ -133,6 +140,8 @@ class Unlearning(FrozenModule):
             )
         self._fingerprints |= made
         self.settings = {**self.unlearning_settings(), "draws": self._datamodule.draws}
+        if self.members:
+            self.settings["targets_by"] = self._datamodule.targets_by
         assert self.deltas is not None
         self._problem = Problem(
             deltas=self.deltas.named(),
@@ -172,15 +181,16 @@ class Unlearning(FrozenModule):
         self.trainer.accumulate_grad_batches = batches
 
     def training_step(self, batch: DrawBatch, batch_idx: int) -> Tensor:
-        """Minus the mean loss of some of a target's draws.
+        """Minus the loss of some of a target's draws.
 
         Args:
             batch: The draws.
             batch_idx: Its number.
 
         Returns:
-            A scalar. Scaled so that the gradient that reaches the optimizer is that of the sum over all draws divided
-            by their number, whatever gradient accumulation and DDP's mean divide by.
+            A scalar. Scaled so that the gradient that reaches the optimizer is that of the sum over all of a query's
+            draws divided by their number, and summed over a set's queries, whatever gradient accumulation and DDP's
+            mean divide by.
         """
         assert self.deltas is not None
         weights = target_weights(layer_parameters(self.layers), self.deltas.named(), batch.target)
@@ -191,39 +201,34 @@ class Unlearning(FrozenModule):
         return -scale * (losses * batch.weights.to(losses)).sum() + reached
 
     def _draw_losses(self, batch: DrawBatch, weights: dict[str, Tensor], stream: Stream) -> Tensor:
-        """Losses ``(b,)`` of a target's draws."""
+        """Losses ``(b,)`` of a query's draws."""
         timesteps, noise = draw_for_target(
             stream,
             self.seed,
-            self.targets[batch.target],
+            batch.key,
             batch.numbers,
             batch.total,
             self.objective.num_timesteps,
             batch.latents.shape[1:],
         )
-        views = self._cast(ViewBatch(batch.latents, batch.text))
+        views = self._cast(ViewBatch(batch.latents, batch.text, batch.mask))
         return self.loss.under(weights, views, timesteps.to(self.device), noise.to(views.latents))
 
     @torch.no_grad()
     def _target_losses(self, deltas: dict[str, Tensor] | None) -> Tensor:
-        """Mean losses ``(Q,)`` of all targets over the fixed draws, summed over ranks; under θ₀ measured only once."""
+        """Losses ``(Q,)`` of all targets over the fixed draws, over all ranks; under θ₀ measured only once."""
         if deltas is None and self._base_losses is not None:
             return self._base_losses
         trainer = self.trainer
         sums = torch.zeros(len(self.targets), dtype=torch.float64)
-        for target, query in enumerate(self._queries()):
-            weights = {} if deltas is None else target_weights(layer_parameters(self.layers), deltas, target)
-            for batch in draw_batches(
-                query,
-                target,
-                0,
-                self.rise_draws,
-                trainer.global_rank,
-                trainer.world_size,
-                getattr(self._datamodule, "draw_batch_size", self.rise_draws),
-            ):
-                losses = self._draw_losses(batch, weights, "rise").cpu().double()
-                sums[target] += (losses * batch.weights).sum()
+        places = (trainer.global_rank, trainer.world_size)
+        size = getattr(self._datamodule, "draw_batch_size", self.rise_draws)
+        for number, target in enumerate(self._targets()):
+            weights = {} if deltas is None else target_weights(layer_parameters(self.layers), deltas, number)
+            for query in target.members:
+                for batch in draw_batches(query, number, 0, self.rise_draws, *places, size):
+                    losses = self._draw_losses(batch, weights, "rise").cpu().double()
+                    sums[number] += (losses * batch.weights).sum()  # a set's loss is the sum of its queries'
         if trainer.world_size > 1:
             reduced = trainer.strategy.reduce(sums.to(self.device), reduce_op="sum")
             assert isinstance(reduced, Tensor)
@@ -272,8 +277,8 @@ class Unlearning(FrozenModule):
         for target, loss_before, loss_after, penalty in zip(self.targets, before, after, penalties, strict=True):
             if not abs(loss_after) < float("inf"):
                 raise InputError(
-                    f"The loss of {target!r} is {loss_after} after unlearning; choose a smaller step, and check "
-                    "the model and the Fisher."
+                    f"The loss of {target!r} is {loss_after} after unlearning; choose a smaller step or a "
+                    "larger N, and check the model and the Fisher."
                 )
             result = {
                 "loss_before": loss_before,
@@ -283,6 +288,7 @@ class Unlearning(FrozenModule):
             }
             self.results[target] = result
             self.log_dict({f"{name}/{target}": value for name, value in result.items()}, rank_zero_only=True)
+        self.trainer.should_stop |= self.strategy.finished
 
     def unlearning_settings(self) -> dict[str, Any]:
         """What deltas depend on besides weights, Fisher and queries.
@@ -311,14 +317,24 @@ class Unlearning(FrozenModule):
         """Digest of what deltas depend on besides weights and Fisher: settings, queries and their draws.
 
         Args:
-            datamodule: With ``queries`` and ``draws``, as in ``fit``.
+            datamodule: With ``queries``, ``draws`` and, for sets, ``targets_by``, as in ``fit``.
 
         Returns:
             32 hexadecimal characters.
         """
         order = [query.key for query in datamodule.queries]
         settings = {**self.unlearning_settings(), "draws": datamodule.draws, "queries": order}
+        if members := _members(datamodule):
+            settings["members"] = members
         return digest(settings_digest(settings), tensors_digest(named_arrays(datamodule.queries)))
+
+
+def _members(datamodule: Any) -> dict[str, list[str]]:
+    """Target to its queries' keys, where targets are sets."""
+    field = getattr(datamodule, "targets_by", None)
+    if field is None:
+        return {}
+    return {target.name: [query.key for query in target.members] for target in targets_of(datamodule.queries, field)}
 
 
 def _fisher_digest(fisher: Fisher) -> str:

@@ -49,7 +49,8 @@ class Measuring:
 
     Args:
         queries: The queries; those whose json says that and how :func:`~lightning_unlearn.sampling.generate` made them
-            (``seed``, ``steps``; neither another scheduler nor guidance) are generated again.
+            (``seed``, ``steps``; neither another scheduler nor guidance) are generated again. Of one with a mask the
+            loss is that of its region, while pictures are compared whole.
         draws: (timestep, noise) pairs over which a query's loss is the mean, a multiple of 10.
         seed: Of the draws, which come from a stream of their own.
         batch_size: Draws a forward pass.
@@ -142,7 +143,8 @@ class Measuring:
                 objective.num_timesteps,
                 query.latent.shape,
             )
-            views = ViewBatch(batch.latents.to(weight), batch.text.to(weight))
+            mask = None if batch.mask is None else batch.mask.to(weight)
+            views = ViewBatch(batch.latents.to(weight), batch.text.to(weight), mask)
             losses.append(objective(network, views, timesteps.to(weight.device), noise.to(weight)).double().cpu())
         values = torch.cat(losses)  # (draws,), in the order of timesteps
         parts = values.reshape(PARTS, -1).mean(1)

@@ -22,7 +22,7 @@ from lightning_unlearn.errors import InputError
 from lightning_unlearn.evaluation.measuring import Measuring
 from lightning_unlearn.evaluation.runs import Run
 from lightning_unlearn.evaluation.study import Study
-from lightning_unlearn.objective import Objective
+from lightning_unlearn.objective import Objective, check_masks
 from lightning_unlearn.parameters import find_network
 from lightning_unlearn.shards import write_atomically
 
@@ -160,14 +160,13 @@ class Retrainer:
             ) from None
 
     def _objective(self, module: LightningModule) -> Objective:
-        if self.objective is not None:
-            return self.objective
-        found = getattr(module, "objective", None)
+        found = self.objective if self.objective is not None else getattr(module, "objective", None)
         if not isinstance(found, Objective):
             raise InputError(
                 f"{type(module).__name__} has no attribute `objective`, by which the queries' losses are measured; "
                 "give one with --objective."
             )
+        check_masks(found, self.measure.queries)
         return found
 
 

@@ -141,8 +141,9 @@ class DiagonalFisher(Fisher):
         terms = []
         for name, change in delta.items():
             dimensions = tuple(range(change.ndim - damped[name].ndim, change.ndim))
-            weighted = change.square() * damped[name].to(change)
-            terms.append(torch.where(change == 0, 0.0, weighted).sum(dimensions))  # 0 · ∞ is 0 here
+            # 0 · ∞ is 0 here, and so is its derivative.
+            weights = damped[name].to(change).where(change != 0, 0.0)
+            terms.append((change.square() * weights).sum(dimensions))
         return torch.stack(terms).sum(0)
 
 

@@ -248,8 +248,9 @@ class EKFACFisher(Fisher):
             matrix = _joined(spec, delta)
             inputs, outputs = self._bases(spec, matrix)
             turned = outputs.mT @ matrix @ inputs
-            weighted = turned.square() * eigenvalues[spec.name].to(matrix)
-            terms.append(torch.where(turned == 0, 0.0, weighted).sum((-2, -1)))  # 0 · ∞ is 0 here
+            # 0 · ∞ is 0 here, and so is its derivative.
+            weights = eigenvalues[spec.name].to(matrix).where(turned != 0, 0.0)
+            terms.append((turned.square() * weights).sum((-2, -1)))
         return torch.stack(terms).sum(0)
 
     def _layers_of(self, tensors: Mapping[str, Tensor]) -> list[LayerSpec]:

@@ -39,10 +39,13 @@ class Strategy(ABC):
     """How deltas are found in Lightning's ``fit``.
 
     Attributes:
-        steps: Optimizer steps; each takes all draws of all targets.
+        steps: Optimizer steps, at most; each takes all draws of all targets.
+        fresh_draws: Whether each step has draws of its own; in a strategy that minimises one function, all steps have
+            the same.
     """
 
     steps: int
+    fresh_draws: bool = True
 
     @abstractmethod
     def configure_optimizer(self, problem: Problem) -> torch.optim.Optimizer:
@@ -72,3 +75,8 @@ class Strategy(ABC):
         Returns:
             JSON-like settings.
         """
+
+    @property
+    def finished(self) -> bool:
+        """Whether no further step would change a delta, so that the rest of them can be left out."""
+        return False

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher import Fisher
 from lightning_unlearn.strategies.base import Deltas, Problem, Strategy
-from lightning_unlearn.strategies.scale import find_scales
+from lightning_unlearn.strategies.scale import along, find_scales
 
 
 class NaturalGradient(torch.optim.Optimizer):
@@ -113,13 +113,13 @@ class Newton(Strategy):
         base = problem.losses(None)  # (Q,)
 
         def rises(scales: Tensor) -> Tensor:
-            return problem.losses(_along(before, directions, scales)) / base - 1
+            return problem.losses(along(before, directions, scales)) / base - 1
 
         # To first order the loss rises by c gᵀF⁻¹g, and with the direction d = F⁻¹g that is c dᵀFd.
         slopes = problem.fisher.quadratic(directions).to(base) / base
         risen = problem.losses(before) / base - 1 if step > 1 else torch.zeros_like(base)
         scales = find_scales(rises, slopes, self.target_increase * step / self.steps, problem.targets, risen)
-        for name, scaled in _along(before, directions, scales).items():
+        for name, scaled in along(before, directions, scales).items():
             problem.deltas[name].detach().copy_(scaled)
 
     def settings(self) -> dict[str, Any]:
@@ -130,11 +130,3 @@ class Newton(Strategy):
         """
         size = {"target_increase": self.target_increase} if self.alpha is None else {"alpha": self.alpha, "N": self.N}
         return {"strategy": "newton", "steps": self.steps, **size}
-
-
-def _along(before: Deltas, directions: Deltas, scales: Tensor) -> Deltas:
-    """``before + scales · directions`` with one scale a target."""
-    return {
-        name: before[name] + scales.to(direction).reshape(-1, *[1] * (direction.ndim - 1)) * direction
-        for name, direction in directions.items()
-    }

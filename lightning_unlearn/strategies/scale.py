@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.errors import InputError
+from lightning_unlearn.strategies.base import Deltas
 
 # The rise is found to this relative accuracy, near what float32 losses allow: the scale then depends on the losses
 # alone, not on how the search happened to get there, and any number of processes finds the same one.
@@ -47,12 +48,7 @@ def find_scales(
         >>> torch.testing.assert_close(scales, torch.tensor([1.0], dtype=torch.float64), atol=1e-6, rtol=0)
     """
     slopes = slopes.double()
-    flat = [target for target, slope in zip(targets, slopes.tolist(), strict=True) if not 0 < slope < float("inf")]
-    if flat:
-        raise InputError(
-            f"The loss of {flat[0]!r} has no finite gradient in the chosen weights, so it can't be unlearned; "
-            "choose other weights, or check the model."
-        )
+    check_slopes(slopes, targets)
     low_value = (torch.zeros_like(slopes) if risen is None else risen.double()) - wanted
     beyond = [target for target, value in zip(targets, low_value.tolist(), strict=True) if value >= 0]
     if beyond:
@@ -88,3 +84,38 @@ def find_scales(
         f"The loss of {missed[0]!r} can't be raised by {wanted:.3g} along its natural gradient; "
         "choose a smaller target_increase, more draws or more weights."
     )
+
+
+def check_slopes(slopes: Tensor, targets: Sequence[str]) -> None:
+    """Refuse targets whose loss does not rise along their natural gradient.
+
+    Args:
+        slopes: ``(Q,)`` a positive multiple of ``gᵀF⁻¹g``.
+        targets: ``Q`` names, for the message.
+
+    Raises:
+        InputError: If one of them is zero or not finite.
+    """
+    flat = [target for target, slope in zip(targets, slopes.tolist(), strict=True) if not 0 < slope < float("inf")]
+    if flat:
+        raise InputError(
+            f"The loss of {flat[0]!r} has no finite gradient in the chosen weights, so it can't be unlearned; "
+            "choose other weights, or check the model."
+        )
+
+
+def along(before: Deltas, directions: Deltas, scales: Tensor) -> Deltas:
+    """``before + scales · directions`` with one scale a target.
+
+    Args:
+        before: Parameter name to ``(Q, *parameter)``.
+        directions: The same shapes.
+        scales: ``(Q,)``.
+
+    Returns:
+        The same shapes.
+    """
+    return {
+        name: before[name] + scales.to(direction).reshape(-1, *[1] * (direction.ndim - 1)) * direction
+        for name, direction in directions.items()
+    }

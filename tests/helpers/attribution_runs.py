@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from reference import per_sample_gradients, sums_of_squares
 from torch import Tensor, nn
-from toys import DIM, LATENT, TOKENS, ToyDenoiser, ToyObjective, done_shards, tiny_unet
+from toys import DIM, LATENT, TOKENS, ToyDenoiser, ToyObjective, done_shards, tiny_unet, told
 
 from lightning_unlearn.callbacks import ScoreWriter
 from lightning_unlearn.datamodules import AttributionDataModule
@@ -27,7 +27,7 @@ from lightning_unlearn.objective import DenoisingObjective, Objective
 from lightning_unlearn.parameters import layer_parameters, layer_specs, select_layers
 from lightning_unlearn.samples import Sample, ViewBatch, decode_sample
 from lightning_unlearn.shards import encode_sample, write_shards
-from lightning_unlearn.strategies import Newton
+from lightning_unlearn.strategies import STRATEGIES, Strategy
 from lightning_unlearn.views import Views
 
 SAMPLES = 24
@@ -67,6 +67,15 @@ def ragged_fields(numbers: Any = range(SAMPLES), prefix: str = "sample") -> list
             encode_sample(f"{prefix}-{number:05d}", arrays[0], arrays[1], {"captions": captions}, latent_flip=arrays[2])
         )
     return fields
+
+
+def grouped_fields() -> list[dict[str, Any]]:
+    """Five queries of two artists, and a part of one of them."""
+    half = np.repeat([1.0, 0.0], LATENT[1] // 2)[:, None].repeat(LATENT[2], 1)
+    return [
+        told(fields, half if number == 3 else None, artist="Marc" if number % 2 else "Klee")
+        for number, fields in enumerate(ragged_fields(range(1, 6), prefix="query"))
+    ]
 
 
 def decoded(fields: Mapping[str, Any]) -> Sample:
@@ -127,6 +136,7 @@ def toy_model() -> Path:
     folder = Path(_FOLDERS[-1].name)
     write_shards(ragged_fields(), folder / "train", samples_per_shard=SAMPLES_PER_SHARD)
     write_shards(ragged_fields(range(1, 3), prefix="query"), folder / "queries")
+    write_shards(grouped_fields(), folder / "grouped", samples_per_shard=2)
     samples = [decoded(fields) for fields in ragged_fields()]
     network, objective = tiny_unet(), DenoisingObjective()
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
@@ -155,7 +165,7 @@ def toy_deltas() -> Path:
 
 
 def toy_module(
-    folder: Path, strategy: Newton | None = None, views: Views | None = None, **settings: Any
+    folder: Path, strategy: Strategy | None = None, views: Views | None = None, **settings: Any
 ) -> UnlearningModule:
     """The module of :func:`toy_model`."""
     network = tiny_unet()
@@ -177,16 +187,16 @@ class PartlyUsed(ToyDenoiser):
         self.unused = nn.Linear(2, 2)
 
 
-def partly_used_module(strategy: Newton | None = None) -> UnlearningModule:
+def partly_used_module(strategy: Strategy | None = None) -> UnlearningModule:
     """A module that also unlearns a layer that no loss depends on."""
     network = PartlyUsed()
     return UnlearningModule(network, ToyObjective(), random_fisher(network, "all"), "all", strategy=strategy)
 
 
-def toy_data(folder: Path, shards: str = "train", **settings: Any) -> AttributionDataModule:
+def toy_data(folder: Path, shards: str = "train", queries: str = "queries", **settings: Any) -> AttributionDataModule:
     """The datamodule of :func:`toy_model`, with draws that nothing divides."""
     defaults: dict[str, Any] = {"draws": 100, "draw_batch_size": 7, "batch_size": 4}
-    return AttributionDataModule(str(folder / shards), str(folder / "queries"), **{**defaults, **settings})
+    return AttributionDataModule(str(folder / shards), str(folder / queries), **{**defaults, **settings})
 
 
 def unlearn(
@@ -233,12 +243,21 @@ class Stall(Callback):
             time.sleep(600)
 
 
+def strategy_of(settings: Mapping[str, Any]) -> Strategy:
+    """A job's strategy: ``name`` and arguments, of which ``optimizer`` is torch's ``name`` and its arguments."""
+    arguments = {"name": "newton", **settings}
+    if "optimizer" in arguments:
+        of_optimizer = dict(arguments["optimizer"])
+        arguments["optimizer"] = functools.partial(getattr(torch.optim, of_optimizer.pop("name")), **of_optimizer)
+    return STRATEGIES[arguments.pop("name")](**arguments)
+
+
 def run_jobs(jobs: list[dict[str, Any]], settings: dict[str, Any]) -> None:
     """Run fits and predicts one after the other; each rank leaves a JSON file of what it saw."""
     for job in jobs:
         folder, out = Path(job["folder"]), Path(job["out"])
         data = toy_data(folder, job.get("shards", "train"), **job.get("data", {}))
-        strategy = Newton(**job.get("strategy", {}))
+        strategy = strategy_of(job.get("strategy", {}))
         module = toy_module(folder, strategy) if "network" not in job else partly_used_module(strategy)
         seen: dict[str, Any] = {}
         if job["kind"] == "fit":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +86,21 @@ def toy_fields(number: int, captions: int = 1, *, flip: bool = False, prefix: st
         {"captions": [f"caption {c} of {number}" for c in range(captions)]},
         latent_flip=rng.standard_normal(LATENT).astype(np.float32) if flip else None,
     )
+
+
+def grey_png(shares: Any) -> bytes:
+    """An 8-bit grey PNG of numbers from 0 to 1, ``(H, W)``."""
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.fromarray(np.rint(255 * np.asarray(shares, dtype=np.float64)).astype(np.uint8)).save(stream, "png")
+    return stream.getvalue()
+
+
+def told(fields: Mapping[str, Any], mask: Any = None, **facts: Any) -> dict[str, Any]:
+    """A sample's fields with more facts in its json, and a mask ``(H, W)`` if one is given."""
+    more = {"json": json.dumps({**json.loads(fields["json"]), **facts}).encode()}
+    return {**fields, **more, **({} if mask is None else {"mask.png": grey_png(mask)})}
 
 
 def toy_shards(

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from attribution_runs import grouped_fields
 from command_toys import SAMPLES, SHARDS, run, toy_config, toy_folder, write_config
 from toys import done_shards, tiny_unet, toy_fields
 
@@ -287,6 +288,29 @@ def test_what_can_not_be_run_is_one_sentence(
     said = refused(capsys, "--config", config, "--output", tmp_path / "run", *options)
     assert reason in said
     assert not done_shards(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (
+            ["--data.init_args.targets_by", "artist"],
+            "scores each query by itself, not sets of them; leave targets_by",
+        ),
+        ([], "looks at whole pictures, but the query 'query-00004' has a mask"),
+    ],
+    ids=str,
+)
+def test_sets_and_regions_are_one_sentence(
+    options: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_shards(grouped_fields(), tmp_path / "grouped")
+    config = toy_config()
+    config["data"]["init_args"]["queries"] = str(tmp_path / "grouped")
+    path = write_config(tmp_path / "toy.yaml", config)
+    said = refused(capsys, "--config", path, "--output", tmp_path / "run", "--method", "Random", *options)
+    assert says in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_bar_counts_samples(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from attribution_runs import grouped_fields
 from command_toys import SAMPLES, run, toy_config, toy_folder, write_config
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
@@ -27,6 +28,7 @@ from lightning_unlearn.loading import load_network
 from lightning_unlearn.module import UnlearningModule
 from lightning_unlearn.objective import DenoisingObjective
 from lightning_unlearn.scores import ScoreTable, read_scores
+from lightning_unlearn.shards import write_shards
 from lightning_unlearn.training import FisherPass
 from lightning_unlearn.views import Views
 
@@ -149,6 +151,51 @@ def test_deleted_scores_of_a_shard_come_back_the_same(config: str, tmp_path: Pat
     }
     # The same YAML gives the same scores, bit for bit, in another folder and on another day.
     assert (read_scores(output).scores == read_scores(attributed).scores).all()
+
+
+def grouped_config(folder: Path) -> str:
+    """The toy YAML with five queries of two artists in the place of its own."""
+    write_shards(grouped_fields(), folder / "grouped", samples_per_shard=2)
+    config = toy_config()
+    config["data"]["init_args"] |= {"queries": str(folder / "grouped"), "targets_by": "artist"}
+    return write_config(folder / "grouped.yaml", config)
+
+
+def test_attribute_unlearns_sets_and_the_report_lists_their_members(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, output = grouped_config(tmp_path), tmp_path / "run"
+    run("attribute", "--config", config, "--output", output, *QUIET)
+    assert "Unlearning 2 sets of 5 queries with 6 draws each on cpu …" in capsys.readouterr().out
+    table = read_scores(output)
+    assert table.queries == ["Klee", "Marc"]
+    members = {name: about["members"] for name, about in table.run["targets"].items()}
+    assert members == {"Klee": ["query-00001", "query-00003", "query-00005"], "Marc": ["query-00002", "query-00004"]}
+    assert all(about["rise"] == pytest.approx(0.1, rel=1e-5) for about in table.run["targets"].values())
+    page = (output / "report.html").read_text()
+    lists = [part.partition("</ul>")[0] for part in page.split('<ul class="members">')[1:]]
+    assert [re.findall(r"caption 0 of (\d)</p>", part) for part in lists] == [["1", "3", "5"], ["2", "4"]]
+    assert page.count("Set’s loss before") == 2
+
+    # The same command finds all of it done; other sets of the same queries are another run.
+    before = files(output)
+    run("attribute", "--config", config, "--output", output, *QUIET)
+    assert "2 sets of 5 queries unlearned already" in capsys.readouterr().out
+    assert files(output) == before
+    alone = ("--config", config, "--output", output, "--data.init_args.targets_by", "null")
+    assert "was made with other unlearning than this run's" in refused(capsys, "attribute", *alone)
+    page = (output / "report.html").read_text()
+    run("report", "--folder", output)
+    assert (output / "report.html").read_text() == page
+
+
+def test_queries_that_do_not_say_their_target_are_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--config", grouped_config(tmp_path), "--output", tmp_path / "run")
+    said = refused(capsys, "attribute", *options, "--data.init_args.targets_by", "licence")
+    assert "The query 'query-00001' has no 'licence' in its json" in said
+    assert not (tmp_path / "run" / "deltas.ckpt").exists()
 
 
 def test_report_command_writes_the_same_page_again(attributed: Path, tmp_path: Path) -> None:

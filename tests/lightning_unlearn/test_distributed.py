@@ -30,7 +30,26 @@ FITS: dict[str, dict[str, Any]] = {
     "increase": {"strategy": {"target_increase": 0.1}},
     "steps": {"strategy": {"steps": 2, "target_increase": 0.1}},
     "few draws": {"strategy": {"alpha": 1.0, "N": 100}, "data": {"draws": 2}},
+    # Sets of two and three queries, one of them with a region.
+    "sets": {"strategy": {"target_increase": 0.1}, "data": {"queries": "grouped", "targets_by": "artist"}},
     "partly used": {"strategy": {"target_increase": 0.1}, "network": "partly used", "data": {"draws": 10}},
+    "penalised": {"strategy": {"name": "penalised", "N": 1e6, "steps": 3}, "data": {"draws": 10}},
+    "penalised, by momentum": {
+        "strategy": {
+            "name": "penalised",
+            "N": 1e6,
+            "steps": 3,
+            "optimizer": {"name": "SGD", "lr": 7e-5, "momentum": 0.9},
+        },
+        "data": {"draws": 10},
+    },
+    # It stops after fewer steps, of which the last is shortened.
+    "penalised, to a rise": {
+        "strategy": {"name": "penalised", "N": 5, "steps": 9, "lr": 0.2, "target_increase": 0.1},
+        "network": "partly used",
+        "data": {"draws": 10},
+        "takes": 3,
+    },
 }
 PREDICTS: dict[str, dict[str, Any]] = {
     "scores": {"data": {"batch_size": 4}},
@@ -144,7 +163,7 @@ def test_deltas_are_those_of_one_process(spread: tuple[Path, int, str], alone: P
 def test_all_ranks_hold_the_same_deltas_after_the_same_steps(spread: tuple[Path, int, str], name: str) -> None:
     found = ranks(spread[0] / name, spread[1])
     assert len({rank["deltas"] for rank in found}) == 1
-    assert {rank["steps"] for rank in found} == {FITS[name]["strategy"].get("steps", 1)}
+    assert {rank["steps"] for rank in found} == {FITS[name].get("takes", FITS[name]["strategy"].get("steps", 1))}
     assert all(rank["results"] == found[0]["results"] for rank in found)
     wanted = FITS[name]["strategy"].get("target_increase")
     for result in found[0]["results"].values():

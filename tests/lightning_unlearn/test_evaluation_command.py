@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from command_toys import run
 from evaluation_toys import KEYS, QUERIES, files, query_fields, toy_config, toy_folder, write_config, write_scores
-from toys import toy_fields, toy_shards
+from toys import told, toy_fields, toy_shards
 
 from lightning_unlearn.cli import main
 from lightning_unlearn.evaluate_command import array_place, duration
@@ -254,6 +254,24 @@ def test_scores_of_other_samples_or_queries_are_refused(
     message = refused(capsys, *options(toys, tmp_path / "study"), "--scores", json.dumps({"one": str(folder)}))
     assert f"The scores in {folder} " in message
     assert said in message
+
+
+def test_scores_of_sets_are_refused(toys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_scores(tmp_path / "scores", np.zeros((12, 3)))
+    about = json.loads((folder / "run.json").read_text())
+    about["targets"] = {query: {"members": [query, "another"]} for query in QUERIES}
+    (folder / "run.json").write_text(json.dumps(about))
+    message = refused(capsys, *options(toys, tmp_path / "study"), "--scores", json.dumps({"one": str(folder)}))
+    assert f"The scores in {folder} are of sets of queries" in message
+    assert message.endswith("attribute without targets_by.")
+
+
+def test_a_querys_region_is_measured(toys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    masked = [told(query_fields(0), np.eye(8)), query_fields(1), query_fields(2)]
+    write_shards(masked, tmp_path / "queries")
+    small = options(toys, tmp_path / "study", SMALL)
+    run(*small, *methods(toys), "--queries", str(tmp_path / "queries"))
+    assert "another measuring.queries_digest" in refused(capsys, *small, *methods(toys))
 
 
 def test_a_methods_folder_that_is_not_there_is_refused(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from toys import ToyDenoiser, ToyObjective, toy_shards
+from toys import LATENT, ToyDenoiser, ToyObjective, toy_shards
 
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.evaluation import Measuring, Retrainer, Run, Study, Training, fit_run
@@ -99,6 +100,14 @@ def test_a_model_is_the_same_from_its_seed_alone_whatever_was_trained_before(sha
     # Another seed, or other samples, make another model.
     assert [run for run in OTHERS if same(kept(among, run), kept(among, RUN))] == []
     assert [run for run in OTHERS if among.study.read(run).outcomes == among.study.read(RUN).outcomes] == []
+
+
+def test_a_loss_that_knows_nothing_of_regions_is_refused_before_training(shards: Path, tmp_path: Path) -> None:
+    asked = [*queries(2), replace(queries(3)[2], mask=torch.ones(LATENT[1:]))]
+    made = retrainer(Builder(shards), tmp_path)
+    made.measure = Measuring(asked, draws=10)
+    with pytest.raises(InputError, match=f"{asked[2].key!r} has a mask, of which ToyObjective knows nothing"):
+        made._checked(RUN)
 
 
 # ---------------------------------------------------------------------------------- which samples

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from PIL import Image
 
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.report import _duration, _number, write_report
+from lightning_unlearn.report import MEMBERS, _duration, _number, shown_queries, write_report
 from lightning_unlearn.samples import Sample
 from lightning_unlearn.scores import ScoreTable
 
@@ -255,6 +256,62 @@ def test_each_query_lists_its_top_images_in_the_order_of_the_table_ties_included
         for rank, (key, score) in enumerate(table.top(query, 7), start=1)
     ]
     assert found == expected
+
+
+def _sets(members: dict[str, list[str]], **run: Any) -> ScoreTable:
+    table = _table(np.linspace(-1, 2, 5 * len(members)).reshape(5, -1), None, list(members), **run)
+    for name, keys in members.items():
+        about = table.run["targets"][name]
+        del about["captions"]
+        about["members"] = keys
+    return table
+
+
+def test_a_set_shows_its_first_members_and_how_many_there_are(tmp_path: Path) -> None:
+    members = {"Klee": ["b", "d"], "Marc": [f"m{number}" for number in range(1200)]}
+    table = _sets(members)
+    assert [shown_queries(table, name) for name in members] == [["b", "d"], members["Marc"][:MEMBERS]]
+    shown = [_sample(key, picture=_encoded(20, 10)) for keys in members.values() for key in keys[:MEMBERS]]
+    page = _page(tmp_path, table, shown)
+    parsed = _Page(page)
+    alternatives = [image["alt"] for image in parsed.all("img") if image["alt"].startswith("Query")]
+    assert alternatives == [f"Query caption of {sample.key}" for sample in shown]
+    assert [page.count(f"caption of {key}</p>") for key in ("b", "d", "m0", "m5", "m6")] == [1, 1, 1, 1, 0]
+    assert f"The first {MEMBERS} of 1,200 queries that were unlearned together." in parsed.text
+    assert "queries 2" in parsed.text
+    assert "queries 1,200" in parsed.text
+    assert "Each set was unlearned:" in parsed.text
+    assert "2 sets · 5 training images" in parsed.text
+    assert "Set’s loss before" in parsed.text
+    assert "Query’s loss" not in parsed.text
+    # In the contents, a set is shown by its first picture.
+    assert len(_pictures(page)) == len(shown) + 2 + 10
+
+
+def test_a_set_of_which_nothing_is_found_is_shown_by_its_members_keys(tmp_path: Path) -> None:
+    # A set may be called as one of the queries, or as a sample.
+    page = _Page(_page(tmp_path, _sets({"image-0000": ["one", "two" + EVIL[0]]}), [_sample("image-0000")]))
+    assert f"Query two{EVIL[0]}: no picture" in page.text
+    assert "caption of image-0000" not in [image.get("alt", "").removeprefix("Query ") for image in page.all("img")]
+    assert "these pictures possible" in page.text
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_query_with_a_region_is_faint_outside_of_it(stored: bool, tmp_path: Path) -> None:
+    mask = torch.zeros(2, 2)
+    mask[0] = 1
+    dark = io.BytesIO()
+    Image.new("RGB", (40, 40)).save(dark, "png")
+    sample = replace(
+        _sample("query-0", latent=-torch.ones(3, 40, 40), picture=dark.getvalue() if stored else None), mask=mask
+    )
+    table = _table([1.0, 2.0])
+    table.run["targets"]["query-0"]["region"] = 0.5
+    page = _page(tmp_path, table, [sample])
+    pixels = np.asarray(_pictures(page)[0].convert("L"))
+    assert (pixels[:20] == 0).all()
+    assert (pixels[20:] > 180).all()
+    assert "region 50.0 % of it" in _Page(page).text.replace("\u00a0", " ")
 
 
 def test_a_shown_image_has_its_rank_score_captions_key_base_loss_and_alternative_text(tmp_path: Path) -> None:

@@ -1,0 +1,188 @@
+"""Steps down the penalised objective, each target by itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_unlearn.errors import InputError
+from lightning_unlearn.fisher import Fisher
+from lightning_unlearn.strategies.base import Deltas
+from lightning_unlearn.strategies.scale import check_slopes
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+# So many times as far away as at the start is no detour: the steps lead away for good.
+FAR = 1e3
+# What may be left of the way at the end without a word.
+NEAR = 1e-2
+
+
+class PenalisedDescent(torch.optim.Optimizer):
+    r"""Gives each target's own optimizer the gradient of :math:`-L(\hat z, θ_0 + δ) + \frac{N}{2} δ^\top F δ`.
+
+    The gradients that Lightning leaves are those of :math:`-L`, summed over micro-batches and ranks; the penalty's is
+    added to them here, once, and the same on every rank. Where nothing may move (a layer whose Fisher is all zero),
+    the gradient is zero.
+
+    Args:
+        groups: For each layer ``{"params": [...], "names": [...]}``: its stacked deltas and their names.
+        fisher: Finalized; it is not part of the optimizer's state.
+        N: Strength of the penalty.
+        targets: ``Q`` names, for messages.
+        optimizer: Makes the optimizer of one target's deltas.
+        natural: Whether it gets :math:`(N F)^{-1}` times the gradient.
+
+    Attributes:
+        left: How far each target is from a minimum, as a share of how far it was at the start. The measure is
+            ``√(rᵀFr)`` of ``r = (NF)⁻¹∇L − δ``, which is the way left to go if the loss is linear in the weights.
+        finished: Targets that stay where they are.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        fisher: Fisher,
+        N: float,
+        targets: list[str],
+        optimizer: OptimizerFactory,
+        natural: bool,
+    ) -> None:
+        super().__init__(groups, {})
+        self.fisher = fisher
+        self.N = N
+        self.targets = targets
+        self.natural = natural
+        stacks = {
+            name: stack
+            for group in self.param_groups
+            for name, stack in zip(group["names"], group["params"], strict=True)
+        }
+        # Rows of the stacks, in their memory. With an optimizer for each target none depends on another, whatever the
+        # optimizer does with its tensors, and one can stop while others go on.
+        self.rows = [
+            {name: nn.Parameter(stack.detach()[number]) for name, stack in stacks.items()}
+            for number in range(len(targets))
+        ]
+        self.optimizers = [optimizer(list(rows.values())) for rows in self.rows]
+        self.start: list[float] = []
+        self.left = [math.inf] * len(targets)
+        self.finished = [False] * len(targets)
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Run the closure, in which Lightning's forward and backward live, then take one step of each target.
+
+        Args:
+            closure: Computes gradients.
+
+        Returns:
+            What the closure returns.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            gradients = self._natural_gradients()
+            self._watch(self.fisher.quadratic(gradients))
+            if not self.natural:
+                gradients = _times_fisher(self.fisher, gradients, self.N)
+            for number, (rows, optimizer) in enumerate(zip(self.rows, self.optimizers, strict=True)):
+                if not self.finished[number]:
+                    for name, gradient in gradients.items():
+                        rows[name].grad = gradient[number]
+                    optimizer.step()
+                    optimizer.zero_grad()
+        return loss
+
+    def _natural_gradients(self) -> Deltas:
+        """``(NF)⁻¹`` times the gradients: ``δ − (NF)⁻¹∇L``; zero where nothing may move."""
+        found: Deltas = {}
+        for group in self.param_groups:
+            stacks = dict(zip(group["names"], group["params"], strict=True))
+            gradients = {name: stack.grad for name, stack in stacks.items() if stack.grad is not None}  # of −L
+            for name, direction in self.fisher.precondition(gradients).items():
+                found[name] = stacks[name] + direction / self.N
+        return found
+
+    def _watch(self, squares: Tensor) -> None:
+        """See how far each target is from a minimum.
+
+        Args:
+            squares: ``(Q,)`` squared distances.
+
+        Raises:
+            InputError: If a target can't be unlearned, or moves away for good.
+        """
+        if not self.start:
+            check_slopes(squares, self.targets)
+            self.start = squares.double().sqrt().tolist()
+        distances: list[float] = squares.double().sqrt().tolist()
+        self.left = [distance / start for distance, start in zip(distances, self.start, strict=True)]
+        self._refuse_what_is_further_than(FAR)
+
+    def _refuse_what_is_further_than(self, most: float) -> None:
+        for target, left, finished in zip(self.targets, self.left, self.finished, strict=True):
+            if not (finished or left <= most):
+                raise InputError(
+                    f"The unlearning of {target!r} diverges: it is {left:.3g} times as far from a minimum as at the "
+                    "start, since N times the Fisher does not exceed the curvature of its loss, or steps are too "
+                    "long; choose a larger N, more damping or a smaller learning rate, or stop at a target_increase."
+                )
+
+    def conclude(self, steps: int) -> None:
+        """Say how far from the minimum targets were before the last step, if it is worth a word.
+
+        Args:
+            steps: How many were taken.
+
+        Raises:
+            InputError: If a target was further away than at the start.
+        """
+        self._refuse_what_is_further_than(1.0)
+        far = [place for place, left in enumerate(self.left) if left > NEAR]
+        if far:
+            worst = max(far, key=lambda place: self.left[place])
+            rank_zero_warn(
+                f"{len(far)} of {len(self.targets)} targets have not converged: before the last of {steps} steps "
+                f"{self.targets[worst]!r} was {self.left[worst]:.2g} times as far from the minimum as at the start; "
+                "take more steps."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, with that of each target's optimizer.
+
+        Returns:
+            As torch's, and ``targets``, ``start``, ``left`` and ``finished``.
+        """
+        return {
+            **super().state_dict(),
+            "targets": [optimizer.state_dict() for optimizer in self.optimizers],
+            "start": list(self.start),
+            "left": list(self.left),
+            "finished": list(self.finished),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take a state that :meth:`state_dict` gave.
+
+        Args:
+            state_dict: Of as many targets.
+        """
+        super().load_state_dict(state_dict)
+        for optimizer, state in zip(self.optimizers, state_dict["targets"], strict=True):
+            optimizer.load_state_dict(state)
+        self.start, self.left, self.finished = (list(state_dict[name]) for name in ("start", "left", "finished"))
+
+
+def _times_fisher(fisher: Fisher, vectors: Deltas, factor: float) -> Deltas:
+    """``factor · F v``, as the derivative of ``factor/2 · vᵀFv``."""
+    leaves = {name: vector.detach().requires_grad_() for name, vector in vectors.items()}
+    with torch.enable_grad():
+        half = factor / 2 * fisher.quadratic(leaves).sum()
+    return dict(zip(leaves, torch.autograd.grad(half, list(leaves.values())), strict=True))
