@@ -102,7 +102,7 @@ def text(page: Page) -> str:
     head = " | ".join(f"K = {size} ({size / facts['samples']:.0%})" for size in sizes)
     lines += [
         "Change of the query's loss (× 10⁻³) by removing the K samples that a method names and training again; "
-        "“inside” is not beyond the floors of random removals and of another seed.",
+        "“inside” is not beyond the floors of random removals and of another seed; “–” was not asked for.",
         "",
         f"| method | {head} |",
         "|---|" + "---|" * len(sizes),
