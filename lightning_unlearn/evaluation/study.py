@@ -52,7 +52,8 @@ class Study:
     def __init__(self, folder: str | Path, settings: Mapping[str, Any]) -> None:
         self.folder = Path(folder)
         self.settings = dict(settings)
-        if read_settings(self.folder) is None:
+        # Settings without a finished model bind nobody: a mistake in them costs no more than putting it right.
+        if read_settings(self.folder) is None or not any((self.folder / MODELS).glob("*.json")):
             try:
                 (self.folder / MODELS).mkdir(parents=True, exist_ok=True)
                 content = json.dumps(self.settings, indent=1, ensure_ascii=False)
@@ -61,10 +62,13 @@ class Study:
                 raise InputError(
                     f"The study can't be kept in {self.folder} ({error.strerror}); choose another folder."
                 ) from None
-        # Also after writing: another process may have made a study here meanwhile.
+        self._refuse_another()
+
+    def _refuse_another(self) -> None:
+        """Refuse a folder that is another study's, also where another process has made one meanwhile."""
         theirs = read_settings(self.folder)
         # By way of JSON, in which a tuple is a list.
-        differing = differences(json.loads(json.dumps(self.settings)), theirs)
+        differing = differences(json.loads(json.dumps(self.settings)), theirs) if theirs is not None else []
         if differing:
             named = ", ".join(differing[:3]) + (" and more" if len(differing) > 3 else "")
             raise InputError(
@@ -114,8 +118,9 @@ class Study:
             about: More facts: versions, device.
 
         Raises:
-            InputError: If it can't be written.
+            InputError: If it can't be written, or the folder has become another study's.
         """
+        self._refuse_another()
         content = {
             "removed": list(run.removed),
             "seed": run.seed,

@@ -112,7 +112,17 @@ def test_a_model_takes_what_the_median_took(study: Study) -> None:
     assert study.typical_seconds() == 2.0
 
 
+def test_a_study_without_a_model_is_whoevers_comes_and_no_other_study_writes_into_it(study: Study) -> None:
+    settings = {"recipe": {"lr": 0.2, "steps": [1, 2]}, "target": "unet"}
+    other = Study(study.folder, settings)
+    (run,) = seed_runs(1)
+    assert "was made with another recipe.lr, target" in refused(study.write, run, {}, 1.0, {})
+    other.write(run, {}, 1.0, {})
+    assert Study(study.folder, settings).is_finished(run)
+
+
 def test_a_study_of_another_recipe_is_refused_and_left_alone(study: Study) -> None:
+    study.write(*seed_runs(1), {}, 1.0, {})
     before = (study.folder / "study.json").read_bytes()
     message = refused(Study, study.folder, {"recipe": {"lr": 0.2, "steps": [1, 2]}, "target": "unet"})
     assert "was made with another recipe.lr, target; choose another folder" in message
