@@ -22,6 +22,7 @@ from typing import Any
 import safetensors.torch
 import torch
 import yaml
+from common import pixels_of_blocks
 from torch import Tensor
 
 from lightning_unlearn.commands import fisher
@@ -39,6 +40,7 @@ from lightning_unlearn.shards import encode_sample, write_shards
 
 BENCHES = Path(__file__).resolve().parent
 FISHER_FILES = {"diagonal": "fisher.safetensors", "ekfac": "ekfac.safetensors"}
+CHOSEN = "text_kv"  # the weights that are unlearned, as in each attribute.yaml
 
 
 @dataclass(frozen=True)
@@ -114,15 +116,17 @@ def make_base(bench: Bench) -> None:
         fisher_file(bench, kind)
 
 
-def fisher_file(bench: Bench, kind: str) -> Path:
+def fisher_file(bench: Bench, kind: str, parameters: str = CHOSEN) -> Path:
     """The file of a kind of Fisher of the trained model, which is taken if it is not there."""
     path = bench.folder / FISHER_FILES[kind]
+    if parameters != CHOSEN:
+        path = bench.folder / "sweep" / f"{parameters}-{path.name}"
     if not path.is_file():
-        take_fisher(bench, path, kind)
+        take_fisher(bench, path, kind, parameters)
     return path
 
 
-def take_fisher(bench: Bench, path: Path, kind: str, parameters: str = "text_kv") -> None:
+def take_fisher(bench: Bench, path: Path, kind: str, parameters: str = CHOSEN) -> None:
     """The Fisher of the trained model, by passes over all pictures."""
     how = ["--passes", str(bench.settings["fisher_passes"]), "--kind", kind]
     how += ["--model.init_args.parameters", parameters]
@@ -145,8 +149,7 @@ def show(bench: Bench, pictures: Tensor, good: list[bool]) -> None:
     from PIL import Image, ImageOps
 
     tiles = []
-    blocks = bench.settings.get("blocks", 1)  # pixels of such blocks are channels of a latent
-    for picture, fine in zip(torch.nn.functional.pixel_shuffle(pictures, blocks), good, strict=True):
+    for picture, fine in zip(pixels_of_blocks(pictures), good, strict=True):
         pixels = ((picture + 1) * 127.5).round().byte().expand(3, -1, -1).permute(1, 2, 0).numpy()
         tile = Image.fromarray(np.ascontiguousarray(pixels)).resize((64, 64), Image.Resampling.NEAREST)
         tiles.append(ImageOps.expand(tile, 3, "white" if fine else "red"))

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import BENCHES, Bench
+from bench import BENCHES, Bench, fisher_file
 from common import PLAIN
 from judged import chosen_settings
 from lightning.pytorch import Trainer
-from methods import RISES, UNLEARNING, baseline_of, config, fisher_source
+from methods import RISES, UNLEARNING, baseline_of, config, fisher_source, fit_and_predict
 
 from lightning_unlearn.baselines import Subject
 from lightning_unlearn.evaluation.customised import Customising, customise
@@ -62,10 +62,7 @@ def unlearn(bench: Bench, fisher: str, setting: str, weights: Any, folder: Path)
     rise, rule = next((rise, rule) for rise in RISES for rule in RULES if setting == f"rise {rise:.0%}, {rule}")
     module.strategy = Newton(target_increase=rise)
     data.shard_patterns, data.query_patterns = str(folder / "candidates"), str(folder / "queries")
-    trainer = Trainer(**{**PLAIN, "max_epochs": 1, "devices": 1})
-    trainer.fit(module, data)
-    predictions: Any = trainer.predict(module, data)
-    return torch.cat([RULES[rule](prediction.base, prediction.unlearned) for prediction in predictions])
+    return torch.cat([RULES[rule](found.base, found.unlearned) for found in fit_and_predict(module, data)])
 
 
 def judge(bench: Bench, concept: str, concepts: dict[str, list[Sample]], settings: dict[str, str]) -> dict[str, Any]:
@@ -94,7 +91,7 @@ def judge(bench: Bench, concept: str, concepts: dict[str, list[Sample]], setting
         views=module.views,
         queries=made.queries,
         batches=lambda: [collate_samples("candidates", candidates[at : at + 64]) for at in range(0, len(keys), 64)],
-        fisher=load_fisher(bench.folder / "fisher.safetensors"),
+        fisher=load_fisher(fisher_file(bench, "diagonal")),
         keep=True,
     )
     with tempfile.TemporaryDirectory() as name:

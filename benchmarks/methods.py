@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from bench import BENCHES, FISHER_FILES, Bench, fisher_file, take_fisher
+from bench import BENCHES, CHOSEN, FISHER_FILES, Bench, fisher_file, take_fisher
 from common import PLAIN, quiet
 from lightning.pytorch import Trainer
 from torch import Tensor
@@ -46,6 +46,7 @@ from lightning_unlearn.datamodules import AttributionDataModule
 from lightning_unlearn.fisher import load_fisher
 from lightning_unlearn.module import UnlearningModule
 from lightning_unlearn.scores import RULES, ScoreTable
+from lightning_unlearn.scoring import Deviations
 from lightning_unlearn.strategies import Newton
 from lightning_unlearn.trainer_cli import TrainerCLI
 
@@ -71,9 +72,28 @@ BASELINE_SETTINGS: dict[str, dict[str, Baseline]] = {
 # With a Fisher, and plain gradient ascent without one.
 UNLEARNING = {"unlearning_ekfac": "ekfac", "unlearning": "diagonal", "gradient_ascent": "identity"}
 METHODS = (*UNLEARNING, *BASELINE_SETTINGS)
-WITH_FISHER = {"unlearning_ekfac": "ekfac", "unlearning": "diagonal", "influence": "diagonal"}
+WITH_FISHER = {"influence": "diagonal"} | {name: kind for name, kind in UNLEARNING.items() if kind in FISHER_FILES}
+LABELS = {
+    "unlearning_ekfac": "**unlearning, EKFAC Fisher (ours)**",
+    "unlearning": "**unlearning, diagonal Fisher (ours)**",
+    "gradient_ascent": "gradient ascent (no Fisher, ours)",
+    "pixel_similarity": "pixel similarity",
+    "text_similarity": "text similarity",
+    "gradient_similarity": "gradient similarity (TracIn, ReTrac)",
+    "influence": "influence function (diagonal Fisher)",
+    "trak": "TRAK",
+    "journey_trak": "Journey-TRAK",
+    "d_trak": "D-TRAK",
+    "das": "DAS",
+    "random": "random",
+}
 
 Scores = dict[str, Tensor]
+
+
+def plain(method: str) -> str:
+    """A method's name where nothing can be bold."""
+    return LABELS[method].replace("**", "")
 
 
 def config(bench: Bench, **settings: Any) -> tuple[UnlearningModule, AttributionDataModule]:
@@ -88,9 +108,17 @@ def config(bench: Bench, **settings: Any) -> tuple[UnlearningModule, Attribution
     return cli.model, cli.datamodule
 
 
-def fisher_source(bench: Bench, kind: str) -> str:
+def fisher_source(bench: Bench, kind: str, parameters: str = CHOSEN) -> str:
     """What an attribution config takes as Fisher: a file, or ``identity``."""
-    return str(fisher_file(bench, kind)) if kind in FISHER_FILES else kind
+    return str(fisher_file(bench, kind, parameters)) if kind in FISHER_FILES else kind
+
+
+def fit_and_predict(module: UnlearningModule, data: AttributionDataModule) -> list[Deviations]:
+    """Unlearn, and the losses of all samples."""
+    trainer = Trainer(**{**PLAIN, "devices": 1})
+    trainer.fit(module, data)
+    predictions: Any = trainer.predict(module, data)
+    return list(predictions)
 
 
 def unlearning_scores(bench: Bench, fisher: str, queries: int | None) -> tuple[Scores, list[str], int]:
@@ -102,9 +130,7 @@ def unlearning_scores(bench: Bench, fisher: str, queries: int | None) -> tuple[S
         module.strategy = Newton(target_increase=rise)
         if queries is not None:
             data.query_keys = [f"query-{number:02d}" for number in range(queries)]
-        trainer = Trainer(**{**PLAIN, "max_epochs": 1, "devices": 1})
-        trainer.fit(module, data)
-        predictions: Any = trainer.predict(module, data)
+        predictions = fit_and_predict(module, data)
         keys = [key for prediction in predictions for key in prediction.batch.keys]
         for rule, reduce in RULES.items():
             rows = [reduce(prediction.base, prediction.unlearned) for prediction in predictions]
@@ -123,7 +149,7 @@ def baseline_scores(bench: Bench, name: str, queries: int | None) -> tuple[Score
         views=module.views,
         queries=chosen,
         batches=data.predict_dataloader,
-        fisher=load_fisher(bench.folder / "fisher.safetensors"),
+        fisher=load_fisher(fisher_file(bench, "diagonal")),
         keep=True,
     )
     scores = {setting: method.scores(subject) for setting, method in BASELINE_SETTINGS[name].items()}

@@ -11,18 +11,17 @@ on one, and reported on the other.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from bench import BENCHES, Bench, fisher_file, take_fisher
-from common import PLAIN, quiet
+from bench import BENCHES, Bench
+from common import quiet
 from judged import halves, open_study
-from lightning.pytorch import Trainer
-from methods import config
+from methods import config, fisher_source, fit_and_predict
 from torch import Tensor
 
 from lightning_unlearn.errors import InputError
@@ -104,6 +103,7 @@ def changed(unlearned: Unlearned, reduced: Reduced) -> str:
     return ", ".join(str(getattr(unlearned, name)) for name in names)
 
 
+@functools.cache
 def losses(bench: Bench, unlearned: Unlearned) -> tuple[Tensor, list[str]] | str:
     """Losses of all samples, or why there are none.
 
@@ -116,23 +116,15 @@ def losses(bench: Bench, unlearned: Unlearned) -> tuple[Tensor, list[str]] | str
     if path.is_file():
         kept = torch.load(path, weights_only=True)
         return kept if isinstance(kept, str) else (kept["losses"], kept["keys"])
-    if unlearned.parameters == "text_kv" and unlearned.fisher != "identity":
-        fisher = fisher_file(bench, unlearned.fisher)
-    else:
-        fisher = folder / f"{unlearned.fisher}-{unlearned.parameters}.safetensors"
-        if unlearned.fisher != "identity" and not fisher.is_file():
-            take_fisher(bench, fisher, unlearned.fisher, unlearned.parameters)
-    source = "identity" if unlearned.fisher == "identity" else str(fisher)
-    module, data = config(bench, fisher=source, parameters=unlearned.parameters, damping=unlearned.damping)
+    fisher = fisher_source(bench, unlearned.fisher, unlearned.parameters)
+    module, data = config(bench, fisher=fisher, parameters=unlearned.parameters, damping=unlearned.damping)
     module.strategy = Newton(steps=unlearned.steps, target_increase=unlearned.rise)
     module.views = Views(timesteps=TIMESTEPS, noise=unlearned.noise)
-    trainer = Trainer(**{**PLAIN, "devices": 1})
     try:
-        trainer.fit(module, data)
+        predictions = fit_and_predict(module, data)
     except InputError as error:
         torch.save(str(error), path)
         return str(error)
-    predictions: Any = trainer.predict(module, data)
     keys = [key for prediction in predictions for key in prediction.batch.keys]
     measured = [torch.cat([prediction.base[None], prediction.unlearned]) for prediction in predictions]
     values = torch.cat(measured, 1)[:, :, 0, 0].float()  # one flip, one caption
@@ -141,7 +133,7 @@ def losses(bench: Bench, unlearned: Unlearned) -> tuple[Tensor, list[str]] | str
 
 
 def sweep(bench: Bench) -> list[dict[str, Any]]:
-    """All rows, with intervals; a bar after the factor separates what it is compared with: the centre."""
+    """All rows, with intervals, and beside each but the centre that of the difference from it."""
     study, plan = open_study(bench), bench.plan()
     report_queries, report_runs, choose_queries, choose_runs = halves(bench, plan)
     sides = {"chosen_on": (choose_queries, choose_runs), "reported_on": (report_queries, report_runs)}
@@ -180,7 +172,7 @@ def main() -> None:
     quiet()
     torch.set_num_threads(1)
     content = json.dumps({"centre": asdict(CENTRE) | asdict(PLAINLY), "rows": sweep(bench)}, indent=1)
-    write_atomically(Path(bench.folder) / "sweep.json", content.encode() + b"\n")
+    write_atomically(bench.folder / "sweep.json", content.encode() + b"\n")
 
 
 if __name__ == "__main__":

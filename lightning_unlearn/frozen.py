@@ -66,9 +66,7 @@ class FrozenModule(LightningModule):
         return self.deltas.targets if self.deltas is not None else []
 
     def _cast(self, batch: ViewBatch) -> ViewBatch:
-        dtype = next(self.network.parameters()).dtype
-        mask = None if batch.mask is None else batch.mask.to(self.device, dtype)
-        return ViewBatch(batch.latents.to(self.device, dtype), batch.text.to(self.device, dtype), mask)
+        return batch.to(self.device, next(self.network.parameters()).dtype)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen network out and say whose the deltas are, in plain types that load without pickle.

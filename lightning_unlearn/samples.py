@@ -79,6 +79,19 @@ class ViewBatch:
     text: Tensor
     mask: Tensor | None = None
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> ViewBatch:
+        """The views where a network is, in its type.
+
+        Args:
+            device: The network's.
+            dtype: The network's.
+
+        Returns:
+            A new batch.
+        """
+        mask = None if self.mask is None else self.mask.to(device, dtype)
+        return ViewBatch(self.latents.to(device, dtype), self.text.to(device, dtype), mask)
+
 
 # Not frozen: a Trainer's precision plugin may only convert the tensors of a dataclass that isn't.
 @dataclass

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_unlearn.deltas import DeltaStore, NetworkLoss, target_weights
 from lightning_unlearn.parameters import layer_parameters
 from lightning_unlearn.precision import added_deltas
-from lightning_unlearn.samples import SampleBatch, ViewBatch
+from lightning_unlearn.samples import SampleBatch
 from lightning_unlearn.views import View, Views
 
 # Views are held in memory for this many at a time, so that weights are added up once for several calls.
@@ -123,5 +123,9 @@ def cast_view(view: View, device: torch.device, dtype: torch.dtype) -> View:
     Returns:
         A new view; rows stay where they are.
     """
-    batch = ViewBatch(view.batch.latents.to(device, dtype), view.batch.text.to(device, dtype))
-    return replace(view, batch=batch, timesteps=view.timesteps.to(device), noise=view.noise.to(device, dtype))
+    return replace(
+        view,
+        batch=view.batch.to(device, dtype),
+        timesteps=view.timesteps.to(device),
+        noise=view.noise.to(device, dtype),
+    )

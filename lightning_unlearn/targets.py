@@ -66,6 +66,21 @@ def targets_of(queries: Sequence[Sample], field: str | None) -> list[Target]:
     return sorted(found, key=lambda target: target.name)
 
 
+def members_of(queries: Sequence[Sample], field: str | None) -> dict[str, list[str]]:
+    """Which queries are in which set, for records.
+
+    Args:
+        queries: With unique keys.
+        field: As in :func:`targets_of`.
+
+    Returns:
+        Name to keys; empty where queries are unlearned by themselves.
+    """
+    if field is None:
+        return {}
+    return {target.name: [query.key for query in target.members] for target in targets_of(queries, field)}
+
+
 def _name(query: Sample, field: str) -> str:
     if field not in query.metadata:
         raise InputError(

@@ -21,7 +21,7 @@ from lightning_unlearn.objective import Objective, check_masks
 from lightning_unlearn.parameters import layer_parameters, layer_specs
 from lightning_unlearn.samples import Sample, ViewBatch, named_arrays
 from lightning_unlearn.strategies import Problem, Strategy
-from lightning_unlearn.targets import Target, targets_of
+from lightning_unlearn.targets import Target, members_of, targets_of
 
 
 class Unlearning(FrozenModule):
@@ -87,7 +87,7 @@ class Unlearning(FrozenModule):
         if self.trainer.state.fn == "fit":
             names = [target.name for target in self._targets()]
             self.deltas = DeltaStore(layer_parameters(self.layers), names)
-            self.members = _members(self._datamodule)
+            self.members = members_of(self._queries(), getattr(self._datamodule, "targets_by", None))
 
     def setup(self, stage: str) -> None:
         """Refuse what would spoil a step, and give the Trainer the exact number of steps.
@@ -324,17 +324,9 @@ class Unlearning(FrozenModule):
         """
         order = [query.key for query in datamodule.queries]
         settings = {**self.unlearning_settings(), "draws": datamodule.draws, "queries": order}
-        if members := _members(datamodule):
+        if members := members_of(datamodule.queries, getattr(datamodule, "targets_by", None)):
             settings["members"] = members
         return digest(settings_digest(settings), tensors_digest(named_arrays(datamodule.queries)))
-
-
-def _members(datamodule: Any) -> dict[str, list[str]]:
-    """Target to its queries' keys, where targets are sets."""
-    field = getattr(datamodule, "targets_by", None)
-    if field is None:
-        return {}
-    return {target.name: [query.key for query in target.members] for target in targets_of(datamodule.queries, field)}
 
 
 def _fisher_digest(fisher: Fisher) -> str:

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from minilm import ENCODER, encode_captions
+from torch.nn.functional import pixel_unshuffle
 
 from lightning_unlearn.fingerprints import digest
 from lightning_unlearn.shards import encode_sample, write_shards
@@ -79,8 +81,7 @@ def latent(picture: Array) -> Array:
     Returns:
         ``(4, 4, 4)`` float16.
     """
-    blocks = picture.reshape(4, 2, 4, 2).transpose(1, 3, 0, 2).reshape(4, 4, 4)
-    return np.ascontiguousarray(blocks, dtype=np.float16)
+    return np.asarray(pixel_unshuffle(torch.from_numpy(picture.copy())[None], 2).half().numpy())
 
 
 def concepts(pictures: Array, digits: Array, training: list[int]) -> dict[str, list[int]]:

@@ -21,7 +21,7 @@ from lightning_unlearn.sampling import generate
 
 # The loss is also kept for this many parts of the schedule.
 PARTS = 10
-Images = Callable[[Tensor], Tensor]
+ImageFunction = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -143,8 +143,7 @@ class Measuring:
                 objective.num_timesteps,
                 query.latent.shape,
             )
-            mask = None if batch.mask is None else batch.mask.to(weight)
-            views = ViewBatch(batch.latents.to(weight), batch.text.to(weight), mask)
+            views = ViewBatch(batch.latents, batch.text, batch.mask).to(weight.device, weight.dtype)
             losses.append(objective(network, views, timesteps.to(weight.device), noise.to(weight)).double().cpu())
         values = torch.cat(losses)  # (draws,), in the order of timesteps
         parts = values.reshape(PARTS, -1).mean(1)
@@ -252,7 +251,7 @@ def outcome_fields(outcome: Outcome) -> dict[str, Any]:
     return {name: value for name, value in asdict(outcome).items() if value is not None}
 
 
-def _find(name: str, what: str, shape: str) -> Images:
+def _find(name: str, what: str, shape: str) -> ImageFunction:
     module, _, attribute = name.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), attribute)
@@ -261,5 +260,5 @@ def _find(name: str, what: str, shape: str) -> Images:
     made = found() if isinstance(found, type) else found
     if not callable(made):
         raise InputError(f"{name!r} is no image {what}; it must take (B, C, H, W) and give {shape}.")
-    images: Images = made
+    images: ImageFunction = made
     return images

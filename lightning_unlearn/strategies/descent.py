@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher import Fisher
 from lightning_unlearn.strategies.base import Deltas
+from lightning_unlearn.strategies.optimizer import DeltaOptimizer
 from lightning_unlearn.strategies.scale import check_slopes
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -23,7 +24,7 @@ FAR = 1e3
 NEAR = 1e-2
 
 
-class PenalisedDescent(torch.optim.Optimizer):
+class PenalisedDescent(DeltaOptimizer):
     r"""Gives each target's own optimizer the gradient of :math:`-L(\hat z, θ_0 + δ) + \frac{N}{2} δ^\top F δ`.
 
     The gradients that Lightning leaves are those of :math:`-L`, summed over micro-batches and ranks; the penalty's is
@@ -53,8 +54,7 @@ class PenalisedDescent(torch.optim.Optimizer):
         optimizer: OptimizerFactory,
         natural: bool,
     ) -> None:
-        super().__init__(groups, {})
-        self.fisher = fisher
+        super().__init__(groups, fisher, {})
         self.N = N
         self.targets = targets
         self.natural = natural
@@ -74,41 +74,27 @@ class PenalisedDescent(torch.optim.Optimizer):
         self.left = [math.inf] * len(targets)
         self.finished = [False] * len(targets)
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Run the closure, in which Lightning's forward and backward live, then take one step of each target.
-
-        Args:
-            closure: Computes gradients.
-
-        Returns:
-            What the closure returns.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        with torch.no_grad():
-            gradients = self._natural_gradients()
-            self._watch(self.fisher.quadratic(gradients))
-            if not self.natural:
-                gradients = _times_fisher(self.fisher, gradients, self.N)
-            for number, (rows, optimizer) in enumerate(zip(self.rows, self.optimizers, strict=True)):
-                if not self.finished[number]:
-                    for name, gradient in gradients.items():
-                        rows[name].grad = gradient[number]
-                    optimizer.step()
-                    optimizer.zero_grad()
-        return loss
+    def move(self) -> None:
+        """Take one step of each target that is not finished."""
+        gradients = self._natural_gradients()
+        self._watch(self.fisher.quadratic(gradients))
+        if not self.natural:
+            gradients = _times_fisher(self.fisher, gradients, self.N)
+        for number, (rows, optimizer) in enumerate(zip(self.rows, self.optimizers, strict=True)):
+            if not self.finished[number]:
+                for name, gradient in gradients.items():
+                    rows[name].grad = gradient[number]
+                optimizer.step()
+                optimizer.zero_grad()
 
     def _natural_gradients(self) -> Deltas:
         """``(NF)⁻¹`` times the gradients: ``δ − (NF)⁻¹∇L``; zero where nothing may move."""
-        found: Deltas = {}
-        for group in self.param_groups:
-            stacks = dict(zip(group["names"], group["params"], strict=True))
-            gradients = {name: stack.grad for name, stack in stacks.items() if stack.grad is not None}  # of −L
-            for name, direction in self.fisher.precondition(gradients).items():
-                found[name] = stacks[name] + direction / self.N
-        return found
+        # Lightning's gradients are those of −L.
+        return {
+            name: stacks[name] + direction / self.N
+            for _, stacks, directions in self.directions()
+            for name, direction in directions.items()
+        }
 
     def _watch(self, squares: Tensor) -> None:
         """See how far each target is from a minimum.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,10 +11,11 @@ from torch import Tensor
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher import Fisher
 from lightning_unlearn.strategies.base import Deltas, Problem, Strategy
+from lightning_unlearn.strategies.optimizer import DeltaOptimizer, layer_groups
 from lightning_unlearn.strategies.scale import along, find_scales
 
 
-class NaturalGradient(torch.optim.Optimizer):
+class NaturalGradient(DeltaOptimizer):
     r"""Steps along :math:`-F^{-1} g`, one parameter group a layer.
 
     Args:
@@ -25,31 +25,13 @@ class NaturalGradient(torch.optim.Optimizer):
     """
 
     def __init__(self, groups: list[dict[str, Any]], fisher: Fisher, step_size: float) -> None:
-        super().__init__(groups, {"step_size": step_size})
-        self.fisher = fisher
+        super().__init__(groups, fisher, {"step_size": step_size})
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Run the closure, in which Lightning's forward and backward live, then take one step.
-
-        Args:
-            closure: Computes gradients.
-
-        Returns:
-            What the closure returns.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        with torch.no_grad():
-            for group in self.param_groups:
-                parameters = dict(zip(group["names"], group["params"], strict=True))
-                gradients = {
-                    name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None
-                }
-                for name, direction in self.fisher.precondition(gradients).items():
-                    parameters[name].sub_(direction, alpha=group["step_size"])
-        return loss
+    def move(self) -> None:
+        """Take one step along the natural gradient."""
+        for group, stacks, directions in self.directions():
+            for name, direction in directions.items():
+                stacks[name].sub_(direction, alpha=group["step_size"])
 
 
 class Newton(Strategy):
@@ -94,10 +76,7 @@ class Newton(Strategy):
             The optimizer.
         """
         step_size = 1.0 if self.alpha is None or self.N is None else self.alpha / self.N
-        groups = [
-            {"params": [problem.deltas[name] for name in names], "names": names} for names in problem.layers.values()
-        ]
-        return NaturalGradient(groups, problem.fisher, step_size)
+        return NaturalGradient(layer_groups(problem), problem.fisher, step_size)
 
     def after_step(self, problem: Problem, before: Deltas, step: int) -> None:
         """Scale the step of each target so that its loss has risen as wanted; nothing if α was given.

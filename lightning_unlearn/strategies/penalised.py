@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.strategies.base import Deltas, Problem, Strategy
 from lightning_unlearn.strategies.descent import OptimizerFactory, PenalisedDescent
+from lightning_unlearn.strategies.optimizer import layer_groups
 from lightning_unlearn.strategies.scale import along, find_scales
 
 
@@ -72,13 +73,10 @@ class Penalised(Strategy):
         Raises:
             InputError: If it does not take these weights.
         """
-        groups = [
-            {"params": [problem.deltas[name] for name in names], "names": names} for names in problem.layers.values()
-        ]
         make = self.optimizer or self._plain
         try:
             self._descent = PenalisedDescent(
-                groups, problem.fisher, self.N, problem.targets, make, natural=self.optimizer is None
+                layer_groups(problem), problem.fisher, self.N, problem.targets, make, natural=self.optimizer is None
             )
         except (TypeError, ValueError) as error:
             raise InputError(f"The optimizer can't be used for these weights ({error}); choose another.") from error
