@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from bench import Bench
-from methods import METHODS, read, read_costs
+from methods import METHODS, is_scored, read, read_costs
+from torch import Tensor
 
 from lightning_unlearn.evaluation.floors import Floors
 from lightning_unlearn.evaluation.judging import ceiling, datamodelling, kept_samples, scores_of
@@ -20,7 +21,9 @@ from lightning_unlearn.evaluation.results import Removal, Value, value_of
 from lightning_unlearn.evaluation.runs import Run
 from lightning_unlearn.evaluation.study import Study, read_settings
 from lightning_unlearn.metrics import (
+    Comparison,
     linear_datamodelling_comparison,
+    linear_datamodelling_interval,
     linear_datamodelling_score,
     subset_predictions,
 )
@@ -68,6 +71,55 @@ class Page:
     facts: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Half:
+    """One half of the evidence: queries, and the models that they are judged by.
+
+    Attributes:
+        order: All queries of the bench, as columns of scores.
+        queries: Those of this half.
+        kept: ``(M, N)``, which model was trained on which sample.
+        outcomes: ``(M, queries)`` losses.
+    """
+
+    order: list[str]
+    queries: list[str]
+    kept: Tensor
+    outcomes: Tensor
+
+    def predictions(self, scores: Tensor) -> Tensor:
+        """What scores ``(N, all queries)`` foretell of each model, ``(M, queries)``."""
+        return subset_predictions(self._of(scores), self.kept)
+
+    def value(self, scores: Tensor) -> Value:
+        """The linear datamodelling score, with its interval."""
+        mean = float(linear_datamodelling_score(self._of(scores), self.kept, self.outcomes).mean())
+        return Value(mean, *linear_datamodelling_interval(self.predictions(scores), self.outcomes))
+
+    def compared(self, first: Tensor, second: Tensor, times: float = 1.0) -> Comparison:
+        """The first scores' less the second's, so many times."""
+        predictions = [self.predictions(scores) for scores in (first, second)]
+        return linear_datamodelling_comparison(*predictions, self.outcomes, times=times)
+
+    def _of(self, scores: Tensor) -> Tensor:
+        return scores[:, [self.order.index(query) for query in self.queries]]
+
+
+def evidence(bench: Bench) -> tuple[Half, Half]:
+    """The half that chooses settings, and the half that reports."""
+    study, plan = open_study(bench), bench.plan()
+    report_queries, report_runs, choose_queries, choose_runs = halves(bench, plan)
+    order = [query.key for query in bench.samples("queries")]
+    return (
+        Half(order, choose_queries, kept_samples(plan.keys, choose_runs), _losses(study, choose_runs, choose_queries)),
+        Half(order, report_queries, kept_samples(plan.keys, report_runs), _losses(study, report_runs, report_queries)),
+    )
+
+
+def _losses(study: Study, runs: Sequence[Run], queries: list[str]) -> Tensor:
+    return torch.from_numpy(study.losses(runs, queries))
+
+
 def halves(bench: Bench, plan: Plan) -> tuple[list[str], Sequence[Run], list[str], Sequence[Run]]:
     """Queries and subset models that report, and those that choose settings; no other model ever chooses."""
     queries = [query.key for query in bench.samples("queries")]
@@ -88,10 +140,10 @@ def chosen_tables(bench: Bench, study: Study, plan: Plan) -> dict[str, tuple[str
     The setting is that with the highest linear datamodelling score on the half of the evidence that chooses.
     """
     _, _, queries, runs = halves(bench, plan)
-    outcomes, kept = torch.from_numpy(study.losses(runs, queries)), kept_samples(plan.keys, runs)
+    outcomes, kept = _losses(study, runs, queries), kept_samples(plan.keys, runs)
     found = {}
     for method in METHODS:
-        if (bench.folder / "scores" / f"{method}.parquet").is_file():
+        if is_scored(bench, method):
             tables = read(bench, method)
             values = {
                 setting: float(linear_datamodelling_score(scores_of(table, plan.keys, queries), kept, outcomes).mean())
@@ -128,7 +180,7 @@ def judge(bench: Bench) -> Page:
     tables = {method: tables[setting] for method, (setting, tables) in chosen.items()}
     plan = bench.plan(tables)
     asked = list(dict.fromkeys([*plain.runs(), *removals_of(bench, plan)]))
-    outcomes = torch.from_numpy(study.losses(report_runs, report_queries))
+    outcomes = _losses(study, report_runs, report_queries)
     kept = kept_samples(plan.keys, report_runs)
 
     def compared(first: str, second: str) -> Value:
@@ -150,7 +202,7 @@ def judge(bench: Bench) -> Page:
             listed = method in bench.settings["removal_methods"]
             waiting = f"{missing} model{'s' * (missing > 1)} missing" if listed else "–"
             removals[size] = waiting if missing else floors.removal(size, removed)
-        costs = read_costs(bench, method)
+        costs = read_costs(bench, method, setting)
         rows.append(Row(method, setting, list(settings), raw, by_rank, behind, costs, removals))
     rows.sort(key=lambda row: -row.raw.mean)
     # The first subsets are those that are trained twice.

@@ -3,8 +3,8 @@
     python benchmarks/methods.py digits           # scores of all methods that are not there yet
     python benchmarks/methods.py digits d_trak    # of some
 
-A method's scores under all of its settings are one Parquet file; its costs stand in its metadata. Each method runs in a
-process of its own, so that its peak memory is its own.
+A method's scores under all of its settings with a selection of weights are one Parquet file; its costs stand in its
+metadata. Each runs in a process of its own, so that its peak memory is its own.
 """
 
 from __future__ import annotations
@@ -52,8 +52,10 @@ from lightning_unlearn.trainer_cli import TrainerCLI
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0)
 RISES = (0.02, 0.1, 0.3, 1.0)
+# Whatever works with weights is tried on both selections; what stands after a setting's name.
+SELECTIONS = {CHOSEN: "", "all": ", all weights"}
 
-# Method to its settings. All get eight, or what there is to choose.
+# Method to its settings. All get eight a selection of weights, or what there is to choose.
 BASELINE_SETTINGS: dict[str, dict[str, Baseline]] = {
     "random": {f"seed {seed}": Random(seed) for seed in range(8)},
     "pixel_similarity": {kind: PixelSimilarity(kind) for kind in ("cosine", "l2", "centred_cosine")},
@@ -72,6 +74,7 @@ BASELINE_SETTINGS: dict[str, dict[str, Baseline]] = {
 # With a Fisher, and plain gradient ascent without one.
 UNLEARNING = {"unlearning_ekfac": "ekfac", "unlearning": "diagonal", "gradient_ascent": "identity"}
 METHODS = (*UNLEARNING, *BASELINE_SETTINGS)
+WITHOUT_WEIGHTS = ("random", "pixel_similarity", "text_similarity")
 WITH_FISHER = {"influence": "diagonal"} | {name: kind for name, kind in UNLEARNING.items() if kind in FISHER_FILES}
 LABELS = {
     "unlearning_ekfac": "**unlearning, EKFAC Fisher (ours)**",
@@ -121,12 +124,12 @@ def fit_and_predict(module: UnlearningModule, data: AttributionDataModule) -> li
     return list(predictions)
 
 
-def unlearning_scores(bench: Bench, fisher: str, queries: int | None) -> tuple[Scores, list[str], int]:
+def unlearning_scores(bench: Bench, fisher: str, parameters: str, queries: int | None) -> tuple[Scores, list[str], int]:
     """Scores of unlearning under all of its settings; base losses and views are the same in all."""
     scores: Scores = {}
     keys: list[str] = []
     for rise in RISES:
-        module, data = config(bench, fisher=fisher_source(bench, fisher))
+        module, data = config(bench, fisher=fisher_source(bench, fisher, parameters), parameters=parameters)
         module.strategy = Newton(target_increase=rise)
         if queries is not None:
             data.query_keys = [f"query-{number:02d}" for number in range(queries)]
@@ -134,13 +137,13 @@ def unlearning_scores(bench: Bench, fisher: str, queries: int | None) -> tuple[S
         keys = [key for prediction in predictions for key in prediction.batch.keys]
         for rule, reduce in RULES.items():
             rows = [reduce(prediction.base, prediction.unlearned) for prediction in predictions]
-            scores[f"rise {rise:.0%}, {rule}"] = torch.cat(rows)
+            scores[f"rise {rise:.0%}, {rule}{SELECTIONS[parameters]}"] = torch.cat(rows)
     return scores, keys, 0
 
 
-def baseline_scores(bench: Bench, name: str, queries: int | None) -> tuple[Scores, list[str], int]:
+def baseline_scores(bench: Bench, name: str, parameters: str, queries: int | None) -> tuple[Scores, list[str], int]:
     """Scores of a rival under all of its settings; gradients are computed once."""
-    module, data = config(bench)
+    module, data = config(bench, parameters=parameters)
     data.setup("predict")
     chosen = data.queries if queries is None else data.queries[:queries]
     subject = Subject(
@@ -149,13 +152,15 @@ def baseline_scores(bench: Bench, name: str, queries: int | None) -> tuple[Score
         views=module.views,
         queries=chosen,
         batches=data.predict_dataloader,
-        fisher=load_fisher(fisher_file(bench, "diagonal")),
+        fisher=load_fisher(fisher_file(bench, "diagonal", parameters)),
         keep=True,
     )
-    scores = {setting: method.scores(subject) for setting, method in BASELINE_SETTINGS[name].items()}
+    scores = {
+        setting + SELECTIONS[parameters]: method.scores(subject) for setting, method in BASELINE_SETTINGS[name].items()
+    }
     keys = [key for batch in subject.batches() for key in batch.keys]
     # What a method keeps of the training images for later queries: their gradients, if it takes any.
-    if name in ("random", "pixel_similarity", "text_similarity"):
+    if name in WITHOUT_WEIGHTS:
         once = 0
     else:
         once = 4 * len(keys) * sum(p.numel() for layer in module.layers.values() for p in layer.parameters())
@@ -167,33 +172,33 @@ def baseline_of(method: str, setting: str) -> Baseline:
     return BASELINE_SETTINGS[method][setting]
 
 
-def score(bench: Bench, method: str, queries: int | None = None) -> tuple[Scores, list[str], int]:
+def score(bench: Bench, method: str, parameters: str, queries: int | None = None) -> tuple[Scores, list[str], int]:
     """A method's scores, the keys of their rows, and the bytes it keeps for later queries."""
     if method in UNLEARNING:
-        return unlearning_scores(bench, UNLEARNING[method], queries)
-    return baseline_scores(bench, method, queries)
+        return unlearning_scores(bench, UNLEARNING[method], parameters, queries)
+    return baseline_scores(bench, method, parameters, queries)
 
 
-def fisher_seconds(bench: Bench, kind: str) -> float:
+def fisher_seconds(bench: Bench, kind: str, parameters: str) -> float:
     """Processor time of taking the Fisher by passes over the data."""
     with tempfile.TemporaryDirectory() as folder:
         started = time.process_time()
-        take_fisher(bench, Path(folder) / "fisher.safetensors", kind)
+        take_fisher(bench, Path(folder) / "fisher.safetensors", kind, parameters)
         return time.process_time() - started
 
 
-def measure(bench: Bench, method: str) -> None:
+def measure(bench: Bench, method: str, parameters: str, path: Path) -> None:
     """Score all queries, and one alone to tell what each costs from what is done once; keep scores and costs."""
     quiet()
     torch.set_num_threads(1)
     config(bench)  # imports and first reads are nobody's cost
     if method in WITH_FISHER:
-        fisher_file(bench, WITH_FISHER[method])
+        fisher_file(bench, WITH_FISHER[method], parameters)
     started = time.process_time()
-    score(bench, method, 1)
+    score(bench, method, parameters, 1)
     alone = time.process_time() - started
     started = time.process_time()
-    scores, keys, once = score(bench, method)
+    scores, keys, once = score(bench, method, parameters)
     together = time.process_time() - started
     count = next(iter(scores.values())).shape[1]
     each = max(0.0, (together - alone) / (count - 1))
@@ -201,8 +206,8 @@ def measure(bench: Bench, method: str) -> None:
     anew = len(RISES) if method in UNLEARNING else 1
     before = max(0.0, alone - each) / anew
     if method in WITH_FISHER:
-        before += fisher_seconds(bench, WITH_FISHER[method])
-        once += fisher_file(bench, WITH_FISHER[method]).stat().st_size
+        before += fisher_seconds(bench, WITH_FISHER[method], parameters)
+        once += fisher_file(bench, WITH_FISHER[method], parameters).stat().st_size
     costs = {
         "seconds_a_query": each / anew,
         "seconds_once": before,
@@ -213,18 +218,33 @@ def measure(bench: Bench, method: str) -> None:
     for setting, values in scores.items():
         for number in range(count):
             columns[f"{setting}|query-{number:02d}"] = pa.array(values[:, number].float().contiguous().numpy())
-    path = bench.folder / "scores" / f"{method}.parquet"
     path.parent.mkdir(exist_ok=True)
     table = pa.table(columns).replace_schema_metadata({"costs": json.dumps(costs)})
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         pq.write_table(table, Path(folder) / path.name)
         (Path(folder) / path.name).replace(path)
-    print(f"{method}: {costs}")
+    print(f"{path.stem}: {costs}")
+
+
+def files(bench: Bench, method: str) -> dict[str, Path]:
+    """Selection of weights to the file of a method's scores with it."""
+    selections = [CHOSEN] if method in WITHOUT_WEIGHTS else SELECTIONS
+    ends = {selection: "" if selection == CHOSEN else f"-{selection}" for selection in selections}
+    return {selection: bench.folder / "scores" / f"{method}{end}.parquet" for selection, end in ends.items()}
+
+
+def is_scored(bench: Bench, method: str) -> bool:
+    """Whether a method has all of its scores."""
+    return all(path.is_file() for path in files(bench, method).values())
 
 
 def read(bench: Bench, method: str) -> dict[str, ScoreTable]:
     """A method's score tables by its settings."""
-    table = pq.read_table(bench.folder / "scores" / f"{method}.parquet")
+    return {setting: table for path in files(bench, method).values() for setting, table in _tables(path).items()}
+
+
+def _tables(path: Path) -> dict[str, ScoreTable]:
+    table = pq.read_table(path)
     keys = table.column("key").to_pylist()
     order = sorted(range(len(keys)), key=keys.__getitem__)
     columns: dict[str, dict[str, Any]] = {}
@@ -244,9 +264,10 @@ def read(bench: Bench, method: str) -> dict[str, ScoreTable]:
     }
 
 
-def read_costs(bench: Bench, method: str) -> dict[str, float]:
-    """What a method cost."""
-    schema = pq.read_schema(bench.folder / "scores" / f"{method}.parquet")
+def read_costs(bench: Bench, method: str, setting: str) -> dict[str, float]:
+    """What a method cost under one of its settings."""
+    selection = next(name for name in reversed(SELECTIONS) if setting.endswith(SELECTIONS[name]))
+    schema = pq.read_schema(files(bench, method)[selection])
     costs: dict[str, float] = json.loads(schema.metadata[b"costs"])
     return costs
 
@@ -256,14 +277,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bench", choices=[path.parent.name for path in sorted(BENCHES.glob("*/bench.yaml"))])
     parser.add_argument("methods", nargs="*", choices=[[], *METHODS], help="all by default")
-    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--here", choices=SELECTIONS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     bench = Bench(arguments.bench)
     for method in arguments.methods or METHODS:
-        if arguments.here:
-            measure(bench, method)
-        elif arguments.methods or not (bench.folder / "scores" / f"{method}.parquet").is_file():
-            subprocess.run([sys.executable, __file__, bench.name, method, "--here"], check=True)
+        for selection, path in files(bench, method).items():
+            if arguments.here == selection:
+                measure(bench, method, selection, path)
+            elif not arguments.here and (arguments.methods or not path.is_file()):
+                command = [sys.executable, __file__, bench.name, method, "--here", selection]
+                subprocess.run(command, check=True)
 
 
 if __name__ == "__main__":

@@ -18,14 +18,12 @@ from bench import BENCHES, Bench
 from judged import Page, Row, judge
 from methods import LABELS, METHODS, plain
 from plots import plot
+from settings_page import against_recipe, swept
+from shown import difference, shown
 
-from lightning_unlearn.evaluation.results import Removal, Value, value_of
+from lightning_unlearn.evaluation.results import Removal, value_of
 
 PAGE = BENCHES / "RESULTS.md"
-
-
-def _shown(value: Value, factor: float = 1.0, digits: int = 3) -> str:
-    return f"{value.mean * factor:.{digits}f} [{value.low * factor:.{digits}f}, {value.high * factor:.{digits}f}]"
 
 
 def at_an_end(row: Row) -> bool:
@@ -33,11 +31,6 @@ def at_an_end(row: Row) -> bool:
     kinds = list(dict.fromkeys(setting.split(",")[0] for setting in row.settings))
     tuned = row.setting.startswith(("ridge", "damping", "rise"))
     return tuned and row.setting.split(",")[0] in (kinds[0], kinds[-1])
-
-
-def _difference(value: Value) -> str:
-    within = " (within noise)" if value.low <= 0 <= value.high else ""
-    return f"{value.mean:+.3f} [{value.low:+.3f}, {value.high:+.3f}]{within}"
 
 
 def _bytes(count: float) -> str:
@@ -51,8 +44,9 @@ def text(page: Page) -> str:
     lines += [
         f"{facts['subset_models']} of {facts['asked_subset_models']} subset models are trained; scores are reported on "
         f"{facts['report_queries']} queries and {facts['report_models']} of them, settings were chosen on the others "
-        f"(eight a method, or what there is to choose). One model takes {facts['seconds']:.0f} s on one "
-        f"thread of a busy machine. Of all {facts['all']} models that the bench asks for, {facts['missing']} are not "
+        "(eight a method and selection of weights, or what there is to choose). "
+        f"One model takes {facts['seconds']:.0f} s on one thread of a busy machine. Of all "
+        f"{facts['all']} models that the bench asks for, {facts['missing']} are not "
         "trained yet.",
         "",
         "### Linear datamodelling score",
@@ -65,15 +59,15 @@ def text(page: Page) -> str:
         "|---|---|---|---|---|",
     ]
     for row in page.rows:
-        scores = " | ".join(_shown(value) + ("" if value.low > 0 else ", inside") for value in (row.raw, row.by_rank))
-        behind = "–" if row.behind is None else _difference(row.behind)
+        scores = " | ".join(shown(value) + ("" if value.low > 0 else ", inside") for value in (row.raw, row.by_rank))
+        behind = "–" if row.behind is None else difference(row.behind)
         setting = row.setting + " (an end of its grid)" * at_an_end(row)
         lines.append(f"| {LABELS[row.method]} | {setting} | {scores} | {behind} |")
     if page.ceiling is not None:
         lines += [
             "",
             f"Noise ceiling, what a perfect method would reach against models of one seed, from {facts['pairs']} "
-            f"subsets trained twice: {_shown(page.ceiling)}.",
+            f"subsets trained twice: {shown(page.ceiling)}.",
         ]
     lines += [
         "",
@@ -83,7 +77,7 @@ def text(page: Page) -> str:
         "|---|---|",
     ]
     for first, second, value in page.reported:
-        lines.append(f"| {plain(first)} less {plain(second)} | {_difference(value)} |")
+        lines.append(f"| {plain(first)} less {plain(second)} | {difference(value)} |")
     lines += ["", "### Leave-K-out", "", f"![Change of the query's loss]({name}/removal.png)", ""]
     sizes = list(page.rows[0].removals)
     head = " | ".join(f"K = {size} ({size / facts['samples']:.0%})" for size in sizes)
@@ -102,12 +96,12 @@ def text(page: Page) -> str:
                 cells.append(removal)
                 continue
             inside = "" if removal.beyond_floor["loss"] else " inside"
-            cells.append(_shown(removal.changes["loss"], 1e3, 2) + inside)
+            cells.append(shown(removal.changes["loss"], 1e3, 2) + inside)
         lines.append(f"| {LABELS[row.method]} | {' | '.join(cells)} |")
-    floor = [_shown(page.random[size]["loss"], 1e3, 2) if size in page.random else "not trained yet" for size in sizes]
+    floor = [shown(page.random[size]["loss"], 1e3, 2) if size in page.random else "not trained yet" for size in sizes]
     lines.append(f"| floor: random removal, mean of {facts['random_repeats']} repeats | {' | '.join(floor)} |")
     if page.seeds:
-        seed = _shown(page.seeds["loss"], 1e3, 2)
+        seed = shown(page.seeds["loss"], 1e3, 2)
         lines.append(f"| floor: another seed, mean of {facts['seed_models']} | {' | '.join([seed] * len(sizes))} |")
     lines += _pictures(page, sizes)
     lines += [
@@ -128,38 +122,8 @@ def text(page: Page) -> str:
         )
     lines += customised(page.bench)
     lines += swept(page.bench)
+    lines += against_recipe(page.bench)
     return "\n".join(lines) + "\n"
-
-
-def swept(bench: Bench) -> list[str]:
-    """What each setting of unlearning is worth on a bench."""
-    path = bench.folder / "sweep.json"
-    if not path.is_file():
-        return []
-    found = json.loads(path.read_text())
-    centre = ", ".join(f"{name} {value}" for name, value in found["centre"].items() if name not in ("start", "end"))
-    lines = [
-        "",
-        "### Settings of unlearning",
-        "",
-        f"By `python benchmarks/sweep.py {bench.name}`: one setting changed at a time, from the centre ({centre}), "
-        "over 20 views of a sample. LDS on the queries and models that choose, and on those that report, where the "
-        "difference from the centre stands beside it.",
-        "",
-        "| setting | value | LDS, choosing half | LDS, reporting half | less the centre's |",
-        "|---|---|---|---|---|",
-    ]
-    for row in found["rows"]:
-        if "failed" in row:
-            lines.append(f"| {row['factor']} | {row['value']} | {row['failed']} | – | – |")
-            continue
-        report = Value(*row["reported_on"])
-        centred = report.mean - found["rows"][0]["reported_on"][0]
-        apart = row.get("reported_on_less_centre")
-        less = "–" if apart is None else _difference(Value(centred, *apart))
-        cells = f"{row['chosen_on'][0]:.3f} | {_shown(report)} | {less}"
-        lines.append(f"| {row['factor']} | {row['value'] or '–'} | {cells} |")
-    return lines
 
 
 def customised(bench: Bench) -> list[str]:
@@ -188,7 +152,7 @@ def customised(bench: Bench) -> list[str]:
         if all(method in concept["methods"] for concept in found)
     }
     for method, measures in sorted(values.items(), key=lambda item: -float(item[1][names[-1]].mean())):
-        cells = [_shown(value_of(value)) for value in measures.values()]
+        cells = [shown(value_of(value)) for value in measures.values()]
         lines.append(f"| {LABELS[method]} | {' | '.join(cells)} |")
     return lines
 
@@ -215,14 +179,14 @@ def _pictures(page: Page, sizes: Sequence[int]) -> list[str]:
         for removal in (row.removals[size] for size in sizes):
             if isinstance(removal, Removal):
                 marks = ["" if removal.beyond_floor[name] else " inside" for name in measures]
-                cells += [_shown(removal.changes[name]) + mark for name, mark in zip(measures, marks, strict=True)]
+                cells += [shown(removal.changes[name]) + mark for name, mark in zip(measures, marks, strict=True)]
             else:
                 cells += ["–"] * len(measures)
         lines.append(f"| {LABELS[row.method]} | {' | '.join(cells)} |")
-    cells = [_shown(page.random[size][name]) if size in page.random else "–" for size in sizes for name in measures]
+    cells = [shown(page.random[size][name]) if size in page.random else "–" for size in sizes for name in measures]
     lines.append(f"| floor: random removal | {' | '.join(cells)} |")
     if page.seeds:
-        cells = [_shown(page.seeds[name]) for _ in sizes for name in measures]
+        cells = [shown(page.seeds[name]) for _ in sizes for name in measures]
         lines.append(f"| floor: another seed | {' | '.join(cells)} |")
     return lines
 

@@ -19,19 +19,14 @@ from typing import Any, Literal
 
 import torch
 from bench import BENCHES, Bench
-from common import quiet
-from judged import halves, open_study
-from methods import config, fisher_source, fit_and_predict
-from torch import Tensor
+from common import PLAIN, quiet
+from judged import evidence
+from lightning.pytorch import Trainer
+from methods import config, fisher_source
+from torch import Tensor, nn
 
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.evaluation.judging import kept_samples
-from lightning_unlearn.metrics import (
-    linear_datamodelling_comparison,
-    linear_datamodelling_interval,
-    linear_datamodelling_score,
-    subset_predictions,
-)
+from lightning_unlearn.evaluation.results import Value
 from lightning_unlearn.scores import RULES
 from lightning_unlearn.shards import write_atomically
 from lightning_unlearn.strategies import Newton
@@ -45,18 +40,35 @@ class Unlearned:
     """How queries are unlearned, and on which noise samples are scored."""
 
     fisher: str = "ekfac"
-    parameters: str = "text_kv"
+    parameters: str = "all"
     damping: float = 0.1
     rise: float = 1.0
     steps: int = 1
     noise: Literal["shared", "per_sample"] = "shared"
+    draws: int = 128
+    rise_draws: int = 64
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one setting of unlearning gives.
+
+    Attributes:
+        losses: ``(1 + Q, N, views)``, under θ₀ first.
+        keys: ``N`` keys of the samples.
+        calls: Network calls that unlearning a query took: one a forward pass of a view, two more for its backward pass.
+    """
+
+    losses: Tensor
+    keys: list[str]
+    calls: float
 
 
 @dataclass(frozen=True)
 class Reduced:
     """How the losses become scores: the rule, the part of the schedule, and every how manyth view."""
 
-    rule: str = "ratio"
+    rule: str = "difference"
     start: int = 0
     end: int = TIMESTEPS
     stride: int = 1
@@ -68,19 +80,25 @@ class Reduced:
 
 
 CENTRE, PLAINLY = Unlearned(), Reduced()
+SMALL = replace(CENTRE, parameters="text_kv")
 # Factor to the values it takes; the centre's own are left out.
 UNLEARNED: dict[str, list[Unlearned]] = {
     "Fisher": [replace(CENTRE, fisher=fisher) for fisher in ("identity", "diagonal")],
-    "weights": [replace(CENTRE, parameters=parameters) for parameters in ("cross_attention", "all")],
+    "weights": [replace(CENTRE, parameters=parameters) for parameters in ("text_kv", "cross_attention", "attention")],
+    "Fisher, with text_kv": [replace(SMALL, fisher=fisher) for fisher in ("identity", "diagonal")],
     "damping": [replace(CENTRE, damping=damping) for damping in (0.001, 0.01, 1.0)],
     "rise of the query's loss": [replace(CENTRE, rise=rise) for rise in (0.02, 0.1, 0.3, 3.0)],
     "steps": [replace(CENTRE, steps=4)],
     "noise": [replace(CENTRE, noise="per_sample")],
+    "draws to unlearn with": [replace(CENTRE, draws=draws, rise_draws=rise) for draws, rise in ((32, 16), (8, 2))],
 }
 REDUCED: dict[str, list[Reduced]] = {
-    "score rule": [replace(PLAINLY, rule="difference")],
-    "part of the schedule": [replace(PLAINLY, start=start, end=start + 5) for start in (0, 5, 10, 15)],
-    "views": [replace(PLAINLY, stride=stride) for stride in (2, 4, 10)],
+    "score rule": [replace(PLAINLY, rule="ratio")],
+    "part of the schedule": [
+        *(replace(PLAINLY, start=start, end=start + 5) for start in (0, 5, 10, 15)),
+        replace(PLAINLY, start=6),
+    ],
+    "views": [replace(PLAINLY, stride=stride) for stride in (2, 4, 10, 20)],
 }
 
 
@@ -97,69 +115,80 @@ def changed(unlearned: Unlearned, reduced: Reduced) -> str:
     """What a row changes, in words."""
     if reduced != PLAINLY:
         if (reduced.start, reduced.end) != (PLAINLY.start, PLAINLY.end):
-            return f"{reduced.start / TIMESTEPS:.0%} to {reduced.end / TIMESTEPS:.0%}, 5 views"
+            part = f"{reduced.start / TIMESTEPS:.0%} to {reduced.end / TIMESTEPS:.0%}"
+            return f"{part}, {reduced.end - reduced.start} views"
         return f"{TIMESTEPS // reduced.stride}" if reduced.stride != 1 else reduced.rule
     names = [name for name, value in asdict(unlearned).items() if value != getattr(CENTRE, name)]
-    return ", ".join(str(getattr(unlearned, name)) for name in names)
+    return ", ".join(dict.fromkeys(str(getattr(unlearned, name)) for name in names))
 
 
 @functools.cache
-def losses(bench: Bench, unlearned: Unlearned) -> tuple[Tensor, list[str]] | str:
-    """Losses of all samples, or why there are none.
-
-    Returns:
-        ``(1 + Q, N, views)`` with θ₀ first, and the samples' keys; the sentence of an error where there is one.
-    """
+def measured(bench: Bench, unlearned: Unlearned) -> Measured | str:
+    """Unlearn all queries and score all samples, or the sentence of the error where that fails."""
     folder = bench.folder / "sweep"
     folder.mkdir(exist_ok=True)
     path = folder / ("-".join(str(value) for value in asdict(unlearned).values()) + ".pt")
     if path.is_file():
         kept = torch.load(path, weights_only=True)
-        return kept if isinstance(kept, str) else (kept["losses"], kept["keys"])
-    fisher = fisher_source(bench, unlearned.fisher, unlearned.parameters)
-    module, data = config(bench, fisher=fisher, parameters=unlearned.parameters, damping=unlearned.damping)
+        return kept if isinstance(kept, str) else Measured(**kept)
+    settings = {name: getattr(unlearned, name) for name in ("parameters", "damping", "rise_draws")}
+    module, data = config(bench, fisher=fisher_source(bench, unlearned.fisher, unlearned.parameters), **settings)
     module.strategy = Newton(steps=unlearned.steps, target_increase=unlearned.rise)
     module.views = Views(timesteps=TIMESTEPS, noise=unlearned.noise)
+    data.draws = unlearned.draws
+    calls = 0
+
+    def count(network: nn.Module, inputs: tuple[Any, ...]) -> None:
+        nonlocal calls
+        calls += len(inputs[0]) * (3 if torch.is_grad_enabled() else 1)
+
+    trainer = Trainer(**{**PLAIN, "devices": 1})
     try:
-        predictions = fit_and_predict(module, data)
+        with module.network.register_forward_pre_hook(count):
+            trainer.fit(module, data)
     except InputError as error:
         torch.save(str(error), path)
         return str(error)
+    predictions: Any = trainer.predict(module, data)
     keys = [key for prediction in predictions for key in prediction.batch.keys]
-    measured = [torch.cat([prediction.base[None], prediction.unlearned]) for prediction in predictions]
-    values = torch.cat(measured, 1)[:, :, 0, 0].float()  # one flip, one caption
-    torch.save({"losses": values, "keys": keys}, path)
-    return values, keys
+    values = torch.cat([torch.cat([prediction.base[None], prediction.unlearned]) for prediction in predictions], 1)
+    # One flip, one caption.
+    found = Measured(values[:, :, 0, 0].float(), keys, calls / len(module.targets))
+    torch.save(vars(found), path)
+    return found
+
+
+def scores_of(found: Measured, keys: list[str], reduced: Reduced) -> Tensor:
+    """Scores ``(N, Q)`` of the samples in an order."""
+    views = found.losses[:, [found.keys.index(key) for key in keys]][:, :, None, None, reduced.views].double()
+    return RULES[reduced.rule](views[0], views[1:])
+
+
+def rounded(value: Value) -> list[float]:
+    """A value as it is written."""
+    return [round(number, 4) for number in (value.mean, value.low, value.high)]
 
 
 def sweep(bench: Bench) -> list[dict[str, Any]]:
     """All rows, with intervals, and beside each but the centre that of the difference from it."""
-    study, plan = open_study(bench), bench.plan()
-    report_queries, report_runs, choose_queries, choose_runs = halves(bench, plan)
-    sides = {"chosen_on": (choose_queries, choose_runs), "reported_on": (report_queries, report_runs)}
-    order = [query.key for query in bench.samples("queries")]
-    centre: dict[str, Tensor] = {}
+    sides = dict(zip(("chosen_on", "reported_on"), evidence(bench), strict=True))
+    keys = bench.plan().keys
+    centre: Tensor | None = None
     rows = []
     for factor, unlearned, reduced in variants():
-        found = losses(bench, unlearned)
+        found = measured(bench, unlearned)
         row: dict[str, Any] = {"factor": factor, "value": changed(unlearned, reduced)}
         rows.append(row)
         if isinstance(found, str):
             row["failed"] = found
             continue
-        values, keys = found
-        views = values[:, [keys.index(key) for key in plan.keys]][:, :, None, None, reduced.views].double()
-        scores = RULES[reduced.rule](views[0], views[1:])  # (N, Q)
-        for side, (queries, runs) in sides.items():
-            outcomes, kept = torch.from_numpy(study.losses(runs, queries)), kept_samples(plan.keys, runs)
-            chosen = scores[:, [order.index(query) for query in queries]]
-            predictions = subset_predictions(chosen, kept)
-            centre.setdefault(side, predictions)
-            mean = float(linear_datamodelling_score(chosen, kept, outcomes).mean())
-            row[side] = [round(value, 4) for value in (mean, *linear_datamodelling_interval(predictions, outcomes))]
-            if factor != "centre":
-                compared = linear_datamodelling_comparison(predictions, centre[side], outcomes)
-                row[f"{side}_less_centre"] = [round(value, 4) for value in (compared.low, compared.high)]
+        scores = scores_of(found, keys, reduced)
+        for side, half in sides.items():
+            row[side] = rounded(half.value(scores))
+            if centre is not None:
+                compared = half.compared(scores, centre)
+                row[f"{side}_less_centre"] = [round(compared.low, 4), round(compared.high, 4)]
+        centre = scores if centre is None else centre
         print(row, flush=True)
     return rows
 

@@ -141,7 +141,14 @@ def noise_ceiling_interval(
 
 
 def linear_datamodelling_comparison(
-    first: Tensor, second: Tensor, outcomes: Tensor, *, level: float = 0.95, resamples: int = 1_000, seed: int = 0
+    first: Tensor,
+    second: Tensor,
+    outcomes: Tensor,
+    *,
+    times: float = 1.0,
+    level: float = 0.95,
+    resamples: int = 1_000,
+    seed: int = 0,
 ) -> Comparison:
     """Interval of the difference of two methods' mean linear datamodelling scores, on the same queries and models.
 
@@ -149,18 +156,20 @@ def linear_datamodelling_comparison(
         first: ``(M, Q)`` predictions of the first method.
         second: ``(M, Q)`` predictions of the second.
         outcomes: ``(M, Q)`` losses.
+        times: The second method's score counts so many times: at 1.5 an interval above 0 says that the first is more
+            than half as good again.
         level: Share of cases that the interval is to cover, between 0 and 1.
         resamples: How many.
         seed: Of the resampling.
 
     Returns:
-        The interval, first minus second, and the share of resamples above 0.
+        The interval, first minus ``times`` the second, and the share of resamples above 0.
 
     Raises:
         InputError: If the shapes differ, a value is not finite, or a setting is out of range.
     """
     draws = [_resampled_scores(predictions, outcomes, resamples, seed) for predictions in (first, second)]
-    return _comparison(draws[0] - draws[1], level)
+    return _comparison(draws[0] - times * draws[1], level)
 
 
 def _draws(what: str, count: int, resamples: int, seed: int) -> Tensor:
