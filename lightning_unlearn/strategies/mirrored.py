@@ -139,8 +139,8 @@ class Mirrored(Strategy):
             if loss >= self.stop_share * most:
                 raise InputError(
                     f"The loss of {target!r} is {loss:.3g} before any step, {loss / most:.0%} of the untrained "
-                    f"network's {most:.3g}, so there is nothing to unlearn up to {self.stop_share:.0%}; check the query "
-                    "and the weights, or give a null_loss or a target_increase."
+                    f"network's {most:.3g}, so there is nothing to unlearn up to {self.stop_share:.0%}; check the "
+                    "query and the weights, or give a null_loss or a target_increase."
                 )
         return self.stop_share * torch.tensor(nulls, dtype=torch.float64) / base - 1
 
