@@ -150,7 +150,8 @@ class FixedDraws:
             InputError: If no network can be made anew like this one.
         """
         own = next(self.loss.network.parameters())
-        network = newly_initialised(self.loss.network, self.seed).to(own.device, own.dtype)
+        # Not diffusers' own `to`, which warns of any type.
+        network = nn.Module.to(newly_initialised(self.loss.network, self.seed), own.device, own.dtype)
         loss = NetworkLoss(network, self.loss.objective)
         queries = [query for target in self.targets for query in target.members]
         sums = [sum(self._sum(loss, batch, {}, "rise") for batch in self._batches(query, 0)) for query in queries]

@@ -5,13 +5,16 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from attribution_runs import random_fisher, toy_data, trainer
+from attribution_runs import random_fisher, run_jobs, toy_data, trainer
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -30,6 +33,7 @@ from lightning_unlearn.samples import Sample
 from lightning_unlearn.shards import write_shards
 from lightning_unlearn.strategies import STRATEGIES, Mirrored, Newton, Strategy
 
+SCRIPT = Path(__file__).parents[1] / "helpers" / "attribution_runs.py"
 LAYERS = ["text", "conv_out"]
 # Neither three captions nor batches of four divide them, and there are more real draws than samples.
 DRAWS, REAL, RISE = 5, 11, 3
@@ -175,6 +179,39 @@ def test_a_delta_depends_on_nothing_but_its_target_and_the_samples(folder: Path,
     module = UnlearningModule(ToyDenoiser().double(), ToyObjective(), None, LAYERS, strategy(), rise_draws=RISE)
     trainer(tmp_path).fit(module, data)
     assert all(torch.equal(ours, expected[name]) for name, ours in deltas(module).items())
+
+
+def test_two_processes_find_the_deltas_of_one(folder: Path, tmp_path: Path) -> None:
+    strategy = {"name": "mirrored", "steps": 20, "real_draws": REAL, "strength": 5.0, "null_loss": 3.0}
+    strategy |= {"target_increase": 0.1, "optimizer": {"name": "SGD", "lr": 0.02}}
+    jobs = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        job = {"kind": "fit", "folder": str(folder), "out": str(tmp_path / name), "network": "partly used"}
+        jobs.append({**job, "strategy": strategy, "data": {"draws": DRAWS}})
+    run_jobs(jobs[:1], {})
+    (tmp_path / "job.json").write_text(
+        json.dumps({"jobs": jobs[1:], "trainer": {"strategy": "ddp", "devices": 2, "accelerator": "cpu"}})
+    )
+    command = [sys.executable, str(SCRIPT), str(tmp_path / "job.json")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    theirs, ours = (
+        torch.load(tmp_path / name / "deltas.ckpt", weights_only=True)["state_dict"] for name in ("one", "two")
+    )
+    for name, delta in theirs.items():
+        for target in range(2):
+            assert float((ours[name][target] - delta[target]).norm()) <= 1e-5 * float(delta[target].norm())
+    alone, *ranks = (
+        json.loads((tmp_path / place).read_text())
+        for place in ("one/rank-0.json", "two/rank-0.json", "two/rank-1.json")
+    )
+    assert ranks[0] == ranks[1]
+    assert (alone["world_size"], ranks[0]["world_size"]) == (1, 2)
+    assert 1 < alone["steps"] == ranks[0]["steps"] < 20
+    for target, result in alone["results"].items():
+        assert result == pytest.approx(ranks[0]["results"][target], rel=1e-4)
 
 
 # ---------------------------------------------------------------------------------- real samples
