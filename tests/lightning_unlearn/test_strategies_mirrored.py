@@ -165,20 +165,13 @@ def test_a_query_all_of_whose_draws_are_beyond_the_untrained_loss_is_pushed_no_f
 
 
 @pytest.mark.filterwarnings("ignore:.*have not reached")
-def test_a_delta_depends_on_nothing_but_its_target_and_the_samples(folder: Path, tmp_path: Path) -> None:
-    expected = deltas(fit(folder, mirrored(3, optimizer=functools.partial(torch.optim.Adam, lr=1e-3))))
+def test_a_delta_depends_neither_on_other_targets_nor_on_how_draws_are_cut(folder: Path) -> None:
     strategy = functools.partial(mirrored, 3, optimizer=functools.partial(torch.optim.Adam, lr=1e-3))
+    expected = deltas(fit(folder, strategy()))
     for target in range(2):
         alone = deltas(fit(folder, strategy(), query_keys=[f"query-0000{target}"]))
         assert_close({name: stack[0] for name, stack in alone.items()}, {n: s[target] for n, s in expected.items()})
     assert_close(deltas(fit(folder, strategy(), draw_batch_size=3)), expected, 1e-8)
-    shards = sorted(str(path) for path in (folder / "train").glob("*.tar"))
-    data = toy_data(folder)
-    data.shard_patterns = shards[::-1]
-    data.draws, data.draw_batch_size = DRAWS, 4
-    module = UnlearningModule(ToyDenoiser().double(), ToyObjective(), None, LAYERS, strategy(), rise_draws=RISE)
-    trainer(tmp_path).fit(module, data)
-    assert all(torch.equal(ours, expected[name]) for name, ours in deltas(module).items())
 
 
 def test_two_processes_find_the_deltas_of_one(folder: Path, tmp_path: Path) -> None:
@@ -235,6 +228,9 @@ def test_real_samples_come_shuffled_over_and_over_in_an_order_of_their_own(folde
     for first in (2, 9, 4, 0):
         assert keys(stream.take(first, 5)) == found[first : first + 5]
     assert keys(data.real_samples("real", 1).take(0, 21)) != found
+    # In whatever order the shards are named.
+    data.shards.reverse()
+    assert keys(data.real_samples("real", 0).take(0, 21)) == found
 
 
 def test_bad_real_samples_are_an_error_or_left_out(folder: Path, tmp_path: Path) -> None:
