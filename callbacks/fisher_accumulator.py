@@ -41,8 +41,8 @@ class FisherAccumulator(Callback):
 
     Args:
         target: Dotted name of the network in the LightningModule, e.g. ``"unet"``; ``""`` for the module itself.
-        parameters: Which of its weights: ``text_kv``, ``cross_attention``, ``attention``, ``all``, or patterns of layer
-            names (see :func:`lightning_unlearn.parameters.select_layers`).
+        parameters: Which of its weights: ``text_kv``, ``cross_attention``, ``attention``, ``feed_forward``, ``all``, or
+            patterns of layer names (see :func:`lightning_unlearn.parameters.select_layers`).
         fisher: The kind of Fisher: ``diagonal`` or ``ekfac``.
         path: Where the Fisher is written at the end of training, as safetensors; relative to
             ``trainer.default_root_dir``.

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from lightning_unlearn.datamodules.reading import read_fields, read_samples
+from lightning_unlearn.datamodules.real import RealSamples
 from lightning_unlearn.datamodules.scoring import ScoringStream, check_shapes
 from lightning_unlearn.datamodules.sources import list_shards
-from lightning_unlearn.draws import DrawBatch, draw_batches
+from lightning_unlearn.draws import DrawBatch, RealStream, draw_batches, real_batches
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.samples import Sample, SampleBatch, decode_sample
 from lightning_unlearn.shards import ShardInfo, shard_id
@@ -133,10 +135,14 @@ class AttributionDataModule(LightningDataModule):
     def _rank(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
+    def _wish(self, name: str, default: Any) -> Any:
+        """What the strategy says of the draws that it takes."""
+        strategy = getattr(getattr(self.trainer, "lightning_module", None), "strategy", None)
+        return getattr(strategy, name, default)
+
     def _step(self) -> int:
         """Whose draws are taken: those of the first step in all, if the strategy minimises one function."""
-        strategy = getattr(getattr(self.trainer, "lightning_module", None), "strategy", None)
-        fresh = getattr(strategy, "fresh_draws", True)
+        fresh = self._wish("fresh_draws", True)
         return self.trainer.current_epoch if self.trainer is not None and fresh else 0
 
     def _dealt(self) -> list[ShardInfo]:
@@ -159,8 +165,20 @@ class AttributionDataModule(LightningDataModule):
         """
         return [shard for shard in self._dealt() if shard_id(shard.url) not in self._done]
 
+    def real_samples(self, stream: RealStream, seed: int) -> RealSamples:
+        """The training samples in a shuffled order that is the same on every rank.
+
+        Args:
+            stream: ``"real"`` or ``"others"``, of the samples' draws.
+            seed: Of the order.
+
+        Returns:
+            The samples, without end.
+        """
+        return RealSamples(self.shards, stream, seed, self.queries[0], self.on_bad_sample == "skip")
+
     def train_dataloader(self) -> DrawLoader:
-        """This rank's draws of all queries; an epoch is one step of the strategy.
+        """This rank's draws of all queries, and of real samples if the strategy wants them; an epoch is one step of it.
 
         Returns:
             A loader of :class:`~lightning_unlearn.draws.DrawBatch`, of the same length on every rank.
@@ -184,7 +202,7 @@ class AttributionDataModule(LightningDataModule):
 
 
 class DrawLoader:
-    """The draws of one step, a target after the other and in it a query.
+    """The draws of one step, a target after the other: of each query in it, then of real samples, the same for all.
 
     Each epoch has its own numbers, unless the strategy wants the same in all.
 
@@ -194,18 +212,39 @@ class DrawLoader:
 
     def __init__(self, datamodule: AttributionDataModule) -> None:
         self.datamodule = datamodule
+        self._samples: RealSamples | None = None
 
     def __len__(self) -> int:
+        data = self.datamodule
+        targets = targets_of(data.queries, data.targets_by)
+        return len(data.queries) * self._batches(data.draws) + len(targets) * self._batches(data._wish("real_draws", 0))
+
+    def _batches(self, draws: int) -> int:
         _, world_size = self.datamodule._rank()
-        share = -(-self.datamodule.draws // world_size)
-        return len(self.datamodule.queries) * -(-share // self.datamodule.draw_batch_size)
+        share = -(-draws // world_size)
+        return -(-share // self.datamodule.draw_batch_size)
 
     def __iter__(self) -> Iterator[DrawBatch]:
         data = self.datamodule
         rank, world_size = data._rank()
         step = data._step()
+        real = self._real(step)
         for number, target in enumerate(targets_of(data.queries, data.targets_by)):
             for query in target.members:
                 yield from draw_batches(
                     query, number, step * data.draws, data.draws, rank, world_size, data.draw_batch_size
                 )
+            for batch in real:
+                yield replace(batch, target=number)
+
+    def _real(self, step: int) -> list[DrawBatch]:
+        data = self.datamodule
+        draws: int = data._wish("real_draws", 0)
+        if not draws:
+            return []
+        assert data.trainer is not None  # it is the module's strategy that wants them
+        seed: int = data.trainer.lightning_module.seed  # type: ignore[assignment]
+        if self._samples is None:
+            self._samples = data.real_samples("real", seed)
+        samples = self._samples.take(step * draws, draws)
+        return real_batches("real", seed, samples, step * draws, *data._rank(), data.draw_batch_size)

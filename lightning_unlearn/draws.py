@@ -1,4 +1,4 @@
-"""The (timestep, noise) draws that a target is unlearned with, dealt to ranks by their numbers."""
+"""The draws that a target is unlearned with, of itself and of real samples, dealt to ranks by their numbers."""
 
 from __future__ import annotations
 
@@ -9,27 +9,30 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_unlearn.fingerprints import generator_for
+from lightning_unlearn.fingerprints import generator_for, seed_of
 from lightning_unlearn.samples import Sample
 from lightning_unlearn.views import place_timesteps
 
-Stream = Literal["unlearning", "rise", "evaluation"]
+Stream = Literal["unlearning", "rise", "evaluation", "real", "others"]
+RealStream = Literal["real", "others"]
 
 
 # Not frozen: a Trainer's precision plugin may only convert the tensors of a dataclass that isn't.
 @dataclass
 class DrawBatch:
-    """Some (timestep, noise) draws of one query, by their numbers.
+    """Some (timestep, noise) draws of one query, or of real samples, by their numbers.
 
     Attributes:
         target: Number of the target in the run.
-        key: Of the query that it is, or that belongs to it; draws are keyed by it.
+        key: Of the query that it is, or that belongs to it; draws are keyed by it. Empty for real samples, whose draws
+            are keyed by their numbers alone.
         latents: ``(b, C, H, W)``.
         text: ``(b, tokens, dim)``.
         numbers: ``b`` numbers of draws.
         weights: ``(b,)`` 1, or 0 for draws that only fill up a rank's share.
         total: Draws a step, over all ranks.
         mask: ``(b, H, W)``, or ``None`` if all of the picture is unlearned.
+        real: Whether they are of real samples, one a draw, which are to be kept.
     """
 
     target: int
@@ -40,6 +43,7 @@ class DrawBatch:
     weights: Tensor
     total: int
     mask: Tensor | None = None
+    real: bool = False
 
     def to(self, device: torch.device) -> DrawBatch:
         """The batch with its tensors on ``device``; Lightning calls this.
@@ -79,13 +83,10 @@ def draw_batches(
     Returns:
         The batches; the last draws of a rank with too few of them have weight 0.
     """
-    share = -(-total // world_size)
-    places = [rank + world_size * turn for turn in range(share)]
-    numbers = [first + place if place < total else first for place in places]
-    weights = torch.tensor([float(place < total) for place in places])
+    places, weights = _share(total, rank, world_size)
     batches = []
-    for start in range(0, share, batch_size):
-        chunk = numbers[start : start + batch_size]
+    for start in range(0, len(places), batch_size):
+        chunk = [first + place for place in places[start : start + batch_size]]
         captions = [number % len(sample.text) for number in chunk]
         batches.append(
             DrawBatch(
@@ -102,6 +103,60 @@ def draw_batches(
     return batches
 
 
+def real_batches(
+    stream: RealStream,
+    seed: int,
+    samples: Sequence[Sample],
+    first: int,
+    rank: int,
+    world_size: int,
+    batch_size: int,
+) -> list[DrawBatch]:
+    """One rank's share of a step's draws of real samples, in batches; as :func:`draw_batches`, but a sample a draw.
+
+    Args:
+        stream: ``"real"`` for gradients, ``"others"`` for the loss of everything else before and after.
+        seed: Of all draws; the caption of draw ``n`` is drawn by it, the stream's name and ``n``.
+        samples: Of the step's draws, in their order; of one shape.
+        first: Number of the step's first draw.
+        rank: This process.
+        world_size: How many there are.
+        batch_size: Draws a batch.
+
+    Returns:
+        The batches, of target 0; the last draws of a rank with too few of them have weight 0.
+    """
+    places, weights = _share(len(samples), rank, world_size)
+    batches = []
+    for start in range(0, len(places), batch_size):
+        chunk = places[start : start + batch_size]
+        numbers = [first + place for place in chunk]
+        texts = [
+            samples[place].text[seed_of(stream, "caption", seed, number) % len(samples[place].text)]
+            for place, number in zip(chunk, numbers, strict=True)
+        ]
+        batches.append(
+            DrawBatch(
+                target=0,
+                key="",
+                latents=torch.stack([samples[place].latent for place in chunk]),
+                text=torch.stack(texts),
+                numbers=numbers,
+                weights=weights[start : start + batch_size],
+                total=len(samples),
+                real=True,
+            )
+        )
+    return batches
+
+
+def _share(total: int, rank: int, world_size: int) -> tuple[list[int], Tensor]:
+    """A rank's draws by their places in the step, filled up with the first one, and their weights."""
+    places = [rank + world_size * turn for turn in range(-(-total // world_size))]
+    weights = torch.tensor([float(place < total) for place in places])
+    return [place if place < total else 0 for place in places], weights
+
+
 def draw_for_target(
     stream: Stream,
     seed: int,
@@ -111,16 +166,16 @@ def draw_for_target(
     num_timesteps: int,
     shape: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """(timestep, noise) draws of a query, each keyed by its number.
+    """(timestep, noise) draws of a query or of real samples, each keyed by its number.
 
     Draw ``n`` of ``total`` is uniform in the stratum ``n mod total`` of the schedule; numbers from ``total`` on belong
     to later steps.
 
     Args:
         stream: ``"unlearning"`` for gradients, ``"rise"`` for the target's loss before and after, ``"evaluation"`` for
-            its loss under retrained models.
+            its loss under retrained models; ``"real"`` and ``"others"`` as in :func:`real_batches`.
         seed: Of all draws.
-        key: The query's.
+        key: The query's, or empty.
         numbers: ``B`` numbers of draws.
         total: Draws a step.
         num_timesteps: Length of the training schedule.

@@ -1,11 +1,14 @@
-"""Settings of a Trainer that would give wrong deltas or scores without a word."""
+"""Settings of a Trainer that would give wrong deltas or scores without a word, and what a strategy can't do without."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from lightning_unlearn.errors import InputError
+from lightning_unlearn.strategies import Strategy
 
 
 def check_precision(trainer: Trainer) -> None:
@@ -47,4 +50,27 @@ def check_unlearning(trainer: Trainer) -> None:
     if trainer.current_epoch > 0:
         raise InputError(
             "This Trainer has run fit before and would count its epochs as steps of the unlearning; make a new Trainer."
+        )
+
+
+def check_needs(strategy: Strategy, fisher: object, datamodule: Any) -> None:
+    """Refuse to unlearn without what the strategy needs.
+
+    Args:
+        strategy: How deltas are found.
+        fisher: Where the Fisher comes from, ``None`` if there is none.
+        datamodule: Of the fit.
+
+    Raises:
+        InputError: If a Fisher or real samples are missing.
+    """
+    if strategy.needs_fisher and fisher is None:
+        raise InputError(
+            "Unlearning needs a Fisher: train with FisherAccumulator or run `lightning-unlearn fisher`, and "
+            "pass its file as fisher."
+        )
+    if strategy.real_draws and not hasattr(datamodule, "real_samples"):
+        raise InputError(
+            f"{type(strategy).__name__} also trains on real samples, but {type(datamodule).__name__} has no "
+            "real_samples; use AttributionDataModule with the training shards."
         )

@@ -34,7 +34,8 @@ class UnlearningModule(Unlearning):
     Args:
         network: The denoiser, or the folder of a diffusers pipeline or network.
         objective: The loss it was trained with; by default ε-prediction, or what the network's folder says.
-        fisher: A Fisher or its file; needed in ``fit``. ``identity`` is plain gradient ascent, for comparison.
+        fisher: A Fisher or its file; needed in ``fit``, unless the strategy is ``Mirrored``. ``identity`` is
+            plain gradient ascent, for comparison.
         parameters: Which weights are unlearned (see :func:`~lightning_unlearn.parameters.select_layers`).
         strategy: How deltas are found; by default one Newton step that raises a query's loss by a tenth.
         views: The views a sample is scored on.

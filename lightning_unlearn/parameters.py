@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.families import family_of
 
-SELECTIONS = ("text_kv", "cross_attention", "attention", "all")
+SELECTIONS = ("text_kv", "cross_attention", "attention", "feed_forward", "all")
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ def select_layers(network: nn.Module, selection: str | Sequence[str]) -> dict[st
     Args:
         network: The denoiser.
         selection: ``"text_kv"`` (keys and values of attention to the text), ``"cross_attention"``, ``"attention"``,
-            ``"all"`` (every Linear and Conv2d; norms and embeddings are left out), or regular expressions that
-            whole layer names match.
+            ``"feed_forward"`` (the two layers of each transformer block's MLP), ``"all"`` (every Linear and Conv2d;
+            norms and embeddings are left out), or regular expressions that whole layer names match.
 
     Returns:
         Dotted name to layer, in the network's order.

@@ -10,16 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from lightning_unlearn.deltas import DeltaStore, target_weights
-from lightning_unlearn.draws import DrawBatch, Stream, draw_batches, draw_for_target
+from lightning_unlearn.draws import DrawBatch, real_batches
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.fingerprints import digest, settings_digest, tensors_digest
 from lightning_unlearn.fisher import Fisher
 from lightning_unlearn.fisher_source import find_fisher
+from lightning_unlearn.fixed_draws import FixedDraws, draw_losses
 from lightning_unlearn.frozen import FrozenModule
-from lightning_unlearn.guards import check_precision, check_unlearning
+from lightning_unlearn.guards import check_needs, check_precision, check_unlearning
 from lightning_unlearn.objective import Objective, check_masks
 from lightning_unlearn.parameters import layer_parameters, layer_specs
-from lightning_unlearn.samples import Sample, ViewBatch, named_arrays
+from lightning_unlearn.provenance import fisher_digest, unlearning_digest
+from lightning_unlearn.samples import Sample
 from lightning_unlearn.strategies import Problem, Strategy
 from lightning_unlearn.targets import Target, members_of, targets_of
 
@@ -32,7 +33,7 @@ class Unlearning(FrozenModule):
     Args:
         network: The denoiser.
         objective: Its loss.
-        fisher: A Fisher, its file, or ``identity`` for none.
+        fisher: A Fisher, its file, or ``identity`` for none; ``None`` if the strategy needs none.
         parameters: Which weights are unlearned.
         strategy: How deltas are found.
         damping: Share of each layer's mean Fisher that is added to it.
@@ -64,7 +65,7 @@ class Unlearning(FrozenModule):
         self.rise_draws = rise_draws
         self.parameters_selection = parameters
         self._problem: Problem | None = None
-        self._base_losses: Tensor | None = None
+        self._fixed: FixedDraws | None = None
 
     @property
     def _datamodule(self) -> Any:
@@ -96,22 +97,19 @@ class Unlearning(FrozenModule):
             stage: Lightning's.
 
         Raises:
-            InputError: If the Trainer can't be used, the Fisher is missing, or the objective does not know masks.
+            InputError: If the Trainer can't be used, what the strategy needs is missing, or the objective does not know
+                masks.
         """
         check_precision(self.trainer)
         if stage != "fit":
             return
         check_unlearning(self.trainer)
-        if self.fisher_source is None:
-            raise InputError(
-                "Unlearning needs a Fisher: train with FisherAccumulator or run `lightning-unlearn fisher`, and "
-                "pass its file as fisher."
-            )
+        check_needs(self.strategy, self.fisher_source, self._datamodule)
         check_masks(self.objective, self._queries())
         # The network is in eval mode on purpose.
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
         # What an earlier fit of this module left; a checkpoint, if there is one, is loaded after this.
-        self._problem, self._base_losses, self.results = None, None, {}
+        self._problem, self._fixed, self.results = None, None, {}
         self._fingerprints = {}
         self.weights_fingerprint()  # before the Trainer's precision converts them
         self.trainer.fit_loop.max_epochs = self.strategy.steps
@@ -127,12 +125,11 @@ class Unlearning(FrozenModule):
         if self._problem is not None:
             return
         self._exact()
-        fisher = self.checked_fisher().to(self.device)
-        fisher.finalize(self.damping)
-        made = {
-            "fisher": _fisher_digest(fisher),
-            "unlearning": self.unlearning_fingerprint(self._datamodule),
-        }
+        fisher = self._given_fisher()
+        if fisher is not None:
+            fisher = fisher.to(self.device)
+            fisher.finalize(self.damping)
+        made = {"fisher": fisher_digest(fisher), "unlearning": self.unlearning_fingerprint(self._datamodule)}
         if any(self._fingerprints.get(name, value) != value for name, value in made.items()):
             raise InputError(
                 "The checkpoint's deltas were made with another Fisher, other queries, draws or settings; "
@@ -143,13 +140,32 @@ class Unlearning(FrozenModule):
         if self.members:
             self.settings["targets_by"] = self._datamodule.targets_by
         assert self.deltas is not None
+        self._fixed = self._fixed_draws()
         self._problem = Problem(
             deltas=self.deltas.named(),
             layers={name: list(spec.parameter_shapes) for name, spec in layer_specs(self.layers).items()},
-            fisher=fisher,
+            given_fisher=fisher,
             targets=self.targets,
-            losses=self._target_losses,
+            members=[[query.key for query in target.members] for target in self._fixed.targets],
+            losses=self._fixed.target_losses,
+            untrained=self._fixed.untrained_losses,
         )
+
+    def _fixed_draws(self) -> FixedDraws:
+        data, ranks = self._datamodule, (self.trainer.global_rank, self.trainer.world_size)
+        size = getattr(data, "draw_batch_size", self.rise_draws)
+        others: list[DrawBatch] = []
+        if self.strategy.real_draws:
+            samples = data.real_samples("others", self.seed).take(0, self.rise_draws)
+            others = real_batches("others", self.seed, samples, 0, *ranks, size)
+        weights = layer_parameters(self.layers)
+        return FixedDraws(self.loss, weights, self._targets(), others, self.seed, self.rise_draws, size, self.trainer)
+
+    def _given_fisher(self) -> Fisher | None:
+        """``None`` if there is none and the strategy needs none."""
+        if self.fisher_source is None and not self.strategy.needs_fisher:
+            return None
+        return self.checked_fisher()
 
     def checked_fisher(self) -> Fisher:
         """The Fisher, of which it is certain that it is this network's.
@@ -181,7 +197,7 @@ class Unlearning(FrozenModule):
         self.trainer.accumulate_grad_batches = batches
 
     def training_step(self, batch: DrawBatch, batch_idx: int) -> Tensor:
-        """Minus the loss of some of a target's draws.
+        """What is to fall: minus the loss of some of a target's draws, or the loss of real samples.
 
         Args:
             batch: The draws.
@@ -190,52 +206,16 @@ class Unlearning(FrozenModule):
         Returns:
             A scalar. Scaled so that the gradient that reaches the optimizer is that of the sum over all of a query's
             draws divided by their number, and summed over a set's queries, whatever gradient accumulation and DDP's
-            mean divide by.
+            mean divide by; with real draws, plus that of their mean.
         """
         assert self.deltas is not None
         weights = target_weights(layer_parameters(self.layers), self.deltas.named(), batch.target)
-        losses = self._draw_losses(batch, weights, "unlearning")
+        losses = draw_losses(self.loss, batch, weights, "real" if batch.real else "unlearning", self.seed)
+        falling = losses if batch.real else -self.strategy.ascended(losses, batch.key)
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / batch.total
         # DDP waits for a gradient of every delta: layers that the loss does not reach get one of zero.
         reached = 0 * torch.stack([weight.flatten()[0] for weight in weights.values()]).sum()
-        return -scale * (losses * batch.weights.to(losses)).sum() + reached
-
-    def _draw_losses(self, batch: DrawBatch, weights: dict[str, Tensor], stream: Stream) -> Tensor:
-        """Losses ``(b,)`` of a query's draws."""
-        timesteps, noise = draw_for_target(
-            stream,
-            self.seed,
-            batch.key,
-            batch.numbers,
-            batch.total,
-            self.objective.num_timesteps,
-            batch.latents.shape[1:],
-        )
-        views = self._cast(ViewBatch(batch.latents, batch.text, batch.mask))
-        return self.loss.under(weights, views, timesteps.to(self.device), noise.to(views.latents))
-
-    @torch.no_grad()
-    def _target_losses(self, deltas: dict[str, Tensor] | None) -> Tensor:
-        """Losses ``(Q,)`` of all targets over the fixed draws, over all ranks; under θ₀ measured only once."""
-        if deltas is None and self._base_losses is not None:
-            return self._base_losses
-        trainer = self.trainer
-        sums = torch.zeros(len(self.targets), dtype=torch.float64)
-        places = (trainer.global_rank, trainer.world_size)
-        size = getattr(self._datamodule, "draw_batch_size", self.rise_draws)
-        for number, target in enumerate(self._targets()):
-            weights = {} if deltas is None else target_weights(layer_parameters(self.layers), deltas, number)
-            for query in target.members:
-                for batch in draw_batches(query, number, 0, self.rise_draws, *places, size):
-                    losses = self._draw_losses(batch, weights, "rise").cpu().double()
-                    sums[number] += (losses * batch.weights).sum()  # a set's loss is the sum of its queries'
-        if trainer.world_size > 1:
-            reduced = trainer.strategy.reduce(sums.to(self.device), reduce_op="sum")
-            assert isinstance(reduced, Tensor)
-            sums = reduced.cpu()
-        if deltas is None:
-            self._base_losses = sums / self.rise_draws
-        return sums / self.rise_draws
+        return scale * (falling * batch.weights.to(falling)).sum() + reached
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The strategy's optimizer of the deltas.
@@ -270,22 +250,23 @@ class Unlearning(FrozenModule):
 
     @torch.no_grad()
     def on_train_epoch_end(self) -> None:
-        """Log each target's loss before and after, and the Fisher penalty of its delta, ½ δᵀFδ."""
-        problem = self._ready()
-        before, after = self._target_losses(None).tolist(), self._target_losses(problem.deltas).tolist()
-        penalties = (0.5 * problem.fisher.quadratic(problem.deltas)).tolist()
-        for target, loss_before, loss_after, penalty in zip(self.targets, before, after, penalties, strict=True):
-            if not abs(loss_after) < float("inf"):
+        """Log what each target's delta changed, and with a Fisher its penalty, ½ δᵀFδ.
+
+        Raises:
+            InputError: If a loss is beyond all numbers.
+        """
+        problem, fixed = self._ready(), self._fixed
+        assert fixed is not None
+        found = fixed.changes(problem.deltas)
+        if problem.given_fisher is not None:
+            found["penalty"] = 0.5 * problem.given_fisher.quadratic(problem.deltas)
+        for number, target in enumerate(self.targets):
+            result = {name: float(values[number]) for name, values in found.items()}
+            if not abs(result["loss_after"]) < float("inf"):
                 raise InputError(
-                    f"The loss of {target!r} is {loss_after} after unlearning; choose a smaller step or a "
+                    f"The loss of {target!r} is {result['loss_after']} after unlearning; choose a smaller step or a "
                     "larger N, and check the model and the Fisher."
                 )
-            result = {
-                "loss_before": loss_before,
-                "loss_after": loss_after,
-                "rise": loss_after / loss_before - 1,
-                "penalty": penalty,
-            }
             self.results[target] = result
             self.log_dict({f"{name}/{target}": value for name, value in result.items()}, rank_zero_only=True)
         self.trainer.should_stop |= self.strategy.finished
@@ -309,25 +290,18 @@ class Unlearning(FrozenModule):
         """Digest of the Fisher that ``fit`` uses.
 
         Returns:
-            32 hexadecimal characters.
+            32 hexadecimal characters; ``none`` where there is none and none is needed.
         """
-        return _fisher_digest(self.checked_fisher())
+        return fisher_digest(self._given_fisher())
 
     def unlearning_fingerprint(self, datamodule: Any) -> str:
         """Digest of what deltas depend on besides weights and Fisher: settings, queries and their draws.
 
         Args:
-            datamodule: With ``queries``, ``draws`` and, for sets, ``targets_by``, as in ``fit``.
+            datamodule: With ``queries``, ``draws`` and, for sets, ``targets_by``, as in ``fit``; with ``shards`` where
+                the strategy draws real samples.
 
         Returns:
             32 hexadecimal characters.
         """
-        order = [query.key for query in datamodule.queries]
-        settings = {**self.unlearning_settings(), "draws": datamodule.draws, "queries": order}
-        if members := members_of(datamodule.queries, getattr(datamodule, "targets_by", None)):
-            settings["members"] = members
-        return digest(settings_digest(settings), tensors_digest(named_arrays(datamodule.queries)))
-
-
-def _fisher_digest(fisher: Fisher) -> str:
-    return digest(fisher.kind, fisher.count, tensors_digest(fisher.tensors()))
+        return unlearning_digest(self.unlearning_settings(), datamodule, real=self.strategy.real_draws > 0)

@@ -22,6 +22,7 @@ class UNetFamily(Family):
         "text_kv": (r".*\.attn2\.to_[kv]",),
         "cross_attention": (r".*\.attn2\.(to_[qkv]|to_out\.0)",),
         "attention": (r".*\.attn[12]\.(to_[qkv]|to_out\.0)",),
+        "feed_forward": (r".*\.ff\.net\.(0\.proj|2)",),
     }
 
     def predict(self, network: nn.Module, noisy: Tensor, timesteps: Tensor, batch: ViewBatch) -> Tensor:

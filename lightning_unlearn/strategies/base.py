@@ -22,17 +22,28 @@ class Problem:
     Attributes:
         deltas: Parameter name to stacked deltas ``(Q, *parameter)``, the parameters that are trained.
         layers: Layer name to the names of its parameters in ``deltas``.
-        fisher: Finalized.
+        given_fisher: Finalized; ``None`` if there is none and the strategy needs none.
         targets: ``Q`` names, for messages.
+        members: The keys of the queries in each of them.
         losses: The targets' mean losses ``(Q,)`` float64 over the fixed draws of the stream "rise", summed over
             ranks, under given deltas (``None``: under θ₀). Every rank must call it.
+        untrained: Each query's mean loss over the same draws, by its key, under a newly initialised network of the same
+            kind. Every rank must call it.
     """
 
     deltas: Deltas
     layers: dict[str, list[str]]
-    fisher: Fisher
+    given_fisher: Fisher | None
     targets: list[str]
+    members: list[list[str]]
     losses: Callable[[Deltas | None], Tensor]
+    untrained: Callable[[], dict[str, float]]
+
+    @property
+    def fisher(self) -> Fisher:
+        """The Fisher, for strategies that need one: without it there is no fit."""
+        assert self.given_fisher is not None
+        return self.given_fisher
 
 
 class Strategy(ABC):
@@ -42,14 +53,21 @@ class Strategy(ABC):
         steps: Optimizer steps, at most; each takes all draws of all targets.
         fresh_draws: Whether each step has draws of its own; in a strategy that minimises one function, all steps have
             the same.
+        needs_fisher: Whether it can't do without a Fisher.
+        real_draws: Draws of training samples that each step of each target takes too; none by default.
     """
 
     steps: int
     fresh_draws: bool = True
+    needs_fisher: bool = True
+    real_draws: int = 0
 
     @abstractmethod
     def configure_optimizer(self, problem: Problem) -> torch.optim.Optimizer:
-        """The optimizer of the deltas; their gradients are those of *minus* the targets' mean losses.
+        """The optimizer of the deltas.
+
+        Their gradients are those of the mean loss of the real draws, if there are any, *minus* the mean over the
+        targets' draws of what :meth:`ascended` makes of their losses.
 
         Args:
             problem: What it works on.
@@ -57,6 +75,18 @@ class Strategy(ABC):
         Returns:
             The optimizer.
         """
+
+    def ascended(self, losses: Tensor, key: str) -> Tensor:
+        """What is to rise, as a function of a query's losses; by default these themselves.
+
+        Args:
+            losses: ``(b,)``, of some of its draws.
+            key: The query's.
+
+        Returns:
+            ``(b,)``.
+        """
+        return losses
 
     @abstractmethod
     def after_step(self, problem: Problem, before: Deltas, step: int) -> None:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher import Fisher
 from lightning_unlearn.strategies.base import Deltas
-from lightning_unlearn.strategies.optimizer import DeltaOptimizer
+from lightning_unlearn.strategies.optimizer import OptimizerFactory, TargetOptimizers, preconditioned
 from lightning_unlearn.strategies.scale import check_slopes
-
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 # So many times as far away as at the start is no detour: the steps lead away for good.
 FAR = 1e3
@@ -24,7 +21,7 @@ FAR = 1e3
 NEAR = 1e-2
 
 
-class PenalisedDescent(DeltaOptimizer):
+class PenalisedDescent(TargetOptimizers):
     r"""Gives each target's own optimizer the gradient of :math:`-L(\hat z, θ_0 + δ) + \frac{N}{2} δ^\top F δ`.
 
     The gradients that Lightning leaves are those of :math:`-L`, summed over micro-batches and ranks; the penalty's is
@@ -42,7 +39,6 @@ class PenalisedDescent(DeltaOptimizer):
     Attributes:
         left: How far each target is from a minimum, as a share of how far it was at the start. The measure is
             ``√(rᵀFr)`` of ``r = (NF)⁻¹∇L − δ``, which is the way left to go if the loss is linear in the weights.
-        finished: Targets that stay where they are.
     """
 
     def __init__(
@@ -54,25 +50,12 @@ class PenalisedDescent(DeltaOptimizer):
         optimizer: OptimizerFactory,
         natural: bool,
     ) -> None:
-        super().__init__(groups, fisher, {})
+        super().__init__(groups, targets, optimizer)
+        self.fisher = fisher
         self.N = N
-        self.targets = targets
         self.natural = natural
-        stacks = {
-            name: stack
-            for group in self.param_groups
-            for name, stack in zip(group["names"], group["params"], strict=True)
-        }
-        # Rows of the stacks, in their memory. With an optimizer for each target none depends on another, whatever the
-        # optimizer does with its tensors, and one can stop while others go on.
-        self.rows = [
-            {name: nn.Parameter(stack.detach()[number]) for name, stack in stacks.items()}
-            for number in range(len(targets))
-        ]
-        self.optimizers = [optimizer(list(rows.values())) for rows in self.rows]
         self.start: list[float] = []
         self.left = [math.inf] * len(targets)
-        self.finished = [False] * len(targets)
 
     def move(self) -> None:
         """Take one step of each target that is not finished."""
@@ -80,19 +63,14 @@ class PenalisedDescent(DeltaOptimizer):
         self._watch(self.fisher.quadratic(gradients))
         if not self.natural:
             gradients = _times_fisher(self.fisher, gradients, self.N)
-        for number, (rows, optimizer) in enumerate(zip(self.rows, self.optimizers, strict=True)):
-            if not self.finished[number]:
-                for name, gradient in gradients.items():
-                    rows[name].grad = gradient[number]
-                optimizer.step()
-                optimizer.zero_grad()
+        self.move_by(gradients)
 
     def _natural_gradients(self) -> Deltas:
         """``(NF)⁻¹`` times the gradients: ``δ − (NF)⁻¹∇L``; zero where nothing may move."""
         # Lightning's gradients are those of −L.
         return {
             name: stacks[name] + direction / self.N
-            for _, stacks, directions in self.directions()
+            for _, stacks, directions in preconditioned(self, self.fisher)
             for name, direction in directions.items()
         }
 
@@ -146,13 +124,7 @@ class PenalisedDescent(DeltaOptimizer):
         Returns:
             As torch's, and ``targets``, ``start``, ``left`` and ``finished``.
         """
-        return {
-            **super().state_dict(),
-            "targets": [optimizer.state_dict() for optimizer in self.optimizers],
-            "start": list(self.start),
-            "left": list(self.left),
-            "finished": list(self.finished),
-        }
+        return {**super().state_dict(), "start": list(self.start), "left": list(self.left)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take a state that :meth:`state_dict` gave.
@@ -161,9 +133,7 @@ class PenalisedDescent(DeltaOptimizer):
             state_dict: Of as many targets.
         """
         super().load_state_dict(state_dict)
-        for optimizer, state in zip(self.optimizers, state_dict["targets"], strict=True):
-            optimizer.load_state_dict(state)
-        self.start, self.left, self.finished = (list(state_dict[name]) for name in ("start", "left", "finished"))
+        self.start, self.left = list(state_dict["start"]), list(state_dict["left"])
 
 
 def _times_fisher(fisher: Fisher, vectors: Deltas, factor: float) -> Deltas:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher import Fisher
 from lightning_unlearn.strategies.base import Deltas, Problem, Strategy
-from lightning_unlearn.strategies.optimizer import DeltaOptimizer, layer_groups
+from lightning_unlearn.strategies.optimizer import DeltaOptimizer, layer_groups, preconditioned
 from lightning_unlearn.strategies.scale import along, find_scales
 
 
@@ -25,11 +25,12 @@ class NaturalGradient(DeltaOptimizer):
     """
 
     def __init__(self, groups: list[dict[str, Any]], fisher: Fisher, step_size: float) -> None:
-        super().__init__(groups, fisher, {"step_size": step_size})
+        super().__init__(groups, {"step_size": step_size})
+        self.fisher = fisher
 
     def move(self) -> None:
         """Take one step along the natural gradient."""
-        for group, stacks, directions in self.directions():
+        for group, stacks, directions in preconditioned(self, self.fisher):
             for name, direction in directions.items():
                 stacks[name].sub_(direction, alpha=group["step_size"])
 

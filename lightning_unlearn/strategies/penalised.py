@@ -7,13 +7,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.strategies.base import Deltas, Problem, Strategy
-from lightning_unlearn.strategies.descent import OptimizerFactory, PenalisedDescent
-from lightning_unlearn.strategies.optimizer import layer_groups
-from lightning_unlearn.strategies.scale import along, find_scales
+from lightning_unlearn.strategies.descent import PenalisedDescent
+from lightning_unlearn.strategies.optimizer import OptimizerFactory, layer_groups, optimizer_settings
+from lightning_unlearn.strategies.stopping import stop_at
 
 
 class Penalised(Strategy):
@@ -58,7 +58,9 @@ class Penalised(Strategy):
         self.lr = 1.0 if lr is None else lr
         self.optimizer = optimizer
         self.target_increase = target_increase
-        self._settings = {**given, "optimizer": _settings_of(optimizer)} if optimizer else {**given, "lr": self.lr}
+        self._settings = (
+            {**given, "optimizer": optimizer_settings(optimizer)} if optimizer else {**given, "lr": self.lr}
+        )
         self._descent: PenalisedDescent | None = None
 
     def configure_optimizer(self, problem: Problem) -> PenalisedDescent:
@@ -74,12 +76,9 @@ class Penalised(Strategy):
             InputError: If it does not take these weights.
         """
         make = self.optimizer or self._plain
-        try:
-            self._descent = PenalisedDescent(
-                layer_groups(problem), problem.fisher, self.N, problem.targets, make, natural=self.optimizer is None
-            )
-        except (TypeError, ValueError) as error:
-            raise InputError(f"The optimizer can't be used for these weights ({error}); choose another.") from error
+        self._descent = PenalisedDescent(
+            layer_groups(problem), problem.fisher, self.N, problem.targets, make, natural=self.optimizer is None
+        )
         return self._descent
 
     def _plain(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -109,49 +108,15 @@ class Penalised(Strategy):
             if step == self.steps:
                 self._ready().conclude(step)
             return
-        base = problem.losses(None)  # (Q,)
-        rises = problem.losses(problem.deltas) / base - 1
         finished = self._ready().finished
-        # A step after which the loss is NaN went too far.
-        above = [
-            place for place, rise in enumerate(rises.tolist()) if not (finished[place] or rise < self.target_increase)
-        ]
-        if above:
-            self._go_back(problem, before, above, rises, self.target_increase)
+        wanted = torch.full((len(finished),), self.target_increase, dtype=torch.float64)
+        rises = stop_at(problem, before, wanted, finished)
         missed = [place for place, done in enumerate(finished) if not done]
         if missed and step == self.steps:
             raise InputError(
                 f"The loss of {problem.targets[missed[0]]!r} has risen by {float(rises[missed[0]]):.3g} in {step} "
                 f"steps, not by {self.target_increase:.3g}; take more steps, or choose a smaller N or target_increase."
             )
-
-    def _go_back(self, problem: Problem, before: Deltas, above: list[int], rises: Tensor, wanted: float) -> None:
-        """Shorten the last step of some targets so that their loss has risen as wanted, and let them stay there.
-
-        Args:
-            problem: What it works on.
-            before: The deltas before the step.
-            above: Numbers of the targets.
-            rises: ``(Q,)`` rises after the step.
-            wanted: Wanted rise.
-        """
-        base = problem.losses(None)
-        directions = {name: delta.detach() - before[name] for name, delta in problem.deltas.items()}
-
-        def shortened(scales: Tensor) -> Deltas:
-            every = torch.ones_like(base)
-            every[above] = scales
-            return along(before, directions, every)
-
-        risen = (problem.losses(before) / base - 1)[above]
-        # The rise between the ends of the step is the first guess of its slope; beyond any bound, take the wanted one.
-        slopes = (rises[above] - risen).where(rises[above].isfinite(), wanted - risen)
-        targets = [problem.targets[place] for place in above]
-        scales = find_scales(lambda c: (problem.losses(shortened(c)) / base - 1)[above], slopes, wanted, targets, risen)
-        for name, stack in shortened(scales).items():
-            problem.deltas[name].detach()[above] = stack[above]
-        for place in above:
-            self._ready().finished[place] = True
 
     def settings(self) -> dict[str, Any]:
         """The strategy as JSON.
@@ -160,40 +125,3 @@ class Penalised(Strategy):
             Its arguments, and those of its optimizer.
         """
         return {"strategy": "penalised", "steps": self.steps, **self._settings}
-
-
-def _settings_of(optimizer: OptimizerFactory) -> dict[str, Any]:
-    """What an optimizer is, as JSON, after a trial on one weight.
-
-    Args:
-        optimizer: Makes it.
-
-    Returns:
-        Its class and arguments.
-
-    Raises:
-        InputError: If it can't be used.
-    """
-    weight = nn.Parameter(torch.zeros(1, 1))
-    weight.grad = torch.zeros(1, 1)
-    try:
-        made = optimizer([weight])
-        name = type(made).__name__
-        made.step()
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        raise InputError(
-            f"This optimizer does not take a step from the gradients it is given ({error}); use one that does, such "
-            "as torch.optim.SGD or torch.optim.Adam."
-        ) from error
-    decay = made.defaults.get("weight_decay")
-    if decay:
-        raise InputError(
-            f"{name}'s weight_decay of {decay:.3g} pulls deltas towards zero beside the Fisher penalty; set it to 0."
-        )
-    # As JSON has it: a checkpoint holds these, and tuples would come back from run.json as lists.
-    arguments = {name: list(value) if isinstance(value, tuple) else value for name, value in made.defaults.items()}
-    plain = {
-        name: value if isinstance(value, bool | int | float | str | list | None) else str(value)
-        for name, value in arguments.items()
-    }
-    return {"class": f"{type(made).__module__}.{type(made).__qualname__}", **plain}

@@ -22,18 +22,18 @@ MAX_EVALUATIONS = 60
 def find_scales(
     rises: Callable[[Tensor], Tensor],
     slopes: Tensor,
-    wanted: float,
+    wanted: float | Tensor,
     targets: Sequence[str],
     risen: Tensor | None = None,
 ) -> Tensor:
-    """Scales at which all targets' losses have risen by ``wanted``, by bracketing and regula falsi (Illinois).
+    """Scales at which all targets' losses have risen as wanted, by bracketing and regula falsi (Illinois).
 
     All targets are searched at once, each in its own bracket; whoever is done stays where it is.
 
     Args:
         rises: Relative rises ``(Q,)`` of the losses at given scales ``(Q,)``.
         slopes: ``(Q,)`` first-order rise at scale 1, from which the first guess comes.
-        wanted: The wanted rise.
+        wanted: The wanted rise, of all targets or ``(Q,)`` of each.
         targets: ``Q`` names, for messages.
         risen: ``(Q,)`` rise at scale 0, from earlier steps; none by default.
 
@@ -48,8 +48,9 @@ def find_scales(
         >>> torch.testing.assert_close(scales, torch.tensor([1.0], dtype=torch.float64), atol=1e-6, rtol=0)
     """
     slopes = slopes.double()
+    rise = torch.as_tensor(wanted, dtype=torch.float64).expand_as(slopes)
     check_slopes(slopes, targets)
-    low_value = (torch.zeros_like(slopes) if risen is None else risen.double()) - wanted
+    low_value = (torch.zeros_like(slopes) if risen is None else risen.double()) - rise
     beyond = [target for target, value in zip(targets, low_value.tolist(), strict=True) if value >= 0]
     if beyond:
         raise InputError(
@@ -61,15 +62,15 @@ def find_scales(
     side = torch.zeros_like(scale)  # which end moved last: +1 the upper, -1 the lower
     done = torch.zeros_like(scale, dtype=torch.bool)
     for _ in range(MAX_EVALUATIONS):
-        value = rises(scale).double() - wanted
+        value = rises(scale).double() - rise
         narrow = high - low <= NARROW * scale
-        done |= value.abs() <= torch.where(narrow, ABOUT, TOLERANCE) * wanted
+        done |= value.abs() <= torch.where(narrow, ABOUT, TOLERANCE) * rise
         if bool(done.all()):
             return scale
         # A step so long that the loss is NaN went too far, however little we know of it; and a loss far above the
         # wanted one says hardly more: taken as it is, it would keep the next scales near the lower end.
         above = (value > 0) | value.isnan()
-        value = value.nan_to_num(nan=wanted).clamp(max=wanted)
+        value = torch.where(value.isnan(), rise, value).clamp(max=rise)
         # Illinois: when the same end moves twice, halve the value at the other, or it would never move.
         low_value = torch.where(above & (side == 1), low_value / 2, low_value)
         high_value = torch.where(~above & (side == -1), high_value / 2, high_value)
@@ -79,9 +80,9 @@ def find_scales(
         between = (low * high_value - high * low_value) / (high_value - low_value)
         # As long as there is no upper end, go on to twice the scale.
         scale = torch.where(done, scale, torch.where(high.isinf(), 2 * scale, between))
-    missed = [target for target, reached in zip(targets, done.tolist(), strict=True) if not reached]
+    missed = done.tolist().index(False)
     raise InputError(
-        f"The loss of {missed[0]!r} can't be raised by {wanted:.3g} along its natural gradient; "
+        f"The loss of {targets[missed]!r} can't be raised by {float(rise[missed]):.3g} along its step; "
         "choose a smaller target_increase, more draws or more weights."
     )
 

@@ -134,3 +134,23 @@ def score(base: Tensor, unlearned: Tensor, captions: int, rule: str) -> float:
                 terms.append(after - before if rule == "difference" else (after - before) / (after + before))
         sides.append(math.fsum(terms) / len(terms))
     return max(sides)
+
+
+def mirrored_gradient(
+    naive: Naive,
+    delta: Weights,
+    real: Sequence[Callable[[nn.Module], Tensor]],
+    own: Sequence[Callable[[nn.Module], Tensor]],
+    strength: float,
+    null_loss: float,
+) -> dict[str, Tensor]:
+    """The gradient of ``mean L(real) - strength · mean min(L(query), null_loss)``, one draw after the other."""
+    total = {name: torch.zeros_like(value) for name, value in naive.base.items()}
+    for loss in real:
+        for name, gradient in naive.gradient(delta, loss).items():
+            total[name] += gradient / len(real)
+    for loss in own:
+        if naive.value(delta, loss) < null_loss:
+            for name, gradient in naive.gradient(delta, loss).items():
+                total[name] -= strength * gradient / len(own)
+    return total

@@ -33,6 +33,18 @@ def test_selections_contain_one_another() -> None:
     assert names[-1] == everything
 
 
+def test_feed_forward_is_the_two_layers_of_each_blocks_mlp() -> None:
+    network = tiny_unet()
+    blocks = [name for name, module in network.named_modules() if type(module).__name__ == "FeedForward"]
+    layers = [
+        name
+        for name, layer in network.named_modules()
+        if isinstance(layer, nn.Linear) and any(name.startswith(f"{block}.") for block in blocks)
+    ]
+    assert list(select_layers(network, "feed_forward")) == layers
+    assert len(layers) == 2 * len(blocks) > 2
+
+
 def test_patterns_match_whole_names_in_the_networks_order() -> None:
     assert list(select_layers(ToyDenoiser(), ["conv_out", "conv.*"])) == ["conv_in", "conv_out"]
     with pytest.raises(InputError):

@@ -1,0 +1,56 @@
+"""Where targets stop in the middle of many steps: just where their loss has risen as wanted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_unlearn.strategies.base import Deltas, Problem
+from lightning_unlearn.strategies.scale import along, find_scales
+
+
+def stop_at(problem: Problem, before: Deltas, wanted: Tensor, finished: list[bool]) -> Tensor:
+    """Shorten the last step of the targets whose loss has risen too far, so that it has risen as wanted, and stop them.
+
+    Args:
+        problem: With the deltas, which are changed in place.
+        before: The deltas before the step.
+        wanted: ``(Q,)`` wanted relative rises, above 0.
+        finished: Of each target whether it has stopped already; changed in place.
+
+    Returns:
+        ``(Q,)`` float64: the rises after the step, before it was shortened.
+
+    Raises:
+        InputError: If there is no place on the step's way where the loss is as wanted.
+    """
+    wanted = wanted.double()
+    base = problem.losses(None)  # (Q,)
+    rises = problem.losses(problem.deltas) / base - 1
+    # A step after which the loss is NaN went too far.
+    above = [
+        place
+        for place, (rise, enough) in enumerate(zip(rises.tolist(), wanted.tolist(), strict=True))
+        if not (finished[place] or rise < enough)
+    ]
+    if not above:
+        return rises
+    directions = {name: delta.detach() - before[name] for name, delta in problem.deltas.items()}
+
+    def shortened(scales: Tensor) -> Deltas:
+        every = torch.ones_like(base)
+        every[above] = scales
+        return along(before, directions, every)
+
+    risen = (problem.losses(before) / base - 1)[above]
+    # The rise between the ends of the step is the first guess of its slope; beyond any bound, take the wanted one.
+    slopes = (rises[above] - risen).where(rises[above].isfinite(), wanted[above] - risen)
+    targets = [problem.targets[place] for place in above]
+    scales = find_scales(
+        lambda c: (problem.losses(shortened(c)) / base - 1)[above], slopes, wanted[above], targets, risen
+    )
+    for name, stack in shortened(scales).items():
+        problem.deltas[name].detach()[above] = stack[above]
+    for place in above:
+        finished[place] = True
+    return rises
