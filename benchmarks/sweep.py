@@ -24,6 +24,7 @@ from judged import halves, open_study
 from methods import config, fisher_source, fit_and_predict
 from torch import Tensor
 
+from lightning_unlearn import rules
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.evaluation.judging import kept_samples
 from lightning_unlearn.metrics import (
@@ -32,7 +33,6 @@ from lightning_unlearn.metrics import (
     linear_datamodelling_score,
     subset_predictions,
 )
-from lightning_unlearn.scores import RULES
 from lightning_unlearn.shards import write_atomically
 from lightning_unlearn.strategies import Newton
 from lightning_unlearn.views import Views
@@ -149,7 +149,7 @@ def sweep(bench: Bench) -> list[dict[str, Any]]:
             continue
         values, keys = found
         views = values[:, [keys.index(key) for key in plan.keys]][:, :, None, None, reduced.views].double()
-        scores = RULES[reduced.rule](views[0], views[1:])  # (N, Q)
+        scores = rules.score(reduced.rule, views[0], views[1:])  # (N, Q)
         for side, (queries, runs) in sides.items():
             outcomes, kept = torch.from_numpy(study.losses(runs, queries)), kept_samples(plan.keys, runs)
             chosen = scores[:, [order.index(query) for query in queries]]
