@@ -61,7 +61,7 @@ def variance_of_mean(values: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tens
         The variance and its degrees of freedom, both ``(…)``.
     """
     draws = values.shape[-1]
-    within = [group - group.mean(-1, keepdim=True) for group in values.split(list(sizes), -1)]
+    within = [group - group.mean(-1, keepdim=True) for group in torch.split(values, list(sizes), -1)]
     parts = torch.stack(
         [group.square().sum(-1) * size / (size - 1) for group, size in zip(within, sizes, strict=True)], -1
     )
