@@ -66,12 +66,24 @@ def test_intervals_hold_the_truth_as_often_as_they_say_and_are_not_much_wider_th
     assert 1.8 * scatter <= half <= 2.5 * scatter
 
 
-def test_flips_that_share_their_timesteps_are_averaged_before_the_variance() -> None:
-    values = draws_of_strata(3, flips=2, shared=0.7)
-    inside, half, scatter = coverage(values, 3, "mean", float(LEVELS.mean()))
-    # Were flips taken as independent, the variance would be 1 / 2 and not (1 + 0.7) / 2 of one flip's.
+def test_flips_of_a_draw_are_averaged_before_the_variance() -> None:
+    one = draws_of_strata(3)[:, :50]
+    alone = half_widths(one, 3, "max")
+    # Were they taken as independent, the first would be narrower than one flip, and the second not nothing.
+    torch.testing.assert_close(half_widths(torch.cat([one, one + 1], -2), 3, "mean"), alone, rtol=1e-9, atol=0)
+    opposite = half_widths(torch.cat([one, 1 - one], -2), 3, "mean")
+    assert opposite is not None
+    assert opposite.abs().max() < 1e-12
+    inside, half, scatter = coverage(draws_of_strata(3, flips=2, shared=0.7), 3, "mean", float(LEVELS.mean()))
     assert 0.93 <= inside <= 0.97
     assert half <= 2.6 * scatter
+
+
+def test_interval_of_the_larger_flip_is_that_of_the_flip_that_was_taken() -> None:
+    one = draws_of_strata(2)[:, :50]
+    other = 3 * one.flip(1) - 100  # far below, and of another scatter
+    for both in ([one, other], [other, one]):
+        torch.testing.assert_close(half_widths(torch.cat(both, -2), 2, "max"), half_widths(one, 2, "max"))
 
 
 def test_interval_of_the_larger_flip_holds_where_flips_lie_apart_and_where_they_are_level() -> None:
