@@ -6,7 +6,7 @@ One fit, and scores under 20 seeds of the views (8 strata × 2 noises), for both
 95 % intervals should hold the scores of a reference with 50 times the views and other seeds, in 90 to 98 of 100 cases,
 and be no wider than they must: the median half-width at most 2.5 times the scatter over the seeds. Beside it stand
 intervals from one noise a stratum, and how often the reference's rank lies in the range that the intervals leave open.
-Takes four minutes of processor time.
+Takes three minutes of processor time.
 """
 
 from __future__ import annotations
