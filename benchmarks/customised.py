@@ -23,6 +23,7 @@ from judged import chosen_settings
 from lightning.pytorch import Trainer
 from methods import RISES, UNLEARNING, baseline_of, config, fisher_source, fit_and_predict
 
+from lightning_unlearn import rules
 from lightning_unlearn.baselines import Subject
 from lightning_unlearn.evaluation.customised import Customising, customise
 from lightning_unlearn.fisher import load_fisher
@@ -30,7 +31,6 @@ from lightning_unlearn.metrics import exemplar_retrieval
 from lightning_unlearn.objective import DenoisingObjective
 from lightning_unlearn.quiet import quiet
 from lightning_unlearn.samples import Sample, collate_samples
-from lightning_unlearn.scores import RULES
 from lightning_unlearn.shards import encode_sample, write_atomically, write_shards
 from lightning_unlearn.strategies import Newton
 
@@ -59,10 +59,10 @@ def unlearn(bench: Bench, fisher: str, setting: str, weights: Any, folder: Path)
     """Scores of unlearning under a setting, by Lightning's fit and predict."""
     module, data = config(bench, fisher=fisher_source(bench, fisher))
     module.network.load_state_dict(weights)
-    rise, rule = next((rise, rule) for rise in RISES for rule in RULES if setting == f"rise {rise:.0%}, {rule}")
+    rise, rule = next((rise, rule) for rise in RISES for rule in rules.RULES if setting == f"rise {rise:.0%}, {rule}")
     module.strategy = Newton(target_increase=rise)
     data.shard_patterns, data.query_patterns = str(folder / "candidates"), str(folder / "queries")
-    return torch.cat([RULES[rule](found.base, found.unlearned) for found in fit_and_predict(module, data)])
+    return torch.cat([rules.score(rule, found.base, found.unlearned) for found in fit_and_predict(module, data)])
 
 
 def judge(bench: Bench, concept: str, concepts: dict[str, list[Sample]], settings: dict[str, str]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from common import PLAIN, quiet
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from lightning_unlearn import rules
 from lightning_unlearn.baselines import (
     DAS,
     DTRAK,
@@ -45,7 +46,7 @@ from lightning_unlearn.baselines import (
 from lightning_unlearn.datamodules import AttributionDataModule
 from lightning_unlearn.fisher import load_fisher
 from lightning_unlearn.module import UnlearningModule
-from lightning_unlearn.scores import RULES, ScoreTable
+from lightning_unlearn.scores import ScoreTable
 from lightning_unlearn.scoring import Deviations
 from lightning_unlearn.strategies import Newton
 from lightning_unlearn.trainer_cli import TrainerCLI
@@ -135,8 +136,8 @@ def unlearning_scores(bench: Bench, fisher: str, parameters: str, queries: int |
             data.query_keys = [f"query-{number:02d}" for number in range(queries)]
         predictions = fit_and_predict(module, data)
         keys = [key for prediction in predictions for key in prediction.batch.keys]
-        for rule, reduce in RULES.items():
-            rows = [reduce(prediction.base, prediction.unlearned) for prediction in predictions]
+        for rule in rules.RULES:
+            rows = [rules.score(rule, prediction.base, prediction.unlearned) for prediction in predictions]
             scores[f"rise {rise:.0%}, {rule}{SELECTIONS[parameters]}"] = torch.cat(rows)
     return scores, keys, 0
 

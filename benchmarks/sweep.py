@@ -25,9 +25,9 @@ from lightning.pytorch import Trainer
 from methods import config, fisher_source
 from torch import Tensor, nn
 
+from lightning_unlearn import rules
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.evaluation.results import Value
-from lightning_unlearn.scores import RULES
 from lightning_unlearn.shards import write_atomically
 from lightning_unlearn.strategies import Newton
 from lightning_unlearn.views import Views
@@ -161,7 +161,7 @@ def measured(bench: Bench, unlearned: Unlearned) -> Measured | str:
 def scores_of(found: Measured, keys: list[str], reduced: Reduced) -> Tensor:
     """Scores ``(N, Q)`` of the samples in an order."""
     views = found.losses[:, [found.keys.index(key) for key in keys]][:, :, None, None, reduced.views].double()
-    return RULES[reduced.rule](views[0], views[1:])
+    return rules.score(reduced.rule, views[0], views[1:])
 
 
 def rounded(value: Value) -> list[float]:

@@ -17,10 +17,12 @@ from torchmetrics.functional import spearman_corrcoef
 from typing_extensions import override
 
 from lightning_unlearn.errors import InputError
+from lightning_unlearn.firmness import groups_of_draws
 from lightning_unlearn.module import UnlearningModule
+from lightning_unlearn.rules import FLIPS, RULES, Reduced, joined, reduce_losses, score
 from lightning_unlearn.run_record import earlier_run, record_run, scored_shards, write_run
 from lightning_unlearn.samples import Sample
-from lightning_unlearn.scores import FAILED, RULES, read_run, reduce_losses, run_digest, shard_path, write_shard_scores
+from lightning_unlearn.scores import FAILED, read_run, run_digest, shard_path, write_shard_scores
 from lightning_unlearn.scoring import Deviations, measured
 from lightning_unlearn.shards import ShardInfo, shard_id, write_atomically
 
@@ -30,8 +32,7 @@ class _Open:
     """A shard whose end has not come yet."""
 
     keys: list[str] = field(default_factory=list)
-    base: list[Tensor] = field(default_factory=list)
-    scores: list[Tensor] = field(default_factory=list)
+    reduced: list[Reduced] = field(default_factory=list)
     failed: str | None = None
     skipped: int = 0
 
@@ -47,9 +48,12 @@ class ScoreWriter(Callback):
         folder: Where ``run.json`` and ``scores/`` are kept.
         rule: How a sample's deviations become its score: ``difference`` or ``ratio``.
         on_bad_sample: Whether a sample with a loss that is not finite fails its shard or is left out and counted.
+        flips: Which of a sample's two flips is taken where both are scored: the larger (``max``) or the ``mean``.
+        keep_deviations: Whether the table also keeps what the rule gave at each flip and draw
+            (:func:`~lightning_unlearn.scores.read_deviations`).
 
     Raises:
-        InputError: If there is no such rule.
+        InputError: If there is no such rule, or no such way to take flips.
     """
 
     def __init__(
@@ -57,11 +61,17 @@ class ScoreWriter(Callback):
         folder: str,
         rule: Literal["difference", "ratio"] = "difference",
         on_bad_sample: Literal["error", "skip"] = "error",
+        flips: Literal["max", "mean"] = "max",
+        keep_deviations: bool = False,
     ) -> None:
         if rule not in RULES:
             raise InputError(f"There is no score rule {rule!r}; choose one of {', '.join(RULES)}.")
+        if flips not in FLIPS:
+            raise InputError(f"Flips can't be taken by {flips!r}; choose one of {', '.join(FLIPS)}.")
         self.folder = Path(folder)
         self.rule = rule
+        self.flips = flips
+        self.keep_deviations = keep_deviations
         self.on_bad_sample = on_bad_sample
         self.failures: dict[str, str] = {}
         self.scored = 0
@@ -102,7 +112,13 @@ class ScoreWriter(Callback):
         self._open, self.failures, self.scored, self.skipped = {}, {}, 0, 0
         self._finished, self._unnoted = set(), False
         self._started = time.monotonic()
-        fingerprints = {**pl_module.fingerprints(), "rule": self.rule, "precision": str(trainer.precision)}
+        fingerprints = {
+            **pl_module.fingerprints(),
+            "rule": self.rule,
+            "flips": self.flips,
+            "columns": self._columns(pl_module),
+            "precision": str(trainer.precision),
+        }
         self._run = run_digest(fingerprints)
         earlier = earlier_run(self.folder, fingerprints)
         # What an earlier run noted of this rank's shards.
@@ -112,6 +128,12 @@ class ScoreWriter(Callback):
             self._record(trainer, pl_module, fingerprints, earlier)
         # Nobody must take another rank's old notes for new ones.
         trainer.strategy.barrier("scores")
+
+    def _columns(self, pl_module: UnlearningModule) -> str:
+        """What a score's columns are; in one table all files have the same."""
+        views = pl_module.views
+        errors = ["errors"] if groups_of_draws(views.draws, views.noises) else []
+        return ", ".join(["scores", *errors, *(["deviations"] if self.keep_deviations else [])])
 
     def _to_score(self, trainer: Trainer) -> list[str]:
         shards = getattr(getattr(trainer, "datamodule", None), "shards_to_score", list)
@@ -125,7 +147,10 @@ class ScoreWriter(Callback):
         about = {
             "fingerprints": fingerprints,
             "rule": self.rule,
+            "flips": self.flips,
             "views": pl_module.views.settings(),
+            # Of the draws of each flip, in the order in which deviations are kept.
+            "timesteps": pl_module.views.draw_timesteps(pl_module.objective.num_timesteps).tolist(),
             "unlearning": pl_module.settings,
             "precision": str(trainer.precision),
             "targets": {
@@ -157,7 +182,7 @@ class ScoreWriter(Callback):
         shard = self._open.setdefault(outputs.batch.shard, _Open())
         shard.failed = shard.failed or outputs.batch.error
         if shard.failed is None:
-            self._reduce(shard, outputs)
+            self._reduce(shard, outputs, pl_module.views.noises)
         if outputs.batch.end_of_shard is not None and shard.failed is None:
             try:
                 self._finish(shard, outputs, pl_module.targets)
@@ -168,14 +193,16 @@ class ScoreWriter(Callback):
             if shard.failed is not None:
                 self._fail(outputs.batch.shard, shard.failed)
 
-    def _reduce(self, shard: _Open, outputs: Deviations) -> None:
-        base, scores = reduce_losses(outputs.base, outputs.unlearned, self.rule)
-        if outputs.exact is not None and len(scores) > 2:
-            _, exact = reduce_losses(outputs.exact[0], outputs.exact[1:], self.rule)
-            self.agreement = _agreement(scores, exact)
+    def _reduce(self, shard: _Open, outputs: Deviations, noises: int) -> None:
+        found = reduce_losses(
+            outputs.base, outputs.unlearned, self.rule, self.flips, noises, keep_deviations=self.keep_deviations
+        )
+        if outputs.exact is not None and len(found.scores) > 2:
+            exact = score(self.rule, outputs.exact[0], outputs.exact[1:], self.flips)
+            self.agreement = _agreement(found.scores, exact)
         keys = outputs.batch.keys
         losses = torch.cat([outputs.base[None], outputs.unlearned])  # (1 + Q, B, flips, captions, draws)
-        good = measured(losses, outputs.batch.caption_counts) & scores.isfinite().all(-1)
+        good = measured(losses, outputs.batch.caption_counts) & found.scores.isfinite().all(-1)
         if not good.all():
             bad = [key for key, fine in zip(keys, good.tolist(), strict=True) if not fine]
             if self.on_bad_sample == "error":
@@ -185,10 +212,9 @@ class ScoreWriter(Callback):
                 )
                 return
             shard.skipped += len(bad)
-            keys, base, scores = [key for key in keys if key not in bad], base[good], scores[good]
+            keys, found = [key for key in keys if key not in bad], found.rows(good)
         shard.keys.extend(keys)
-        shard.base.append(base)
-        shard.scores.append(scores)
+        shard.reduced.append(found)
 
     def _finish(self, shard: _Open, outputs: Deviations, queries: list[str]) -> None:
         name, count = outputs.batch.shard, outputs.batch.end_of_shard
@@ -197,9 +223,8 @@ class ScoreWriter(Callback):
                 f"Shard {name} has {count} samples, but {len(shard.keys) + shard.skipped} arrived; run the same "
                 "command again."
             )
-        base, scores = torch.cat(shard.base), torch.cat(shard.scores)
         version = self._versions.get(name, "")
-        write_shard_scores(self.folder, name, shard.keys, base, scores, queries, self._run, version)
+        write_shard_scores(self.folder, name, shard.keys, joined(shard.reduced), queries, self._run, version)
         self._finished.add(name)
         self.scored += len(shard.keys)
         self.skipped += shard.skipped + outputs.batch.skipped

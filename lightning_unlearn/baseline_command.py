@@ -23,6 +23,7 @@ from lightning_unlearn.fingerprints import digest, settings_digest, tensors_dige
 from lightning_unlearn.module import UnlearningModule
 from lightning_unlearn.precision import ExactFloat32
 from lightning_unlearn.quiet import quiet
+from lightning_unlearn.rules import Reduced
 from lightning_unlearn.run_record import earlier_run, record_run, scored_shards, write_run
 from lightning_unlearn.samples import Sample, SampleBatch, named_arrays
 from lightning_unlearn.scores import run_digest, shard_path, write_shard_scores
@@ -226,7 +227,7 @@ class BaselineRun:
         losses = torch.cat(self._base_losses)
         for name, rows in self._rows.items():
             keys, version = [self._keys[row] for row in rows], shards[name]["version"]
-            write_shard_scores(self.folder, name, keys, losses[rows], scores[rows], queries, run, version)
+            write_shard_scores(self.folder, name, keys, Reduced(losses[rows], scores[rows]), queries, run, version)
 
 
 def _queries_digest(queries: list[Sample]) -> str:

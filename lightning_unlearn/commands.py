@@ -21,8 +21,9 @@ from lightning_unlearn.fisher import FISHERS
 from lightning_unlearn.loading import read_checkpoint
 from lightning_unlearn.module import UnlearningModule
 from lightning_unlearn.quiet import quiet
+from lightning_unlearn.rules import RULES
 from lightning_unlearn.samples import Sample
-from lightning_unlearn.scores import FAILED, RULES, SCORES, is_scored, read_run, read_scores
+from lightning_unlearn.scores import FAILED, SCORES, is_scored, read_run, read_scores
 from lightning_unlearn.shards import ShardInfo, shard_id
 from lightning_unlearn.targets import targets_of
 from lightning_unlearn.trainer_cli import TrainerCLI, one_sentence
@@ -77,6 +78,12 @@ def attribute(arguments: list[str]) -> None:
         parser.add_argument(
             "--rule", type=str, default="difference", help=f"How deviations become a score: {' or '.join(RULES)}."
         )
+        parser.add_argument(
+            "--flips", type=str, default="max", help="Which of both flips is a score's: the larger (max) or the mean."
+        )
+        parser.add_argument(
+            "--keep_deviations", type=bool, default=False, help="Keep the rule's value at each flip and draw as well."
+        )
         parser.add_argument("--top", type=int, default=12, help="How many images the report shows for each query.")
 
     description = (
@@ -88,7 +95,9 @@ def attribute(arguments: list[str]) -> None:
         output = Path(cli.config.output)
         make_folder(output)
         # Before the progress bar, so that a folder of another run is refused and the step announced before it is drawn.
-        writer = ScoreWriter(str(output), cli.config.rule, data.on_bad_sample)
+        writer = ScoreWriter(
+            str(output), cli.config.rule, data.on_bad_sample, cli.config.flips, cli.config.keep_deviations
+        )
         trainer.callbacks[:0] = [writer, _Announcer(output)]  # type: ignore[attr-defined]
         deltas = output / "deltas.ckpt"
         if not _is_unlearned(deltas, module, data, trainer):

@@ -61,6 +61,8 @@ class Ranked:
         base_loss: Its mean loss before unlearning.
         captions: Empty if the sample was not found.
         picture: ``None`` if there is nothing to see.
+        error: Half the width of the score's 95 % interval; ``None`` if the table has none.
+        ranks: The lowest and the highest rank that the intervals leave open; ``None`` without them.
     """
 
     rank: int
@@ -69,6 +71,8 @@ class Ranked:
     base_loss: float
     captions: list[str]
     picture: Picture | None
+    error: float | None = None
+    ranks: tuple[int, int] | None = None
 
 
 def shown_queries(table: ScoreTable, target: str) -> list[str]:
@@ -116,7 +120,8 @@ def write_report(
         )
     if not table.keys or not table.queries:
         raise InputError("There is nothing to report: the table has no samples or no queries; score some first.")
-    if not (np.isfinite(table.scores).all() and np.isfinite(table.base_losses).all()):
+    known = [table.scores, table.base_losses, *([] if table.errors is None else [table.errors])]
+    if not all(np.isfinite(values).all() for values in known):
         raise InputError("The score table holds NaN or infinity; score again into another folder.")
     path = Path(path)
     page = _render(table, {query.key: query for query in queries}, pictures, top, bottom)
@@ -166,6 +171,8 @@ def _render(
         shards=len(set(table.shards)),
         all_shards=len(run.get("shards", {})),
         rule=run.get("rule"),
+        errors=table.errors is not None,
+        shared=views.get("noise") == "shared",
         method=run.get("method", {}).get("method"),
         run=run,
         settings={
@@ -214,8 +221,8 @@ def _query(
         "target": target,
         "own": own,
         "own_rank": table.rank(key, own) + 1 if own is not None else None,
-        "top": _ranked(table, scores, highest, 1, samples),
-        "bottom": _ranked(table, scores, lowest, len(scores) - len(lowest) + 1, samples),
+        "top": _ranked(table, column, highest, 1, samples),
+        "bottom": _ranked(table, column, lowest, len(scores) - len(lowest) + 1, samples),
         "unit": unit,
         "unit_name": unit_name,
         "plot": Markup(histogram(scores / unit, scores[highest] / unit, unit_name, f"plot{column + 1}-")),
@@ -234,13 +241,23 @@ def _named(key: str, target: Mapping[str, Any]) -> dict[str, str]:
     return {"key": key} | ({"region": f"{_share(target['region'])} of it"} if "region" in target else {})
 
 
-def _ranked(table: ScoreTable, scores: Floats, rows: Rows, first: int, samples: Mapping[str, Sample]) -> list[Ranked]:
+def _ranked(table: ScoreTable, column: int, rows: Rows, first: int, samples: Mapping[str, Sample]) -> list[Ranked]:
+    ranges = None if table.errors is None else 1 + table.rank_ranges(table.queries[column])
     ranked = []
     for rank, row in enumerate(rows, first):
         sample = samples.get(table.keys[row])
-        captions = sample.captions if sample else []
-        loss = float(table.base_losses[row])
-        ranked.append(Ranked(rank, table.keys[row], float(scores[row]), loss, captions, picture_of(sample)))
+        ranked.append(
+            Ranked(
+                rank,
+                table.keys[row],
+                float(table.scores[row, column]),
+                float(table.base_losses[row]),
+                sample.captions if sample else [],
+                picture_of(sample),
+                None if table.errors is None else float(table.errors[row, column]),
+                None if ranges is None else (int(ranges[row, 0]), int(ranges[row, 1])),
+            )
+        )
     return ranked
 
 

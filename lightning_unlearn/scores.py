@@ -1,8 +1,9 @@
-"""The score table: rules that reduce deviations, and the Parquet files they are kept in.
+"""The score table, and the Parquet files it is kept in.
 
 A run's folder holds ``run.json`` (settings, fingerprints, targets, shards) and ``scores/``, one Parquet file a shard,
 with the columns ``key``, ``shard``, ``base_loss`` and a score for each query under the query's key, prefixed with
-``score:``.
+``score:``. Where they are known, ``error:`` and the query's key is the half-width of the score's 95 % interval; where
+they are kept, ``deviations:`` and the query's key is a list with the rule's value at each flip and draw.
 """
 
 from __future__ import annotations
@@ -18,52 +19,21 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import settings_digest
+from lightning_unlearn.firmness import rank_ranges
+from lightning_unlearn.rules import Reduced
 from lightning_unlearn.shards import write_atomically
 
 RUN_FILE = "run.json"
 SCORES = "scores"
 FAILED = "failed"
 PREFIX = "score:"
-
-Rule = Callable[[Tensor, Tensor], Tensor]
-
-
-def difference(base: Tensor, unlearned: Tensor) -> Tensor:
-    """Mean rise of the loss over captions and draws, the larger of the two flips.
-
-    Wang et al. (arXiv 2406.09408, Eq. 6 and Appendix B).
-
-    Args:
-        base: ``(B, flips, captions, draws)`` losses under θ₀, NaN where a sample has no such view.
-        unlearned: ``(Q, B, flips, captions, draws)`` losses under θ₀ + δ.
-
-    Returns:
-        ``(B, Q)``.
-    """
-    return (unlearned - base).nanmean((-2, -1)).amax(-1).mT
-
-
-def ratio(base: Tensor, unlearned: Tensor) -> Tensor:
-    """Mean over views of ``(L_u - L_0) / (L_u + L_0)``, the larger of the two flips.
-
-    As in mirrored unlearning for attribution (MUCS, arXiv 2605.17938).
-
-    Args:
-        base: ``(B, flips, captions, draws)``.
-        unlearned: ``(Q, B, flips, captions, draws)``.
-
-    Returns:
-        ``(B, Q)``.
-    """
-    return ((unlearned - base) / (unlearned + base)).nanmean((-2, -1)).amax(-1).mT
-
-
-RULES: dict[str, Rule] = {"difference": difference, "ratio": ratio}
+ERRORS = "error:"
+DEVIATIONS = "deviations:"
 
 
 @dataclass(frozen=True)
@@ -77,6 +47,8 @@ class ScoreTable:
         scores: ``(N, Q)`` float32; high means influential.
         base_losses: ``(N,)`` float32 mean loss under θ₀.
         run: The content of ``run.json``.
+        errors: ``(N, Q)`` float32 half-widths of the scores' 95 % intervals
+            (:func:`~lightning_unlearn.firmness.half_widths`); ``None`` where the table has none.
     """
 
     keys: list[str]
@@ -85,6 +57,7 @@ class ScoreTable:
     scores: np.ndarray[Any, np.dtype[np.float32]]
     base_losses: np.ndarray[Any, np.dtype[np.float32]]
     run: dict[str, Any]
+    errors: np.ndarray[Any, np.dtype[np.float32]] | None = None
 
     def top(self, query: str, k: int) -> list[tuple[str, float]]:
         """The most influential samples of a query; ties in the order of their keys.
@@ -113,6 +86,26 @@ class ScoreTable:
         column = self.scores[:, self.queries.index(query)]
         return int((column > column[self.keys.index(key)]).sum())
 
+    def rank_ranges(self, query: str) -> NDArray[np.intp]:
+        """The ranks that each sample may have for a query, as far as the scores' 95 % intervals say.
+
+        Args:
+            query: Its key.
+
+        Returns:
+            ``(N, 2)`` lowest and highest rank; 0 for the most influential.
+
+        Raises:
+            InputError: If the table has no errors.
+        """
+        if self.errors is None:
+            raise InputError(
+                "The score table has no errors, so that nobody knows how firm its ranks are; score again with two "
+                "views or more (views.noises: 2)."
+            )
+        column = self.queries.index(query)
+        return rank_ranges(self.scores[:, column], self.errors[:, column])
+
 
 def shard_path(folder: Path, shard: str) -> Path:
     """Where a shard's scores are kept.
@@ -131,8 +124,7 @@ def write_shard_scores(
     folder: Path,
     shard: str,
     keys: Sequence[str],
-    base_losses: Tensor,
-    scores: Tensor,
+    reduced: Reduced,
     queries: Sequence[str],
     run: str,
     version: str = "",
@@ -143,8 +135,7 @@ def write_shard_scores(
         folder: The run's folder.
         shard: The shard's identifier.
         keys: ``B`` sample keys.
-        base_losses: ``(B,)``.
-        scores: ``(B, Q)``.
+        reduced: Scores, base losses, and what is kept beside them.
         queries: ``Q`` query keys.
         run: Digest of the run's fingerprints, kept in the file.
         version: Of the shard's content, kept in the file.
@@ -155,10 +146,15 @@ def write_shard_scores(
     columns: dict[str, Any] = {
         "key": pa.array(keys, pa.string()),
         "shard": pa.array([shard] * len(keys), pa.string()),
-        "base_loss": pa.array(base_losses.float().numpy()),
+        "base_loss": pa.array(reduced.base_losses.float().numpy()),
     }
-    for number, query in enumerate(queries):
-        columns[PREFIX + query] = pa.array(scores[:, number].float().contiguous().numpy())
+    for prefix, values in ((PREFIX, reduced.scores), (ERRORS, reduced.errors)):
+        if values is not None:
+            columns |= {prefix + query: _floats(values[:, number]) for number, query in enumerate(queries)}
+    if reduced.deviations is not None:
+        for number, query in enumerate(queries):
+            values = reduced.deviations[:, number].flatten(1)  # (B, flips · draws)
+            columns[DEVIATIONS + query] = pa.FixedSizeListArray.from_arrays(_floats(values.flatten()), values.shape[1])
     table = pa.table(columns).replace_schema_metadata({"run": run, "content": version})
     stream = io.BytesIO()
     pq.write_table(table, stream)
@@ -171,6 +167,10 @@ def write_shard_scores(
             f"The scores of shard {shard} can't be written to {path} ({error.strerror}); free the disk and run "
             "again: finished shards are kept."
         ) from None
+
+
+def _floats(values: Tensor) -> pa.Array:
+    return pa.array(values.float().contiguous().numpy())
 
 
 def is_scored(folder: Path, shard: str, version: str) -> bool:
@@ -252,7 +252,54 @@ def read_scores(folder: str | Path, *, partial: bool = False) -> ScoreTable:
     Raises:
         InputError: If shards are missing, keys stand twice, or files of different runs are mixed.
     """
-    folder = Path(folder)
+    # Deviations may be many times as large as all else.
+    run, joined, order = _read(Path(folder), partial, lambda name: not name.startswith(DEVIATIONS))
+    queries = [name.removeprefix(PREFIX) for name in joined.column_names if name.startswith(PREFIX)]
+
+    def stacked(prefix: str) -> Any:
+        return np.stack([joined.column(prefix + query).to_numpy() for query in queries], 1)[order]
+
+    keys, shards = joined.column("key").to_pylist(), joined.column("shard").to_pylist()
+    return ScoreTable(
+        keys=[keys[row] for row in order],
+        shards=[shards[row] for row in order],
+        queries=queries,
+        scores=stacked(PREFIX),
+        base_losses=joined.column("base_loss").to_numpy()[order],
+        run=run,
+        errors=stacked(ERRORS) if ERRORS + queries[0] in joined.column_names else None,
+    )
+
+
+def read_deviations(folder: str | Path, query: str, *, partial: bool = False) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Read what the rule gave at each flip and draw of a query's scores, where the run kept it.
+
+    Args:
+        folder: The run's folder.
+        query: The query's key.
+        partial: Whether shards may be missing.
+
+    Returns:
+        ``(N, flips, draws)``, averaged over captions; samples as in :func:`read_scores`. The draws' timesteps are
+        ``timesteps`` in ``run.json``.
+
+    Raises:
+        InputError: As :func:`read_scores`, or if there is no such query or its deviations were not kept.
+    """
+    name = DEVIATIONS + query
+    run, joined, order = _read(Path(folder), partial, {"key", "shard", PREFIX + query, name}.__contains__)
+    if PREFIX + query not in joined.column_names:
+        raise InputError(f"{folder} has no scores of {query!r}; name one of its queries.")
+    if name not in joined.column_names:
+        raise InputError(f"{folder} keeps no deviations; score into another folder with keep_deviations.")
+    flat = np.concatenate([chunk.flatten().to_numpy() for chunk in joined.column(name).chunks])
+    draws = len(run["timesteps"])
+    values: np.ndarray[Any, np.dtype[np.float32]] = flat.reshape(len(order), -1, draws)[order]
+    return values
+
+
+def _read(folder: Path, partial: bool, wanted: Callable[[str], bool]) -> tuple[dict[str, Any], pa.Table, list[int]]:
+    """A run, some columns of its shards' files one after the other, and the order of the keys."""
     run = read_run(folder)
     if run is None:
         raise InputError(f"There are no scores in {folder}; run `lightning-unlearn attribute` or `predict` first.")
@@ -270,7 +317,8 @@ def read_scores(folder: str | Path, *, partial: bool = False) -> ScoreTable:
     tables = []
     for shard in sorted(set(run["shards"]) - set(missing)):
         try:
-            table = pq.read_table(shard_path(folder, shard))
+            with pq.ParquetFile(shard_path(folder, shard)) as file:
+                table = file.read([name for name in file.schema_arrow.names if wanted(name)])
         except (pa.ArrowException, OSError) as error:
             raise InputError(
                 f"{shard_path(folder, shard)} can't be read ({str(error).splitlines()[0]}); remove it and run the "
@@ -293,29 +341,4 @@ def read_scores(folder: str | Path, *, partial: bool = False) -> ScoreTable:
                 f"The key {keys[first]!r} stands in {shards[first]} and in {shards[second]}; keys must be unique "
                 "over all shards."
             )
-    queries = [name.removeprefix(PREFIX) for name in joined.column_names if name.startswith(PREFIX)]
-    scores = np.stack([joined.column(PREFIX + query).to_numpy() for query in queries], 1)
-    return ScoreTable(
-        keys=[keys[row] for row in order],
-        shards=[shards[row] for row in order],
-        queries=queries,
-        scores=scores[order],
-        base_losses=joined.column("base_loss").to_numpy()[order],
-        run=run,
-    )
-
-
-def reduce_losses(base: Tensor, unlearned: Tensor, rule: str) -> tuple[Tensor, Tensor]:
-    """Mean base losses and scores of a batch.
-
-    Args:
-        base: ``(B, flips, captions, draws)``.
-        unlearned: ``(Q, B, flips, captions, draws)``.
-        rule: Name of the score rule.
-
-    Returns:
-        ``(B,)`` and ``(B, Q)``.
-    """
-    if len(base) == 0:
-        return torch.zeros(0), torch.zeros(0, len(unlearned))
-    return base.nanmean((-3, -2, -1)), RULES[rule](base, unlearned)
+    return run, joined, order

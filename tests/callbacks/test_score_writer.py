@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pandas
+import pyarrow.parquet as pq
 import pytest
 import torch
 from attribution_runs import SAMPLES, SAMPLES_PER_SHARD, ragged_fields, score, toy_data, trainer
@@ -24,10 +25,12 @@ import lightning_unlearn.scores
 from lightning_unlearn.callbacks import ScoreWriter
 from lightning_unlearn.deltas import DeltaStore
 from lightning_unlearn.errors import InputError
+from lightning_unlearn.firmness import half_widths
 from lightning_unlearn.module import UnlearningModule
 from lightning_unlearn.parameters import layer_parameters
+from lightning_unlearn.rules import Flips
 from lightning_unlearn.samples import ViewBatch
-from lightning_unlearn.scores import FAILED, RUN_FILE, SCORES, read_run, read_scores
+from lightning_unlearn.scores import FAILED, RUN_FILE, SCORES, read_deviations, read_run, read_scores, run_digest
 from lightning_unlearn.shards import MANIFEST, npy_bytes, shard_id, write_shards
 from lightning_unlearn.views import Views
 
@@ -118,7 +121,9 @@ def test_run_file_tells_how_the_scores_came_about(folder: Path) -> None:
     assert set(about["shards"]) == done_shards(folder / "out")
     sizes = {entry["url"]: (entry["samples"], entry["bytes"]) for entry in about["shards"].values()}
     assert sizes[str(shard(folder, 0))] == (SAMPLES_PER_SHARD, shard(folder, 0).stat().st_size)
-    assert about["fingerprints"] == {**found.fingerprints(), "rule": "difference", "precision": "32-true"}
+    own = {"rule": "difference", "flips": "max", "columns": "scores, errors", "precision": "32-true"}
+    assert about["fingerprints"] == {**found.fingerprints(), **own}
+    assert about["timesteps"] == found.views.draw_timesteps(ToyObjective.num_timesteps).tolist()
     assert about["versions"]["torch"]
     assert about["seconds"] > 0
 
@@ -147,6 +152,67 @@ def test_another_module_or_rule_is_refused(folder: Path) -> None:
         trainer(folder, ScoreWriter(str(folder / "out"))).predict(Other(), toy_data(folder))
     with pytest.raises(InputError, match="no score rule 'sum'"):
         ScoreWriter("out", rule="sum")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="Flips can't be taken by 'sum'; choose one of max, mean"):
+        ScoreWriter("out", flips="sum")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("rule", "flips"), [("difference", "max"), ("ratio", "mean")])
+def test_kept_deviations_give_the_scores_and_their_errors(folder: Path, rule: Any, flips: Flips) -> None:
+    found = module(Views(3, noises=2, flips=True))
+    run(folder, found, {"rule": rule, "flips": flips, "keep_deviations": True})
+    tarfile.open(folder / "train" / "empty.tar", "w").close()
+    (folder / "train" / MANIFEST).unlink()
+    run(folder, found, {"rule": rule, "flips": flips, "keep_deviations": True})
+    table = read_scores(folder / "out")
+    assert len(table.run["timesteps"]) == 6
+    assert table.errors is not None
+    for column, query in enumerate(table.queries):
+        kept = read_deviations(folder / "out", query)
+        assert kept.shape == (SAMPLES, 2, 6)
+        sides = kept.astype(np.float64).mean(-1)
+        scores = sides.max(-1) if flips == "max" else sides.mean(-1)
+        np.testing.assert_allclose(table.scores[:, column], scores, rtol=1e-4, atol=1e-7)
+        halves = half_widths(torch.from_numpy(kept)[None], 2, flips)
+        assert halves is not None
+        np.testing.assert_allclose(table.errors[:, column], halves[:, 0], rtol=1e-3, atol=1e-7)
+        assert (table.errors[:, column] > 0).all()
+
+
+def test_table_of_an_older_version_is_read_but_not_added_to(folder: Path) -> None:
+    run(folder)
+    about = json.loads((folder / "out" / RUN_FILE).read_bytes())
+    del about["fingerprints"]["flips"], about["fingerprints"]["columns"], about["timesteps"], about["flips"]
+    (folder / "out" / RUN_FILE).write_text(json.dumps(about))
+    for path in (folder / "out" / SCORES).iterdir():
+        old = pq.read_table(path).select(["key", "shard", "base_loss", "score:query-00000", "score:query-00001"])
+        metadata = {**old.schema.metadata, b"run": run_digest(about["fingerprints"])}
+        pq.write_table(old.replace_schema_metadata(metadata), path)
+    table = read_scores(folder / "out")
+    assert table.errors is None
+    assert len(table.keys) == SAMPLES
+    with pytest.raises(InputError, match=r"another run \(other flips, columns\)"):
+        run(folder)
+
+
+def test_a_single_view_has_no_error_column(folder: Path) -> None:
+    run(folder, module(Views(1)))
+    table = read_scores(folder / "out")
+    assert table.errors is None
+    assert table.run["fingerprints"]["columns"] == "scores"
+
+
+def test_samples_that_are_left_out_leave_no_row_in_any_column(folder: Path) -> None:
+    whole = read_scores(run(folder, writer={"keep_deviations": True}).folder)
+    shutil.rmtree(folder / "out")
+    repack(shard(folder, 1), spoiled("sample-00008", 1e30))
+    run(folder, writer={"keep_deviations": True, "on_bad_sample": "skip"})
+    table = read_scores(folder / "out")
+    kept = [whole.keys.index(key) for key in table.keys]
+    assert len(kept) == SAMPLES - 1
+    assert table.errors is not None
+    assert whole.errors is not None
+    np.testing.assert_allclose(table.errors, whole.errors[kept], rtol=1e-4)
+    assert read_deviations(folder / "out", "query-00000").shape == (SAMPLES - 1, 1, 3)
 
 
 # ---------------------------------------------------------------------------------- starting again
@@ -174,6 +240,8 @@ def test_restart_scores_only_what_is_missing_and_leaves_the_rest_as_it_is(folder
         ({"found": lambda: module(Views(4))}, "views"),
         ({"found": lambda: module(size=0.02)}, "deltas"),
         ({"writer": {"rule": "ratio"}}, "rule"),
+        ({"writer": {"flips": "mean"}}, "flips"),
+        ({"writer": {"keep_deviations": True}}, "columns"),
     ],
 )
 def test_folder_of_another_run_is_refused_and_left_as_it_is(folder: Path, other: dict[str, Any], says: str) -> None:

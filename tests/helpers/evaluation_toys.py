@@ -19,6 +19,7 @@ from toys import LATENT, ToyDenoiser, ToyObjective, toy_fields, toy_shards
 from lightning_unlearn.datamodules import TrainingDataModule
 from lightning_unlearn.evaluation import Outcome, Run, Study, Training
 from lightning_unlearn.objective import Objective
+from lightning_unlearn.rules import Reduced
 from lightning_unlearn.samples import Sample, SampleBatch, ViewBatch, decode_sample
 from lightning_unlearn.scores import RUN_FILE, run_digest, write_shard_scores
 from lightning_unlearn.shards import encode_sample, write_shards
@@ -77,8 +78,8 @@ def write_scores(
     folder.mkdir(parents=True)
     content = {"fingerprints": fingerprints, "shards": {"all": {"url": "all.tar", "version": ""}}}
     (folder / RUN_FILE).write_text(json.dumps(content))
-    values = torch.from_numpy(scores).float()
-    write_shard_scores(folder, "all", keys, torch.ones(len(keys)), values, queries, run_digest(fingerprints))
+    reduced = Reduced(torch.ones(len(keys)), torch.from_numpy(scores).float())
+    write_shard_scores(folder, "all", keys, reduced, queries, run_digest(fingerprints))
     return folder
 
 

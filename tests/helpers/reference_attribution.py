@@ -123,17 +123,73 @@ def scale_by_bisection(rise: Callable[[float], float], wanted: float) -> float:
     return (low + high) / 2
 
 
-def score(base: Tensor, unlearned: Tensor, captions: int, rule: str) -> float:
-    """One sample's score for one target, from its losses ``(flips, captions, draws)``."""
+def values_by_draw(base: Tensor, unlearned: Tensor, captions: int, rule: str) -> list[list[float]]:
+    """A rule's value of each flip and draw, mean over captions, from a sample's losses ``(flips, captions, draws)``."""
     sides = []
     for flip in range(base.shape[0]):
-        terms = []
-        for caption in range(captions):
-            for draw in range(base.shape[2]):
+        draws = []
+        for draw in range(base.shape[2]):
+            terms = []
+            for caption in range(captions):
                 before, after = float(base[flip, caption, draw]), float(unlearned[flip, caption, draw])
                 terms.append(after - before if rule == "difference" else (after - before) / (after + before))
-        sides.append(math.fsum(terms) / len(terms))
-    return max(sides)
+            draws.append(math.fsum(terms) / len(terms))
+        sides.append(draws)
+    return sides
+
+
+def score(base: Tensor, unlearned: Tensor, captions: int, rule: str, flips: str = "max") -> float:
+    """One sample's score for one target, from its losses ``(flips, captions, draws)``."""
+    sides = [math.fsum(draws) / len(draws) for draws in values_by_draw(base, unlearned, captions, rule)]
+    return max(sides) if flips == "max" else math.fsum(sides) / len(sides)
+
+
+def half_width(base: Tensor, unlearned: Tensor, captions: int, rule: str, flips: str, noises: int) -> float | None:
+    """Half of the 95 % interval of one sample's score, from its losses ``(flips, captions, draws)``."""
+    sides = values_by_draw(base, unlearned, captions, rule)
+    if flips == "max":
+        values = max(sides, key=math.fsum)
+    else:
+        values = [math.fsum(pair) / len(pair) for pair in zip(*sides, strict=True)]
+    groups: list[list[float]] = []
+    for draw, value in enumerate(values):
+        # With one noise a stratum, two neighbours are a group.
+        if draw % (noises if noises > 1 else 2) == 0:
+            groups.append([])
+        groups[-1].append(value)
+    if len(groups[-1]) == 1:  # the last of an odd number of strata goes to the pair before it
+        alone = groups.pop()
+        if not groups:
+            return None
+        groups[-1] += alone
+    variances, freedoms = [], []
+    for group in groups:
+        mean = math.fsum(group) / len(group)
+        scatter = math.fsum((value - mean) ** 2 for value in group) / (len(group) - 1)
+        weight = len(group) / len(values)
+        variances.append(weight**2 * scatter / len(group))
+        freedoms.append(len(group) - 1)
+    total = math.fsum(variances)
+    if total == 0:
+        return 0.0
+    degrees = total**2 / math.fsum(v**2 / (f + 2) for v, f in zip(variances, freedoms, strict=True)) - 2
+    return student_quantile(min(max(degrees, min(freedoms)), sum(freedoms))) * math.sqrt(total)
+
+
+def student_quantile(degrees: float) -> float:
+    """Where Student's distribution has 95 % of its mass to both sides of zero: its density summed up, and bisection."""
+    factor = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(degrees * math.pi)
+
+    def inside(reach: float) -> float:
+        places = torch.linspace(0, reach, 4001, dtype=torch.float64)
+        density = factor * (1 + places**2 / degrees) ** (-(degrees + 1) / 2)
+        return 2 * float(torch.trapezoid(density, places))
+
+    low, high = 0.0, 20.0
+    for _ in range(45):
+        middle = (low + high) / 2
+        low, high = (middle, high) if inside(middle) < 0.95 else (low, middle)
+    return (low + high) / 2
 
 
 def mirrored_gradient(

@@ -198,6 +198,7 @@ def test_wrong_value_gets_one_sentence_that_names_the_option(
         ("--trainer.accelerator", "tpu", ["torch_xla"]),
         ("--trainer.profiler", "nonsense", ["profiler"]),
         ("--rule", "best", ["best", "difference", "ratio"]),
+        ("--flips", "both", ["both", "max", "mean"]),
         # Shown by the run itself.
         ("--model.init_args.fisher", "nowhere.safetensors", ["nowhere.safetensors"]),
         ("--data.init_args.shards", "nowhere", ["nowhere"]),

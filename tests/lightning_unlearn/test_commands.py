@@ -124,6 +124,8 @@ def test_second_run_says_what_is_done_and_makes_nothing_again(
         ("--data.init_args.query_keys", "[query-00001]", "unlearning"),
         ("--model.init_args.views.timesteps", "3", "views"),
         ("--rule", "ratio", "rule"),
+        ("--flips", "mean", "flips"),
+        ("--keep_deviations", "true", "columns"),
     ],
 )
 def test_another_setting_with_the_same_output_is_refused(

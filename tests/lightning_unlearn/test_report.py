@@ -455,6 +455,40 @@ def test_durations_are_told_in_their_two_largest_units(seconds: float, text: str
     assert _duration(seconds) == text
 
 
+# ---------------------------------------------------------------------- how firm scores are
+
+
+def test_scores_with_errors_show_them_with_the_ranks_that_they_leave_open(tmp_path: Path) -> None:
+    table = _table(np.array([9.0, 5.0, 4.5, 1.0, 0.5]) * 1e-6, flips="max")
+    firm = replace(table, errors=np.float32([[1e-6], [0.4e-6], [0.3e-6], [0.1e-6], [5e-6]]))
+    text = _Page(_page(tmp_path, firm, top=3, bottom=1)).text
+    # 9 ± 1 lies above all; 5 ± 0.4 meets 4.5 ± 0.3 and 0.5 ± 5.
+    assert "Rank 1 score +9.00 rank is firm ± 1.00 caption of image-0000" in text
+    assert "Rank 2 score +5.00 ranks 2 to 4 ± 0.400 caption of image-0001" in text
+    assert "Rank 5 score +0.500 ranks 2 to 5 ± 5.00 caption of image-0004" in text
+    assert "The number after ± is half of a score’s 95 % interval, for other draws of timesteps and noise." in text
+    assert "score rule difference flips taken by max" in text
+
+
+def test_that_shared_noise_makes_orders_firmer_is_said_only_of_shared_noise(tmp_path: Path) -> None:
+    errors = np.float32([[0.1], [0.1]])
+    for noise in ("shared", "per_sample"):
+        table = replace(_table([2.0, 1.0], views={"noise": noise}), errors=errors)
+        assert ("firmer than their intervals" in _Page(_page(tmp_path, table)).text) == (noise == "shared")
+
+
+def test_scores_without_errors_show_nothing_of_them(tmp_path: Path) -> None:
+    text = _Page(_page(tmp_path, _table([2.0, 1.0]))).text
+    for words in ("±", "rank is firm", "ranks 1 to", "interval"):
+        assert words not in text
+
+
+def test_errors_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    table = replace(_table([2.0, 1.0]), errors=np.float32([[0.1], [np.nan]]))
+    with pytest.raises(InputError, match="NaN or infinity"):
+        _page(tmp_path, table)
+
+
 # ---------------------------------------------------------------------- odd runs
 
 

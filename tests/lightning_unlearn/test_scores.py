@@ -9,21 +9,18 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from reference_attribution import score
 from torch import Tensor
 from toys import done_shards
 
 from lightning_unlearn.errors import InputError
+from lightning_unlearn.rules import Reduced
 from lightning_unlearn.scores import (
     FAILED,
-    RULES,
     RUN_FILE,
     SCORES,
+    read_deviations,
     read_run,
     read_scores,
-    reduce_losses,
     run_digest,
     shard_path,
     write_shard_scores,
@@ -32,81 +29,29 @@ from lightning_unlearn.scores import (
 FINGERPRINTS = {"weights": "abc", "views": "def"}
 
 
-def losses(
-    samples: int, queries: int, flips: int, captions: int, draws: int, seed: int = 0
-) -> tuple[Tensor, Tensor, list[int]]:
-    """Losses of samples with one to all captions; NaN where there is no such caption."""
-    generator = torch.Generator().manual_seed(seed)
-    base = torch.rand(samples, flips, captions, draws, generator=generator, dtype=torch.float64) + 0.1
-    unlearned = torch.rand(queries, *base.shape, generator=generator, dtype=torch.float64) + 0.1
-    counts = [1 + sample % captions for sample in range(samples)]
-    for sample, count in enumerate(counts):
-        base[sample, :, count:] = torch.nan
-        unlearned[:, sample, :, count:] = torch.nan
-    return base, unlearned, counts
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    sizes=st.tuples(st.integers(1, 5), st.integers(1, 3), st.integers(1, 2), st.integers(1, 3), st.integers(1, 4)),
-    rule=st.sampled_from(sorted(RULES)),
-    seed=st.integers(0, 1000),
-)
-def test_scores_are_those_of_plain_loops(sizes: tuple[int, int, int, int, int], rule: str, seed: int) -> None:
-    base, unlearned, counts = losses(*sizes, seed=seed)
-    mean_base, found = reduce_losses(base, unlearned, rule)
-    assert found.shape == (sizes[0], sizes[1])
-    for sample, count in enumerate(counts):
-        assert float(mean_base[sample]) == pytest.approx(float(base[sample, :, :count].mean()), rel=1e-12)
-        for query in range(sizes[1]):
-            expected = score(base[sample], unlearned[query, sample], count, rule)
-            assert float(found[sample, query]) == pytest.approx(expected, rel=1e-6, abs=1e-12)
-
-
-def test_difference_takes_the_flip_that_rose_more() -> None:
-    base = torch.ones(1, 2, 1, 2)
-    unlearned = torch.tensor([[[[[1.5, 2.5]], [[1.0, 1.5]]]]])  # (Q, B, flips, captions, draws)
-    assert reduce_losses(base, unlearned, "difference")[1].tolist() == [[1.0]]
-    assert reduce_losses(base, unlearned.flip(2), "difference")[1].tolist() == [[1.0]]
-
-
-@pytest.mark.parametrize("rule", sorted(RULES))
-def test_no_rise_scores_zero_and_a_higher_loss_scores_higher(rule: str) -> None:
-    base, _, _ = losses(4, 1, 2, 3, 2)
-    scores = [reduce_losses(base, (factor * base)[None], rule)[1] for factor in (0.5, 1.0, 1.1, 2.0)]
-    assert (scores[0] < 0).all()
-    assert (scores[1] == 0).all()
-    assert (scores[2] > 0).all()
-    assert (scores[3] > scores[2]).all()
-
-
-def test_ratio_does_not_depend_on_the_scale_of_a_loss_and_lies_within_one() -> None:
-    base, unlearned, _ = losses(5, 2, 2, 3, 4)
-    once, tenfold = (reduce_losses(c * base, c * unlearned, "ratio")[1] for c in (1.0, 10.0))
-    torch.testing.assert_close(once, tenfold)
-    assert (once.abs() < 1).all()
-
-
-@pytest.mark.parametrize("rule", sorted(RULES))
-def test_no_samples_give_no_scores(rule: str) -> None:
-    base, scores = reduce_losses(torch.zeros(0, 1, 0, 3), torch.zeros(2, 0, 1, 0, 3), rule)
-    assert base.shape == (0,)
-    assert scores.shape == (0, 2)
-
-
-# ---------------------------------------------------------------------------------- the table
-
-
 def write_run(folder: Path, shards: Mapping[str, Any], fingerprints: Mapping[str, str] = FINGERPRINTS) -> None:
     folder.mkdir(exist_ok=True)
     about = {shard: {"url": f"/data/{shard}.tar", "samples": None, "bytes": None} for shard in shards}
     (folder / RUN_FILE).write_text(json.dumps({"fingerprints": dict(fingerprints), "shards": about}))
 
 
-def write(folder: Path, shard: str, keys: list[str], values: Any, queries: list[str] | None = None) -> None:
+def write(
+    folder: Path,
+    shard: str,
+    keys: list[str],
+    values: Any,
+    queries: list[str] | None = None,
+    errors: Any = None,
+    deviations: Tensor | None = None,
+) -> None:
     queries = queries or ["q1", "q 2/ü"]
-    scores = torch.tensor(values, dtype=torch.float64).reshape(len(keys), len(queries))
-    write_shard_scores(folder, shard, keys, torch.full((len(keys),), 0.5), scores, queries, run_digest(FINGERPRINTS))
+    scores, halves = (
+        None if numbers is None else torch.tensor(numbers, dtype=torch.float64).reshape(len(keys), len(queries))
+        for numbers in (values, errors)
+    )
+    assert scores is not None
+    reduced = Reduced(torch.full((len(keys),), 0.5), scores, halves, deviations)
+    write_shard_scores(folder, shard, keys, reduced, queries, run_digest(FINGERPRINTS))
 
 
 @pytest.fixture
@@ -141,6 +86,43 @@ def test_pandas_reads_the_folder_in_one_line_even_beside_an_unfinished_file(run:
     assert list(frame.columns) == ["key", "shard", "base_loss", "score:q1", "score:q 2/ü"]
     assert done_shards(run) == {"one", "two"}
     assert len(read_scores(run).keys) == 4
+
+
+def test_table_with_errors_reads_them_back_and_one_without_has_none(run: Path) -> None:
+    assert read_scores(run).errors is None
+    with pytest.raises(InputError, match=r"no errors.*views.noises: 2"):
+        read_scores(run).rank_ranges("q1")
+    write(run, "one", ["d", "a"], [[0.3, 1.0], [0.3, -1.0]], errors=[[0.5, 0.1], [0.05, 0.1]])
+    write(run, "two", ["b", "c"], [[0.9, 0.0], [-0.2, 0.5]], errors=[[0.2, 0.1], [0.1, 0.1]])
+    table = read_scores(run)
+    assert table.errors is not None
+    assert table.errors.dtype == np.float32
+    np.testing.assert_array_equal(table.errors, np.float32([[0.05, 0.1], [0.2, 0.1], [0.1, 0.1], [0.5, 0.1]]))
+    # For q1: a in [0.25, 0.35], b in [0.7, 1.1], c in [-0.3, -0.1], d in [-0.2, 0.8].
+    assert table.rank_ranges("q1").tolist() == [[1, 2], [0, 1], [2, 3], [0, 3]]
+    frame = pandas.read_parquet(run / SCORES)
+    assert list(frame.columns)[3:] == ["score:q1", "score:q 2/ü", "error:q1", "error:q 2/ü"]
+
+
+def test_deviations_are_read_back_in_the_order_of_the_table_and_only_when_asked_for(run: Path) -> None:
+    with pytest.raises(InputError, match="keeps no deviations; score into another folder with keep_deviations"):
+        read_deviations(run, "q1")
+    queries = ["q.1", "q"]  # Parquet's own paths of nested columns have dots
+    kept = torch.randn(4, 2, 2, 3, generator=torch.Generator().manual_seed(0))  # (B, Q, flips, draws)
+    content = json.loads((run / RUN_FILE).read_text())
+    content["shards"]["empty"] = content["shards"]["one"]
+    (run / RUN_FILE).write_text(json.dumps({**content, "timesteps": [1, 2, 3]}))
+    write(run, "one", ["d", "a"], [[0, 1], [2, 3]], queries, deviations=kept[[3, 0]])
+    write(run, "two", ["b", "c"], [[0, 1], [2, 3]], queries, deviations=kept[1:3])
+    write(run, "empty", [], [], queries, deviations=kept[:0])
+    assert read_scores(run).keys == ["a", "b", "c", "d"]
+    for number, query in enumerate(queries):
+        np.testing.assert_array_equal(read_deviations(run, query), kept[:, number].numpy())
+    assert set(pandas.read_parquet(run / SCORES)["deviations:q"].map(len)) == {6}
+    with pytest.raises(InputError, match="no scores of 'q1'"):
+        read_deviations(run, "q1")
+    shard_path(run, "one").unlink()
+    np.testing.assert_array_equal(read_deviations(run, "q", partial=True), kept[1:3, 1].numpy())
 
 
 def test_shard_without_samples_is_part_of_a_whole_table(run: Path) -> None:
