@@ -18,8 +18,9 @@ from lightning_unlearn.callbacks.fisher_sums import FisherSums
 from lightning_unlearn.callbacks.own_loss import own_loss_factor
 from lightning_unlearn.callbacks.second_stage import SecondStage
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.fisher import FISHERS, Fisher
+from lightning_unlearn.fisher import FISHERS, Fisher, Targets
 from lightning_unlearn.parameters import find_network, layer_parameters, layer_specs, select_layers
+from lightning_unlearn.training import FisherPass
 
 
 class FisherAccumulator(Callback):
@@ -30,6 +31,10 @@ class FisherAccumulator(Callback):
     gradient that is not finite are left out and counted. With several ranks, each sees its own samples and sums are
     added. A second ``fit`` with the same Trainer, or one that resumes a checkpoint, goes on with the sums; another
     Trainer starts anew.
+
+    It is the empirical Fisher, whose losses have the targets of the data, since a training's own gradients are all that
+    it sees. The true Fisher, with targets drawn from the model, needs passes of its own: ``lightning-unlearn fisher
+    --targets model``.
 
     Since weights move while it accumulates, let it wait for the last part of training (``start_step``,
     ``start_epoch``).
@@ -155,7 +160,9 @@ class FisherAccumulator(Callback):
             )
         dtypes = [parameter.dtype for parameter in layer_parameters(layers).values()]
         dtype = reduce(torch.promote_types, dtypes, torch.float32)
-        local = self._sums.start(trainer, layer_specs(layers), dtype)
+        # Only that pass draws targets from the model; any training's losses are of the data.
+        targets: Targets = pl_module.targets if isinstance(pl_module, FisherPass) else "data"
+        local = self._sums.start(trainer, layer_specs(layers), dtype, targets)
         if local.stages:
             self._second_stage.plan(trainer)
         self._watch = BatchWatch(layers, self.target)

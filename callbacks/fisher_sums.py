@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.fisher import FISHERS, Fisher
+from lightning_unlearn.fisher import FISHERS, Fisher, Targets
 from lightning_unlearn.parameters import LayerSpec
 
 
@@ -38,7 +38,7 @@ class FisherSums:
         """Start anew."""
         self.local = self.earlier = None
 
-    def start(self, trainer: Trainer, layers: Mapping[str, LayerSpec], dtype: torch.dtype) -> Fisher:
+    def start(self, trainer: Trainer, layers: Mapping[str, LayerSpec], dtype: torch.dtype, targets: Targets) -> Fisher:
         """Begin with the sums of a fit.
 
         Args:
@@ -46,13 +46,15 @@ class FisherSums:
             layers: The chosen layers.
             dtype: Of the sums. All ranks start with one type on one kind of device, so that one that takes no batch
                 can add its zeros.
+            targets: Of the losses.
 
         Returns:
             The sums of this rank, in the stage that an earlier run came to.
         """
         self.local = FISHERS[self.kind](layers)
+        self.local.targets = targets
         if self.earlier is not None:
-            self.local.load_state(self.earlier)  # refuses other layers at once
+            self.local.load_state(self.earlier)  # refuses other layers and targets at once
             self.local = self.local.empty()
         self.local.to(trainer.strategy.root_device, dtype)
         self._trainer = trainer
@@ -69,7 +71,7 @@ class FisherSums:
         """
         if self.local is None:
             raise InputError("FisherAccumulator has no sums before training; call total() during fit or after it.")
-        total = FISHERS[self.kind](self.local.layers)
+        total = self._new(self.local)
         total.load_tensors({name: tensor.clone() for name, tensor in self.local.tensors().items()})
         count = torch.tensor(float(self.local.count), dtype=torch.float64)
         if self._trainer is not None and self._trainer.world_size > 1:
@@ -83,10 +85,16 @@ class FisherSums:
             count = self._sum(count.to(device))
         total.count = round(float(count))
         if self.earlier is not None:
-            earlier = FISHERS[self.kind](self.local.layers)
+            earlier = self._new(self.local)
             earlier.load_state(self.earlier)
             total.merge(earlier)
         return total
+
+    def _new(self, like: Fisher) -> Fisher:
+        """One of the same layers and targets, in its first stage."""
+        new = FISHERS[self.kind](like.layers)
+        new.targets = like.targets
+        return new
 
     def _sum(self, tensor: Tensor) -> Tensor:
         assert self._trainer is not None

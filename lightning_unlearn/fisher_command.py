@@ -11,7 +11,7 @@ from lightning_unlearn.callbacks import FisherAccumulator
 from lightning_unlearn.command_parts import BARE, make_folder, many, say
 from lightning_unlearn.datamodules import AttributionDataModule, TrainingDataModule
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.fisher import FISHERS
+from lightning_unlearn.fisher import FISHERS, Targets
 from lightning_unlearn.module import UnlearningModule
 from lightning_unlearn.quiet import quiet
 from lightning_unlearn.trainer_cli import TrainerCLI, one_sentence
@@ -39,7 +39,13 @@ def fisher(arguments: list[str]) -> None:
             default="diagonal",
             help="Of Fisher: diagonal, or ekfac, for which the first half of the passes goes to covariances.",
         )
-        parser.add_argument("--seed", type=int, default=0, help="Of captions, timesteps and noise.")
+        parser.add_argument(
+            "--targets",
+            type=Targets,
+            default="data",
+            help="Of the losses: those of the data (the empirical Fisher), or drawn from the model (the true Fisher).",
+        )
+        parser.add_argument("--seed", type=int, default=0, help="Of captions, timesteps, noise and drawn targets.")
 
     description = "Take the Fisher of a trained model, by passes over its training shards with frozen weights."
     # Frozen weights need no optimizer.
@@ -56,19 +62,25 @@ def fisher(arguments: list[str]) -> None:
         if passes < max(1, len(stages)):
             each = f", one for {' and one for '.join(stages)}" if stages else ""
             raise InputError(f"--passes must be at least {max(1, len(stages))}{each}, but is {passes}.")
+        targets = cli.config.targets
+        frozen = FisherPass(module.network, module.objective, module.parameters_selection, cli.config.seed, targets)
         trainer.fit_loop.max_epochs = passes
-        selection = module.parameters_selection
         output = Path(cli.config.output).absolute()
         make_folder(output.parent)
         first = passes // 2 if stages else None
         accumulator = FisherAccumulator(
-            target="network", parameters=selection, fisher=kind, path=str(output), eigenvalue_epoch=first
+            target="network",
+            parameters=module.parameters_selection,
+            fisher=kind,
+            path=str(output),
+            eigenvalue_epoch=first,
         )
         trainer.callbacks.append(accumulator)  # type: ignore[attr-defined]
         data = _training_data(cli.datamodule, cli.config.seed)
         parts = f" ({first} for {stages[0]}, {passes - first} for {stages[1]})" if first else ""
-        say(f"Taking the Fisher in {many(passes, 'pass', 'passes')}{parts} over {data.shards} …")
-        trainer.fit(FisherPass(module.network, module.objective, selection, cli.config.seed), data)
+        drawn = " with targets drawn from the model" if targets == "model" else ""
+        say(f"Taking the Fisher{drawn} in {many(passes, 'pass', 'passes')}{parts} over {data.shards} …")
+        trainer.fit(frozen, data)
 
 
 def _training_data(data: Any, seed: int) -> TrainingDataModule:

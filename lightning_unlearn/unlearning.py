@@ -330,4 +330,6 @@ class Unlearning(FrozenModule):
 
 
 def _fisher_digest(fisher: Fisher) -> str:
-    return digest(fisher.kind, fisher.count, tensors_digest(fisher.tensors()))
+    # Those of the data, which were the only ones once, have no part of their own, so that older runs are known again.
+    targets = [] if fisher.targets == "data" else [fisher.targets]
+    return digest(fisher.kind, fisher.count, tensors_digest(fisher.tensors()), *targets)

@@ -1,4 +1,4 @@
-"""The empirical Fisher in Kronecker-factored eigenbases with corrected eigenvalues."""
+"""The Fisher in Kronecker-factored eigenbases with corrected eigenvalues."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class EKFACFisher(Fisher):
 
     where :math:`U_A` and :math:`U_S` are the eigenvectors of :math:`Σ_s Σ_t a_t a_t^⊤` and
     :math:`Σ_s Σ_t g_t g_t^⊤`: George et al. (arXiv 1806.03884, Section 3.1), used for attribution by Wang et al.
-    (arXiv 2511.10721). Of all matrices that are diagonal in this basis it is the nearest to the empirical Fisher in the
-    Frobenius norm, for any orthogonal :math:`U`: so bases from earlier weights or samples make it no wrong estimate.
+    (arXiv 2511.10721). Of all matrices that are diagonal in this basis it is the nearest to the Fisher in the Frobenius
+    norm, for any orthogonal :math:`U`: so bases from earlier weights or samples make it no wrong estimate.
 
     It is collected in two stages, ``covariances`` and then ``eigenvalues``, with :meth:`next_stage` in between. Sums
     of the first add; those of the second within the same bases only.
