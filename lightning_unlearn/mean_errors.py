@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 
@@ -56,7 +58,7 @@ def drawn_error(predictions: Tensor, normal: Tensor, mask: Tensor | None) -> Ten
         tensor([[[[ 1., -2.]]]])
     """
     if mask is None:
-        return (predictions * normal).flatten(1).sum(1) * (2 / predictions[0].numel()) ** 0.5
+        return (predictions * normal).flatten(1).sum(1) * math.sqrt(2 / predictions[0].numel())
     shares = mask.to(predictions)[:, None].expand_as(predictions)  # (B, C, H, W)
     sums = (predictions * normal * shares.sqrt()).flatten(1).sum(1)
     return sums * (2 / shares.flatten(1).sum(1)).sqrt()
