@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_unlearn.callbacks.batch_watch import BatchWatch
+from lightning_unlearn.callbacks.fisher_file import facts_of_training, is_complete
+from lightning_unlearn.callbacks.fisher_sums import FisherSums
 from lightning_unlearn.callbacks.own_loss import own_loss_factor
 from lightning_unlearn.callbacks.second_stage import SecondStage
-from lightning_unlearn.capture import GradientCapture
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.fisher import FISHERS, Fisher
-from lightning_unlearn.objective import Objective
+from lightning_unlearn.fisher import FISHERS, Fisher, Targets
 from lightning_unlearn.parameters import find_network, layer_parameters, layer_specs, select_layers
+from lightning_unlearn.training import FisherPass
 
 
 class FisherAccumulator(Callback):
@@ -31,6 +31,10 @@ class FisherAccumulator(Callback):
     gradient that is not finite are left out and counted. With several ranks, each sees its own samples and sums are
     added. A second ``fit`` with the same Trainer, or one that resumes a checkpoint, goes on with the sums; another
     Trainer starts anew.
+
+    It is the empirical Fisher, whose losses have the targets of the data, since a training's own gradients are all that
+    it sees. The true Fisher, with targets drawn from the model, needs passes of its own: ``lightning-unlearn fisher
+    --targets model``.
 
     Since weights move while it accumulates, let it wait for the last part of training (``start_step``,
     ``start_epoch``).
@@ -111,19 +115,13 @@ class FisherAccumulator(Callback):
         self.save_in_checkpoint = save_in_checkpoint
 
         self.skipped_batches = 0
-        # Sums of this rank in this fit; what a resume or an earlier fit brought is over all ranks already and kept
-        # apart, so that it is counted once however many ranks there are.
-        self._local: Fisher | None = None
-        self._restored: dict[str, Any] | None = None
-        self._capture: GradientCapture | None = None
+        self._sums = FisherSums(fisher)
+        self._watch: BatchWatch | None = None
         self._trainer: Trainer | None = None
-        self._running = False
         self._failed = False
         self._steps: list[int] = []  # first and last optimizer step seen
         self._second_stage = SecondStage(start_step, start_epoch, eigenvalue_step, eigenvalue_epoch)
         self._changed_at: int | None = None  # step at which the stages changed
-        self._saw_backward = False  # in this batch
-        self._watched = self._saw_gradient = False  # in this fit
 
     @property
     @override
@@ -141,12 +139,12 @@ class FisherAccumulator(Callback):
             )
         if stage != "fit":
             return
-        for other in _callbacks(trainer):
+        for other in getattr(trainer, "callbacks", []):
             if isinstance(other, FisherAccumulator) and other is not self and other.path == self.path:
                 raise InputError(f"Two FisherAccumulators would write {self.path}; give each a path of its own.")
         if self._trainer is not None and self._trainer is not trainer:
-            self._restored, self._local, self._steps, self.skipped_batches = None, None, [], 0
-            self._changed_at = None
+            self._sums.forget()
+            self._steps, self.skipped_batches, self._changed_at = [], 0, None
         self._trainer = trainer
         self._failed = False
 
@@ -160,41 +158,20 @@ class FisherAccumulator(Callback):
                 f"{len(frozen)} of the chosen layers are frozen (e.g. {frozen[0]}), so no gradient reaches them; "
                 "choose layers that are trained, or run `lightning-unlearn fisher` afterwards."
             )
-        self._local = FISHERS[self.fisher](layer_specs(layers))
-        if self._restored is not None:
-            self._local.load_state(self._restored)  # refuses other layers at once
-            self._local = self._local.empty()
-        if self._local.stages:
-            self._second_stage.plan(trainer)
-        # All ranks start with one type on one kind of device, so that one that takes no batch can add its zeros.
         dtypes = [parameter.dtype for parameter in layer_parameters(layers).values()]
-        self._local.to(pl_module.device, reduce(torch.promote_types, dtypes, torch.float32))
-        self._running = True
-        self._capture = GradientCapture(layers)
-        self._capture.enabled = False
-        self._capture.attach()
-        self._watched = self._saw_gradient = False
+        dtype = reduce(torch.promote_types, dtypes, torch.float32)
+        # Only that pass draws targets from the model; any training's losses are of the data.
+        targets: Targets = pl_module.targets if isinstance(pl_module, FisherPass) else "data"
+        local = self._sums.start(trainer, layer_specs(layers), dtype, targets)
+        if local.stages:
+            self._second_stage.plan(trainer)
+        self._watch = BatchWatch(layers, self.target)
 
     def _stage_ends(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         """Whether covariances are complete and eigenvalues follow; the same on all ranks."""
-        assert self._local is not None
-        last = self._local.stage in (None, *self._local.stages[-1:])
+        assert self._sums.local is not None
+        last = self._sums.local.stage in (None, *self._sums.local.stages[-1:])
         return not last and self._second_stage.is_due(trainer, pl_module)
-
-    def _next_stage(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on to the next stage, with the sums over all ranks and earlier runs; every rank must call it."""
-        total = self.total()
-        taken, stage = total.count, total.stage
-        if trainer.is_global_zero:
-            total.next_stage()
-        # Bases of several decompositions could differ (in signs, or where eigenvalues are equal), and sums within
-        # them would not add up; so one rank decomposes for all.
-        self._restored = trainer.strategy.broadcast(total.state() if trainer.is_global_zero else None)
-        assert self._restored is not None
-        total.load_state(self._restored)
-        self._local = total.empty().to(pl_module.device)
-        self._changed_at = trainer.global_step
-        rank_zero_info(f"FisherAccumulator took {stage} of {taken} samples, and goes on to {total.stage}.")
 
     def should_capture(self, step: int, epoch: int, batch_idx: int) -> bool:
         """Whether a batch is taken; override for another rule.
@@ -212,29 +189,24 @@ class FisherAccumulator(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Watch this batch if it is to be taken."""
-        assert self._capture is not None
+        assert self._watch is not None
         if self._stage_ends(trainer, pl_module):
-            self._next_stage(trainer, pl_module)
-        self._capture.enabled = self.should_capture(trainer.global_step, trainer.current_epoch, batch_idx)
-        self._capture.clear()
-        self._saw_backward = False
+            self._sums.next_stage()
+            self._changed_at = trainer.global_step
+        self._watch.begin(take=self.should_capture(trainer.global_step, trainer.current_epoch, batch_idx))
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Forget gradients that the training step took for purposes of its own with ``torch.autograd.grad``."""
-        self._saw_backward = True
-        if self._capture is not None:
-            self._capture.clear()
+        if self._watch is not None:
+            self._watch.before_backward()
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add what the backward pass left; runs for every micro-batch, before gradients are unscaled or clipped."""
-        if self._capture is None or not self._capture.enabled:
-            return
-        captured = self._capture.take()
+        captured = self._watch.take() if self._watch is not None else {}
         if not captured:
             return
-        self._saw_gradient = True
         rows = len(next(iter(captured.values())))
         factor = own_loss_factor(trainer, pl_module, rows, self.reduction, self.loss_scale, self.sample_weights)
         captured = {name: layer.scaled(factor) for name, layer in captured.items()}
@@ -243,10 +215,11 @@ class FisherAccumulator(Callback):
         if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
             self.skipped_batches += 1  # the GradScaler skips this step too
             return
-        assert self._local is not None
-        self._local.update(captured)
+        local = self._sums.local
+        assert local is not None
+        local.update(captured)
         if isinstance(factor, Tensor):
-            self._local.count -= int((factor == 0).sum())
+            local.count -= int((factor == 0).sum())
         self._steps = [self._steps[0] if self._steps else trainer.global_step, trainer.global_step]
 
     @override
@@ -254,28 +227,14 @@ class FisherAccumulator(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop watching until the next batch; validation in between is not seen."""
-        assert self._capture is not None
-        if self._capture.pending and not self._saw_backward:
-            raise InputError(
-                "loss.backward() in training_step can't be followed; call self.manual_backward(loss) instead."
-            )
-        if self._capture.enabled and self._saw_backward:
-            self._watched = True
-            if pl_module.automatic_optimization:
-                self._refuse_silence()
-        self._capture.enabled = False
+        assert self._watch is not None
+        self._watch.end(automatic_optimization=pl_module.automatic_optimization)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """With manual optimization other networks may have their turn first, but not for a whole epoch."""
-        self._refuse_silence()
-
-    def _refuse_silence(self) -> None:
-        if self._watched and not self._saw_gradient:
-            raise InputError(
-                f"No gradient reached any chosen layer of {self.target!r} in the batches that were to be taken; "
-                "use the network in the loss, and don't compile it."
-            )
+        if self._watch is not None:
+            self._watch.refuse_silence()
 
     def total(self) -> Fisher:
         """The sums over all ranks and earlier runs; during training, every rank must call it.
@@ -286,68 +245,24 @@ class FisherAccumulator(Callback):
         Raises:
             InputError: If there was no training yet.
         """
-        if self._local is None:
-            raise InputError("FisherAccumulator has no sums before training; call total() during fit or after it.")
-        total = FISHERS[self.fisher](self._local.layers)
-        total.load_tensors({name: tensor.clone() for name, tensor in self._local.tensors().items()})
-        count = torch.tensor(float(self._local.count), dtype=torch.float64)
-        if self._running and self._trainer is not None and self._trainer.world_size > 1:
-            device = self._trainer.strategy.root_device
-            total.load_tensors(
-                {
-                    name: self._sum(tensor.to(device)) if total.is_sum(name) else tensor
-                    for name, tensor in total.tensors().items()
-                }
-            )
-            count = self._sum(count.to(device))
-        total.count = round(float(count))
-        if self._restored is not None:
-            earlier = FISHERS[self.fisher](self._local.layers)
-            earlier.load_state(self._restored)
-            total.merge(earlier)
-        return total
-
-    def _sum(self, tensor: Tensor) -> Tensor:
-        assert self._trainer is not None
-        reduced = self._trainer.strategy.reduce(tensor, reduce_op="sum")
-        assert isinstance(reduced, Tensor)
-        return reduced
+        return self._sums.total()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add up the ranks and write the file."""
-        total = self.total()
-        # A checkpoint may be written after training, and fit may be called again.
-        self._restored = total.state()
-        self._local = total.empty().to("cpu")
-        self._running = False
-        if total.count == 0:
-            rank_zero_warn(
-                "FisherAccumulator took no batch: start_step or start_epoch lies past the end of training, or no "
-                "gradient was finite. No Fisher is written."
-            )
-            return
-        if total.stages and total.stage != total.stages[-1]:
-            rank_zero_warn(
-                f"FisherAccumulator took {total.stage} of {total.count} samples, but training ended before "
-                f"{total.stages[-1]}; let them start earlier by eigenvalue_step or eigenvalue_epoch. No Fisher is "
-                "written."
-            )
+        total = self._sums.finish()
+        if not is_complete(total):
             return
         layers = select_layers(find_network(pl_module, self.target), self.parameters)
         total.weights = {name: parameter.detach() for name, parameter in layer_parameters(layers).items()}
         total.provenance = {
-            "module": f"{type(pl_module).__module__}.{type(pl_module).__qualname__}",
+            **facts_of_training(trainer, pl_module),
             "target": self.target,
             "steps": self._steps,
-            "averaged_weights_in_run": any(isinstance(callback, WeightAveraging) for callback in _callbacks(trainer)),
             "skipped_batches": self.skipped_batches,
         }
         if total.stages:
             total.provenance["eigenvalues_from_step"] = self._changed_at
-        objective = getattr(pl_module, "objective", None)
-        if isinstance(objective, Objective):
-            total.provenance["objective"] = objective.settings()
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_info("fast_dev_run: no Fisher is written, as no checkpoint is.")
             return
@@ -368,8 +283,8 @@ class FisherAccumulator(Callback):
         state: dict[str, Any] = {"steps": self._steps, "skipped_batches": self.skipped_batches}
         if self._changed_at is not None:
             state["changed_at"] = self._changed_at
-        if self._local is None or (self._failed and self._trainer is not None and self._trainer.world_size > 1):
-            return {**state, "fisher": self._restored}
+        if self._sums.local is None or (self._failed and self._trainer is not None and self._trainer.world_size > 1):
+            return {**state, "fisher": self._sums.earlier}
         total = self.total()
         if self.save_in_checkpoint:
             return {**state, "fisher": total.state()}
@@ -386,7 +301,7 @@ class FisherAccumulator(Callback):
         self._steps = list(state_dict["steps"])
         self.skipped_batches = int(state_dict["skipped_batches"])
         self._changed_at = state_dict.get("changed_at")
-        self._restored = (
+        self._sums.earlier = (
             FISHERS[self.fisher].load(state_dict["file"]).state() if "file" in state_dict else state_dict["fisher"]
         )
 
@@ -402,10 +317,6 @@ class FisherAccumulator(Callback):
         self._detach()
 
     def _detach(self) -> None:
-        if self._capture is not None:
-            self._capture.detach()
-            self._capture = None
-
-
-def _callbacks(trainer: Trainer) -> Sequence[Callback]:
-    return getattr(trainer, "callbacks", [])
+        if self._watch is not None:
+            self._watch.detach()
+            self._watch = None

@@ -15,7 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lightning_unlearn.baselines import Baseline, Subject
-from lightning_unlearn.commands import BARE, attribution_parts, make_folder, say
+from lightning_unlearn.command_parts import BARE, make_folder, say
+from lightning_unlearn.commands import attribution_parts
 from lightning_unlearn.datamodules import AttributionDataModule
 from lightning_unlearn.deltas import DeltaStore
 from lightning_unlearn.errors import InputError

@@ -35,7 +35,7 @@ COMMANDS = {
     "attribute": "commands",
     "fit": "commands",
     "predict": "commands",
-    "fisher": "commands",
+    "fisher": "fisher_command",
     "baseline": "baseline_command",
     "evaluate": "evaluate_command",
     "report": "cli",

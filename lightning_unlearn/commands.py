@@ -5,19 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_unlearn.callbacks import FisherAccumulator, ScoreWriter
-from lightning_unlearn.datamodules import AttributionDataModule, TrainingDataModule
+from lightning_unlearn.callbacks import ScoreWriter
+from lightning_unlearn.command_parts import BARE, make_folder, many, say
+from lightning_unlearn.datamodules import AttributionDataModule
 from lightning_unlearn.datamodules.reading import read_samples
 from lightning_unlearn.datamodules.sources import list_shards
 from lightning_unlearn.deltas import read_targets
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.fisher import FISHERS
+from lightning_unlearn.fisher_command import fisher
 from lightning_unlearn.loading import read_checkpoint
 from lightning_unlearn.module import UnlearningModule
 from lightning_unlearn.quiet import quiet
@@ -27,20 +27,18 @@ from lightning_unlearn.scores import FAILED, SCORES, is_scored, read_run, read_s
 from lightning_unlearn.shards import ShardInfo, shard_id
 from lightning_unlearn.targets import targets_of
 from lightning_unlearn.trainer_cli import TrainerCLI, one_sentence
-from lightning_unlearn.training import FisherPass
 
-# What a Trainer that a command steers need not have.
-BARE = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-
-
-@rank_zero_only
-def say(message: str) -> None:
-    """Print on the first of all processes.
-
-    Args:
-        message: A line.
-    """
-    print(message, flush=True)
+__all__ = [
+    "BARE",
+    "attribute",
+    "attribution_parts",
+    "fisher",
+    "fit",
+    "make_folder",
+    "predict",
+    "say",
+    "write_report",
+]
 
 
 def fit(arguments: list[str]) -> None:
@@ -129,21 +127,6 @@ def attribution_parts(cli: TrainerCLI) -> tuple[UnlearningModule, AttributionDat
     return cli.model, cli.datamodule, cli.trainer
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder before long work, so that a wrong --output does not show after it.
-
-    Args:
-        folder: The folder.
-
-    Raises:
-        InputError: If it can't be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"The folder {folder} can't be made ({error.strerror}); choose another --output.") from None
-
-
 def _save(trainer: Trainer, path: Path) -> None:
     try:
         trainer.save_checkpoint(path, weights_only=False)
@@ -166,26 +149,20 @@ class _Announcer(Callback):
         shards: list[ShardInfo] = trainer.datamodule.shards  # type: ignore[attr-defined]
         left = [shard for shard in shards if not is_scored(self.folder, shard_id(shard.url), shard.version)]
         if len(left) < len(shards):
-            say(
-                f"{len(shards) - len(left)} of {_many(len(shards), 'shard')} scored already, in {self.folder / SCORES}."
-            )
+            say(f"{len(shards) - len(left)} of {many(len(shards), 'shard')} scored already, in {self.folder / SCORES}.")
         if left:
             counts = [shard.samples for shard in left if shard.samples is not None]
             samples = f"{sum(counts)} samples in " if len(counts) == len(left) else ""
-            say(f"Scoring {samples}{_many(len(left), 'shard')} on {pl_module.device} …")
+            say(f"Scoring {samples}{many(len(left), 'shard')} on {pl_module.device} …")
         elif trainer.progress_bar_callback is not None:
             trainer.progress_bar_callback.disable()
 
 
-def _many(number: int, one: str, more: str = "") -> str:
-    return f"{number} {one if number == 1 else more or one + 's'}"
-
-
 def _targets(data: AttributionDataModule) -> str:
-    queries = _many(len(data.queries), "query", "queries")
+    queries = many(len(data.queries), "query", "queries")
     if data.targets_by is None:
         return queries
-    return f"{_many(len(targets_of(data.queries, data.targets_by)), 'set')} of {queries}"
+    return f"{many(len(targets_of(data.queries, data.targets_by)), 'set')} of {queries}"
 
 
 def _is_unlearned(path: Path, module: UnlearningModule, data: AttributionDataModule, trainer: Trainer) -> bool:
@@ -261,70 +238,3 @@ def write_report(folder: Path, top: int, *, allow_pipe: bool = False) -> None:
 
     path = write(folder / "report.html", table, queries, pictures, top)
     say(f"Report: {path}")
-
-
-def fisher(arguments: list[str]) -> None:
-    """Take a trained model's Fisher.
-
-    Args:
-        arguments: Options.
-
-    Raises:
-        InputError: If there is to be no pass.
-    """
-
-    def options(parser: LightningArgumentParser) -> None:
-        parser.add_argument("--output", type=str, default="fisher.safetensors", help="The file to write.")
-        parser.add_argument(
-            "--passes", type=int, default=5, help="How often each sample is seen, with new noise each time."
-        )
-        parser.add_argument(
-            "--kind",
-            type=Literal["diagonal", "ekfac"],
-            default="diagonal",
-            help="Of Fisher: diagonal, or ekfac, for which the first half of the passes goes to covariances.",
-        )
-        parser.add_argument("--seed", type=int, default=0, help="Of captions, timesteps and noise.")
-
-    description = "Take the Fisher of a trained model, by passes over its training shards with frozen weights."
-    # Frozen weights need no optimizer.
-    with quiet("`LightningModule.configure_optimizers` returned `None`", steps=True), one_sentence():
-        cli = TrainerCLI("fisher", arguments, description, options, **BARE)
-        module, trainer = cli.model, cli.trainer
-        if not isinstance(module, UnlearningModule):
-            raise InputError(
-                "This command takes an UnlearningModule as model, which names the network, its objective and the "
-                f"parameters, not {type(module).__name__}; start from configs/sample.yaml."
-            )
-        kind, passes = cli.config.kind, cli.config.passes
-        stages = FISHERS[kind].stages
-        if passes < max(1, len(stages)):
-            each = f", one for {' and one for '.join(stages)}" if stages else ""
-            raise InputError(f"--passes must be at least {max(1, len(stages))}{each}, but is {passes}.")
-        trainer.fit_loop.max_epochs = passes
-        selection = module.parameters_selection
-        output = Path(cli.config.output).absolute()
-        make_folder(output.parent)
-        first = passes // 2 if stages else None
-        accumulator = FisherAccumulator(
-            target="network", parameters=selection, fisher=kind, path=str(output), eigenvalue_epoch=first
-        )
-        trainer.callbacks.append(accumulator)  # type: ignore[attr-defined]
-        data = _training_data(cli.datamodule, cli.config.seed)
-        parts = f" ({first} for {stages[0]}, {passes - first} for {stages[1]})" if first else ""
-        say(f"Taking the Fisher in {_many(passes, 'pass', 'passes')}{parts} over {data.shards} …")
-        trainer.fit(FisherPass(module.network, module.objective, selection, cli.config.seed), data)
-
-
-def _training_data(data: Any, seed: int) -> TrainingDataModule:
-    """The same shards, shuffled: a stream for training as it is, or that of an attribution's config."""
-    if isinstance(data, TrainingDataModule):
-        return data
-    if isinstance(data, AttributionDataModule):
-        return TrainingDataModule(
-            data.shard_patterns, data.batch_size, seed, data.num_workers, allow_pipe=data.allow_pipe
-        )
-    raise InputError(
-        "This command takes an AttributionDataModule or a TrainingDataModule as data, "
-        f"not {type(data).__name__}; start from configs/sample.yaml."
-    )

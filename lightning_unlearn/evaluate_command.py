@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_unlearn.commands import BARE, make_folder, say
+from lightning_unlearn.command_parts import BARE, make_folder, say
 from lightning_unlearn.datamodules import TrainingDataModule
 from lightning_unlearn.datamodules.reading import read_fields, read_samples
 from lightning_unlearn.datamodules.sources import list_shards

@@ -11,7 +11,19 @@ from torch import Tensor, nn
 
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.families import family_of
+from lightning_unlearn.mean_errors import drawn_error, mean_error
+from lightning_unlearn.noise_schedule import load_scheduler
 from lightning_unlearn.samples import Sample, ViewBatch
+
+__all__ = [
+    "DenoisingObjective",
+    "Objective",
+    "check_drawn",
+    "check_masks",
+    "drawn_error",
+    "load_scheduler",
+    "mean_error",
+]
 
 
 class Objective(ABC):
@@ -52,6 +64,29 @@ class Objective(ABC):
             ``(B,)``, float32 or wider, differentiable with respect to the network's weights.
         """
 
+    def drawn(self, network: nn.Module, batch: ViewBatch, timesteps: Tensor, noise: Tensor, normal: Tensor) -> Tensor:
+        r"""What has the gradient of each view's loss with a target drawn from the model, in place of the data's.
+
+        For the true Fisher. A loss of squared errors is :math:`-\log p(y|x)` of a normal distribution around the
+        prediction, up to a constant; :func:`drawn_error` has the formula. A class that has a ``__call__`` of its own
+        must have a ``drawn`` of its own, too; without one it has the empirical Fisher only.
+
+        Args:
+            network: The denoiser, called as it is.
+            batch: ``B`` latents and texts.
+            timesteps: ``(B,)`` int64.
+            noise: ``(B, C, H, W)`` standard normal, of the noisy latents.
+            normal: ``(B, C, H, W)`` standard normal, independent of all else: the prediction less the drawn target, in
+                units of the target's standard deviation.
+
+        Returns:
+            ``(B,)``, float32 or wider; its gradient matters and its value does not.
+
+        Raises:
+            InputError: If this objective has none.
+        """
+        raise InputError(_NOT_DRAWN.format(type(self).__name__))
+
     def settings(self) -> dict[str, Any]:
         """What tells this objective from another, as JSON; it enters the fingerprint of every run.
 
@@ -69,25 +104,29 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def mean_error(errors: Tensor, mask: Tensor | None) -> Tensor:
-    r"""Mean of each view's errors, over its region: :math:`\sum m ℓ / \sum m`.
+def check_drawn(objective: Objective) -> None:
+    """Refuse to draw targets from a model whose loss does not say how.
 
     Args:
-        errors: ``(B, C, H, W)``, a loss of each element.
-        mask: ``(B, H, W)``, how much of each place is in the region; ``None`` for all of it.
+        objective: The loss.
 
-    Returns:
-        ``(B,)``.
-
-    Example:
-        >>> errors = torch.tensor([[[[1.0, 2.0], [3.0, 6.0]]]])
-        >>> mean_error(errors, None), mean_error(errors, torch.tensor([[[0.0, 1.0], [0.0, 1.0]]]))
-        (tensor([3.]), tensor([4.]))
+    Raises:
+        InputError: If it has a ``__call__`` of its own and no ``drawn`` of its own.
     """
-    if mask is None:
-        return errors.flatten(1).mean(1)
-    shares = mask.to(errors)[:, None].expand_as(errors)  # (B, C, H, W)
-    return (errors * shares).flatten(1).sum(1) / shares.flatten(1).sum(1)
+    said = _first_with(objective, "drawn")
+    if said is Objective or "drawn" not in vars(said):
+        raise InputError(_NOT_DRAWN.format(type(objective).__name__))
+
+
+_NOT_DRAWN = (
+    "{} does not say how targets are drawn from the model; give it a method `drawn` (drawn_error in "
+    "lightning_unlearn.objective makes it for a squared error), or take the Fisher with the targets of the data."
+)
+
+
+def _first_with(objective: Objective, name: str) -> type:
+    # What a class says holds for its own loss, not for one that a class derived from it puts in its place.
+    return next(cls for cls in type(objective).__mro__ if {name, "__call__"} & vars(cls).keys())
 
 
 def check_masks(objective: Objective, queries: Sequence[Sample]) -> None:
@@ -101,9 +140,7 @@ def check_masks(objective: Objective, queries: Sequence[Sample]) -> None:
         InputError: If one has a mask and the objective takes none.
     """
     masked = [query.key for query in queries if query.mask is not None]
-    # What a class says of masks holds for its own loss, not for one that a class derived from it puts in its place.
-    said = next(cls for cls in type(objective).__mro__ if {"takes_masks", "__call__"} & vars(cls).keys())
-    if masked and not vars(said).get("takes_masks", False):
+    if masked and not vars(_first_with(objective, "takes_masks")).get("takes_masks", False):
         raise InputError(
             f"The query {masked[0]!r} has a mask, of which {type(objective).__name__} knows nothing; let its loss be "
             "that of batch.mask and set takes_masks to True, or leave masks out."
@@ -153,13 +190,33 @@ class DenoisingObjective(Objective):
         Returns:
             ``(B,)``, float32 or wider.
         """
-        noisy = self.scheduler.add_noise(batch.latents, noise, timesteps)
-        prediction = family_of(network).predict(network, noisy, timesteps, batch)
-        # The difference is taken in float32 even where the network runs in half precision.
-        wide = torch.promote_types(prediction.dtype, torch.float32)
-        error = prediction.to(wide) - self._target(batch.latents, noise, timesteps).to(wide)
+        prediction = self._predict(network, batch, timesteps, noise)
+        error = prediction - self._target(batch.latents, noise, timesteps).to(prediction)
         loss = mean_error(error.square(), batch.mask)  # (B,)
         return loss if self.snr_gamma is None else loss * self._weight(timesteps).to(loss)
+
+    def drawn(self, network: nn.Module, batch: ViewBatch, timesteps: Tensor, noise: Tensor, normal: Tensor) -> Tensor:
+        """What has the gradient of each view's loss with a drawn target; see :meth:`Objective.drawn`.
+
+        Args:
+            network: A network of a known family.
+            batch: ``B`` latents and texts.
+            timesteps: ``(B,)`` int64.
+            noise: ``(B, C, H, W)``.
+            normal: ``(B, C, H, W)``.
+
+        Returns:
+            ``(B,)``, float32 or wider.
+        """
+        prediction = self._predict(network, batch, timesteps, noise)
+        product = drawn_error(prediction, normal.to(prediction), batch.mask)  # (B,)
+        return product if self.snr_gamma is None else product * self._weight(timesteps).sqrt().to(product)
+
+    def _predict(self, network: nn.Module, batch: ViewBatch, timesteps: Tensor, noise: Tensor) -> Tensor:
+        noisy = self.scheduler.add_noise(batch.latents, noise, timesteps)
+        prediction = family_of(network).predict(network, noisy, timesteps, batch)
+        # Errors are taken in float32 even where the network runs in half precision.
+        return prediction.to(torch.promote_types(prediction.dtype, torch.float32))
 
     def _target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         if self.prediction_type == "epsilon":
@@ -186,52 +243,3 @@ class DenoisingObjective(Objective):
         """
         config = {name: value for name, value in self.scheduler.config.items() if not name.startswith("_")}
         return {**super().settings(), "scheduler": config, "snr_gamma": self.snr_gamma}
-
-
-def load_scheduler(scheduler: str | dict[str, Any] | None, prediction_type: str | None) -> Any:
-    """A ``DDPMScheduler`` with the noise schedule that a model was trained with.
-
-    Args:
-        scheduler: Its settings, the folder that holds ``scheduler_config.json``, or a pipeline's folder.
-        prediction_type: Overrides the one found.
-
-    Returns:
-        The scheduler.
-
-    Raises:
-        InputError: If it can't be read, or has no noise schedule (flow matching).
-    """
-    from pathlib import Path
-
-    from diffusers import DDPMScheduler
-
-    if isinstance(scheduler, str):
-        folder = Path(scheduler)
-        folder = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
-        if not (folder / "scheduler_config.json").is_file():
-            raise InputError(f"No scheduler_config.json in {folder}; name the folder of a saved scheduler or pipeline.")
-        try:
-            config = DDPMScheduler.load_config(str(folder), local_files_only=True)
-        except OSError as error:
-            raise InputError(
-                f"{folder / 'scheduler_config.json'} can't be read ({error}); save the scheduler again."
-            ) from None
-    else:
-        config = dict(scheduler or {})
-    if "FlowMatch" in str(config.get("_class_name", "")):
-        raise InputError(
-            f"{config['_class_name']} is a flow-matching schedule, which DenoisingObjective does not cover; "
-            "give your own objective."
-        )
-    if prediction_type is not None:
-        config["prediction_type"] = prediction_type
-    try:
-        built: Any = DDPMScheduler.from_config(config)  # type: ignore[no-untyped-call]
-    except (NotImplementedError, TypeError, ValueError) as error:
-        raise InputError(f"The scheduler's settings don't make a noise schedule ({error}); correct them.") from None
-    if built.config.prediction_type not in ("epsilon", "v_prediction", "sample"):
-        raise InputError(
-            f"The scheduler's prediction_type {built.config.prediction_type!r} is none of epsilon, v_prediction and "
-            "sample; give the one that the model was trained with."
-        )
-    return built

@@ -14,7 +14,7 @@ from lightning_unlearn.targets import members_of
 
 
 def fisher_digest(fisher: Fisher | None) -> str:
-    """Digest of a Fisher's kind, count and sums.
+    """Digest of a Fisher's kind, count, sums and targets.
 
     Args:
         fisher: The Fisher; ``None`` for a strategy without one.
@@ -22,7 +22,11 @@ def fisher_digest(fisher: Fisher | None) -> str:
     Returns:
         32 hexadecimal characters, or ``none``.
     """
-    return "none" if fisher is None else digest(fisher.kind, fisher.count, tensors_digest(fisher.tensors()))
+    if fisher is None:
+        return "none"
+    # Those of the data, which were the only ones once, have no part of their own, so that older runs are known again.
+    targets = [] if fisher.targets == "data" else [fisher.targets]
+    return digest(fisher.kind, fisher.count, tensors_digest(fisher.tensors()), *targets)
 
 
 def unlearning_digest(settings: Mapping[str, Any], datamodule: Any, real: bool) -> str:

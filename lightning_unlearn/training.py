@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import get_args
 
 import torch
 from lightning.pytorch import LightningModule
@@ -10,9 +11,10 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.fingerprints import seed_of
+from lightning_unlearn.fingerprints import generator_for, seed_of
+from lightning_unlearn.fisher import Targets
 from lightning_unlearn.loading import load_network
-from lightning_unlearn.objective import DenoisingObjective, Objective
+from lightning_unlearn.objective import DenoisingObjective, Objective, check_drawn
 from lightning_unlearn.parameters import select_layers
 from lightning_unlearn.samples import SampleBatch, ViewBatch
 
@@ -103,16 +105,32 @@ class FisherPass(DiffusionModule):
         network: The denoiser.
         objective: Its loss.
         parameters: The chosen weights.
-        seed: Of captions, timesteps and noise.
+        seed: Of captions, timesteps, noise and drawn targets.
+        targets: Those of the data, for the empirical Fisher, or drawn from the model, for the true one.
+
+    Raises:
+        InputError: If targets are to be drawn and the objective does not say how.
     """
 
-    def __init__(self, network: nn.Module, objective: Objective, parameters: str | list[str], seed: int = 0) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        objective: Objective,
+        parameters: str | list[str],
+        seed: int = 0,
+        targets: Targets = "data",
+    ) -> None:
+        if targets not in get_args(Targets):
+            raise InputError(f"The targets of a Fisher are one of {', '.join(get_args(Targets))}, not {targets!r}.")
+        if targets == "model":
+            check_drawn(objective)
         super().__init__(network, objective)
         self.automatic_optimization = False
         self.network.requires_grad_(False).eval()
         for layer in select_layers(self.network, parameters).values():
             layer.requires_grad_(True)
         self.seed = seed
+        self.targets: Targets = targets
 
     def on_train_start(self) -> None:
         """Give every rank its own noise, and keep the network in eval mode."""
@@ -127,12 +145,32 @@ class FisherPass(DiffusionModule):
             batch_idx: Its number.
 
         Returns:
-            The mean loss.
+            The mean loss; with drawn targets, what has its gradient.
         """
-        loss = super().training_step(batch, batch_idx)
+        loss = super().training_step(batch, batch_idx) if self.targets == "data" else self._drawn(batch).mean()
         self.manual_backward(loss)
         self.zero_grad()
         return loss.detach()
+
+    def _drawn(self, batch: SampleBatch) -> Tensor:
+        # Keyed by pass and sample: batches, workers and ranks can't change them, and the random state that captions,
+        # timesteps and noise come from is not touched, so that these are the same for either kind of targets.
+        views, timesteps, noise = self._draw(batch)
+        normal = torch.stack([self.draw_normal(key, noise.shape[1:]) for key in batch.keys])
+        return self.objective.drawn(self.network, views, timesteps, noise, normal.to(noise))
+
+    def draw_normal(self, key: str, shape: Sequence[int]) -> Tensor:
+        """What a sample's target is drawn with in this pass.
+
+        Args:
+            key: The sample's.
+            shape: ``(C, H, W)``.
+
+        Returns:
+            ``(C, H, W)`` standard normal, float32 on the CPU.
+        """
+        generator = generator_for("fisher-targets", self.seed, self.current_epoch, key)
+        return torch.randn(tuple(shape), generator=generator, dtype=torch.float32)
 
     def configure_optimizers(self) -> None:  # type: ignore[override]
         """No optimizer."""

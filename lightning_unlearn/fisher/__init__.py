@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.fisher.base import Fisher
+from lightning_unlearn.fisher.base import Fisher, Targets
 from lightning_unlearn.fisher.diagonal import DiagonalFisher
 from lightning_unlearn.fisher.ekfac import EKFACFisher
 from lightning_unlearn.fisher.identity import IdentityFisher
 
 FISHERS: dict[str, type[Fisher]] = {kind.kind: kind for kind in (DiagonalFisher, EKFACFisher, IdentityFisher)}
 
-__all__ = ["FISHERS", "DiagonalFisher", "EKFACFisher", "Fisher", "IdentityFisher", "load_fisher"]
+__all__ = ["FISHERS", "DiagonalFisher", "EKFACFisher", "Fisher", "IdentityFisher", "Targets", "load_fisher"]
 
 
 def load_fisher(path: str | os.PathLike[str]) -> Fisher:

@@ -7,7 +7,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import safetensors
 import safetensors.torch
@@ -20,6 +20,9 @@ from lightning_unlearn.parameters import LayerSpec
 from lightning_unlearn.shards import write_atomically
 
 FORMAT = 1
+
+# Of the losses whose gradients are taken: the data's (the empirical Fisher), or drawn from the model (the true one).
+Targets = Literal["data", "model"]
 
 
 class Fisher(ABC):
@@ -35,6 +38,8 @@ class Fisher(ABC):
         kind: The name in files and configs.
         stages: The names of the stages it is collected in, in order; empty if there is but one.
         count: How many samples it was summed over (in this stage).
+        targets: Of the losses: ``data``, as in a training, for the empirical Fisher, or ``model``, drawn from the
+            model, for the true one (Kunstner et al., arXiv 1905.12558, on how they differ).
         provenance: How it came about, as JSON: objective, steps, EMA or not.
         weights: The chosen weights where it was taken, or empty.
     """
@@ -45,6 +50,7 @@ class Fisher(ABC):
     def __init__(self, layers: Mapping[str, LayerSpec]) -> None:
         self.layers = dict(layers)
         self.count = 0
+        self.targets: Targets = "data"
         self.provenance: dict[str, Any] = {}
         self.weights: dict[str, Tensor] = {}
 
@@ -100,6 +106,7 @@ class Fisher(ABC):
             A new one; what is no sum is shared.
         """
         empty = type(self)(self.layers)
+        empty.targets = self.targets
         empty.load_tensors(
             {name: torch.zeros_like(tensor) if self.is_sum(name) else tensor for name, tensor in self.tensors().items()}
         )
@@ -142,12 +149,17 @@ class Fisher(ABC):
             other: Of the same kind and layers, in the same stage.
 
         Raises:
-            InputError: If kinds, layers or stages differ, or what the sums were taken within.
+            InputError: If kinds, layers, targets or stages differ, or what the sums were taken within.
         """
         if other.kind != self.kind or other.layers != self.layers:
             raise InputError(
                 f"A {other.kind} Fisher of {len(other.layers)} layers can't be added to a {self.kind} one of "
                 f"{len(self.layers)}: kinds and layers must agree, so make both with the same parameters."
+            )
+        if other.targets != self.targets:
+            raise InputError(
+                f"A Fisher with the targets of the {other.targets} can't be added to one with those of the "
+                f"{self.targets}: they are estimates of different matrices, so take both with the same targets."
             )
         if other.stage != self.stage:
             raise InputError(
@@ -199,6 +211,7 @@ class Fisher(ABC):
             "kind": self.kind,
             "layers": [layer.to_json() for layer in self.layers.values()],
             "count": self.count,
+            "targets": self.targets,
             "tensors": {name: tensor.detach().cpu().clone() for name, tensor in self.tensors().items()},
         }
 
@@ -206,15 +219,21 @@ class Fisher(ABC):
         """Replace the state by one that :meth:`state` gave.
 
         Args:
-            state: Of the same kind and layers.
+            state: Of the same kind, layers and targets.
 
         Raises:
-            InputError: If kinds or layers differ.
+            InputError: If kinds, layers or targets differ.
         """
         layers = {fields["name"]: LayerSpec.from_json(fields) for fields in state["layers"]}
         if state["kind"] != self.kind or layers != self.layers:
             raise InputError(
                 "The checkpoint holds a Fisher of other layers; use the parameters it was started with, or start anew."
+            )
+        targets = state.get("targets", "data")  # checkpoints from before there was a choice have no entry
+        if targets != self.targets:
+            raise InputError(
+                f"The checkpoint holds a Fisher with the targets of the {targets}, not of the {self.targets}; use "
+                "those it was started with, or start anew."
             )
         # Copies, since update() adds in place.
         self.load_tensors({name: tensor.clone() for name, tensor in state["tensors"].items()})
@@ -232,6 +251,7 @@ class Fisher(ABC):
             "format": FORMAT,
             "kind": self.kind,
             "count": self.count,
+            "targets": self.targets,
             "layers": [layer.to_json() for layer in self.layers.values()],
             "provenance": self.provenance,
         }
@@ -249,7 +269,8 @@ class Fisher(ABC):
             path: The file.
 
         Returns:
-            Format, kind, count, layers, provenance and, for a kind that has several, the stage.
+            Format, kind, count, targets (but in files from before there was a choice), layers, provenance and, for a
+            kind that has several, the stage.
 
         Raises:
             InputError: If it is missing or not a Fisher.
@@ -291,6 +312,7 @@ class Fisher(ABC):
         fisher.load_tensors(_under("fisher/", tensors))
         fisher.weights = _under("weights/", tensors)
         fisher.count = int(about["count"])
+        fisher.targets = about.get("targets", "data")
         fisher.provenance = about["provenance"]
         return fisher
 

@@ -1,4 +1,4 @@
-"""The diagonal of the empirical Fisher."""
+"""The diagonal of the Fisher."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""The empirical Fisher in Kronecker-factored eigenbases with corrected eigenvalues."""
+"""The Fisher in Kronecker-factored eigenbases with corrected eigenvalues."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping
 from typing import ClassVar
@@ -14,11 +13,17 @@ from lightning_unlearn.capture import CapturedLayer
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher.base import Fisher, accumulate
 from lightning_unlearn.fisher.diagonal import sum_of_squares
+from lightning_unlearn.fisher.kronecker import (
+    eigenvectors,
+    joined,
+    matrix_shape,
+    outer_products,
+    parted,
+    refuse_what_does_not_fit,
+    with_ones,
+)
 from lightning_unlearn.parameters import LayerSpec
 
-# The two factors of a layer, in float32, must fit in this: sides up to some 16,000. Their eigendecompositions, in
-# float64, take several times as much for a while.
-FACTOR_BYTES = 2**30
 SIDES = ("inputs", "outputs")
 
 
@@ -35,8 +40,8 @@ class EKFACFisher(Fisher):
 
     where :math:`U_A` and :math:`U_S` are the eigenvectors of :math:`Σ_s Σ_t a_t a_t^⊤` and
     :math:`Σ_s Σ_t g_t g_t^⊤`: George et al. (arXiv 1806.03884, Section 3.1), used for attribution by Wang et al.
-    (arXiv 2511.10721). Of all matrices that are diagonal in this basis it is the nearest to the empirical Fisher in the
-    Frobenius norm, for any orthogonal :math:`U`: so bases from earlier weights or samples make it no wrong estimate.
+    (arXiv 2511.10721). Of all matrices that are diagonal in this basis it is the nearest to the Fisher in the Frobenius
+    norm, for any orthogonal :math:`U`: so bases from earlier weights or samples make it no wrong estimate.
 
     It is collected in two stages, ``covariances`` and then ``eigenvalues``, with :meth:`next_stage` in between. Sums
     of the first add; those of the second within the same bases only.
@@ -65,7 +70,7 @@ class EKFACFisher(Fisher):
     def __init__(self, layers: Mapping[str, LayerSpec]) -> None:
         super().__init__(layers)
         for spec in self.layers.values():
-            _refuse_what_does_not_fit(spec)
+            refuse_what_does_not_fit(spec)
         self._tensors = {name: torch.zeros(shape) for name, shape in self._shapes("covariances").items()}
         self._eigenvalues: dict[str, Tensor] | None = None
         self._inverse: dict[str, Tensor] = {}
@@ -79,7 +84,7 @@ class EKFACFisher(Fisher):
         """Shapes of the state's tensors in a stage, by name."""
         shapes: dict[str, tuple[int, ...]] = {}
         for name, spec in self.layers.items():
-            outputs, inputs = _matrix_shape(spec)
+            outputs, inputs = matrix_shape(spec)
             square = "covariances" if stage == "covariances" else "bases"
             shapes |= {f"{square}/{name}/inputs": (inputs, inputs), f"{square}/{name}/outputs": (outputs, outputs)}
             if stage == "eigenvalues":
@@ -133,12 +138,12 @@ class EKFACFisher(Fisher):
         self.count += max(len(layer) for layer in captured.values())
         stage = self.stage
         for name, layer in captured.items():
-            inputs, gradients = _with_ones(self.layers[name], layer.inputs), layer.output_gradients
+            inputs, gradients = with_ones(self.layers[name], layer.inputs), layer.output_gradients
             if stage == "covariances":
                 # A sample without any gradient (one of weight 0) has no say in the inputs' basis either.
                 inputs = inputs * gradients.any(2).any(1)[:, None, None]
-                accumulate(self._tensors, f"covariances/{name}/inputs", _outer_products(inputs))
-                accumulate(self._tensors, f"covariances/{name}/outputs", _outer_products(gradients))
+                accumulate(self._tensors, f"covariances/{name}/inputs", outer_products(inputs))
+                accumulate(self._tensors, f"covariances/{name}/outputs", outer_products(gradients))
             else:
                 bases = [self._tensors[f"bases/{name}/{side}"].to(gradients.device) for side in SIDES]
                 wide = torch.promote_types(gradients.dtype, bases[0].dtype)
@@ -163,8 +168,8 @@ class EKFACFisher(Fisher):
         for name, spec in self.layers.items():
             for side in SIDES:
                 covariance = self._tensors.pop(f"covariances/{name}/{side}")
-                tensors[f"bases/{name}/{side}"] = _eigenvectors(covariance, f"the {side} of layer {name}")
-            tensors[f"eigenvalues/{name}"] = covariance.new_zeros(_matrix_shape(spec))
+                tensors[f"bases/{name}/{side}"] = eigenvectors(covariance, f"the {side} of layer {name}")
+            tensors[f"eigenvalues/{name}"] = covariance.new_zeros(matrix_shape(spec))
         self.load_tensors(tensors)
         self.count = 0
 
@@ -227,10 +232,10 @@ class EKFACFisher(Fisher):
         self._finalized()
         found: dict[str, Tensor] = {}
         for spec in self._layers_of(gradients):
-            matrix = _joined(spec, gradients)
+            matrix = joined(spec, gradients)
             inputs, outputs = self._bases(spec, matrix)
             turned = (outputs.mT @ matrix @ inputs) * self._inverse[spec.name].to(matrix)
-            found |= _parted(spec, outputs @ turned @ inputs.mT)
+            found |= parted(spec, outputs @ turned @ inputs.mT)
         return {name: found[name] for name in gradients}
 
     def quadratic(self, delta: Mapping[str, Tensor]) -> Tensor:
@@ -245,7 +250,7 @@ class EKFACFisher(Fisher):
         eigenvalues = self._finalized()
         terms = []
         for spec in self._layers_of(delta):
-            matrix = _joined(spec, delta)
+            matrix = joined(spec, delta)
             inputs, outputs = self._bases(spec, matrix)
             turned = outputs.mT @ matrix @ inputs
             # 0 · ∞ is 0 here, and so is its derivative.
@@ -269,63 +274,3 @@ class EKFACFisher(Fisher):
     def _bases(self, spec: LayerSpec, like: Tensor) -> tuple[Tensor, Tensor]:
         inputs, outputs = (self._tensors[f"bases/{spec.name}/{side}"].to(like) for side in SIDES)
         return inputs, outputs
-
-
-def _matrix_shape(spec: LayerSpec) -> tuple[int, int]:
-    """``(o, i)`` of weight and bias as one matrix, the bias a further column."""
-    return spec.weight_shape[0], math.prod(spec.weight_shape[1:]) + spec.has_bias
-
-
-def _refuse_what_does_not_fit(spec: LayerSpec) -> None:
-    outputs, inputs = _matrix_shape(spec)
-    size = 4 * (outputs**2 + inputs**2)
-    if size > FACTOR_BYTES:
-        raise InputError(
-            f"The EKFAC factors of layer {spec.name} are {inputs} × {inputs} and {outputs} × {outputs}, "
-            f"{size / 2**30:.2f} GiB in float32, above the limit of {FACTOR_BYTES / 2**30:.2f} GiB a layer; leave the "
-            "layer out by patterns, or use the diagonal Fisher."
-        )
-
-
-def _with_ones(spec: LayerSpec, inputs: Tensor) -> Tensor:
-    """``(B, T, i)`` with a 1 appended to each input if the layer has a bias."""
-    return torch.cat([inputs, inputs.new_ones(*inputs.shape[:2], 1)], 2) if spec.has_bias else inputs
-
-
-def _outer_products(vectors: Tensor) -> Tensor:
-    """``Σ v vᵀ`` over samples and positions of ``(B, T, d)``."""
-    rows = vectors.flatten(0, 1)
-    return rows.mT @ rows
-
-
-def _eigenvectors(covariance: Tensor, what: str) -> Tensor:
-    # On the CPU, so that a training on a GPU can't run out of memory by it.
-    wide = covariance.cpu().double()
-    try:
-        # Symmetric but for the rounding of a product; eigh would read one triangle only.
-        found: Tensor = torch.linalg.eigh((wide + wide.mT) / 2).eigenvectors
-        reason = "" if found.isfinite().all() else "they are not finite"
-    except RuntimeError as error:  # torch's LinAlgError is one
-        reason = str(error)
-    if reason:
-        warnings.warn(f"No eigenvectors for {what} ({reason}): that side keeps the basis of its weights.")
-        found = torch.eye(len(wide), dtype=wide.dtype)
-    # Row by row, as a file has it: a product with columns would differ from one after a resume in the last bit.
-    return found.to(covariance.device, covariance.dtype).contiguous()
-
-
-def _joined(spec: LayerSpec, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Weight and bias ``(*, *parameter)`` as one matrix ``(*, o, i)``."""
-    weight = tensors[f"{spec.name}.weight"].flatten(-len(spec.weight_shape) + 1)
-    return torch.cat([weight, tensors[f"{spec.name}.bias"][..., None]], -1) if spec.has_bias else weight
-
-
-def _parted(spec: LayerSpec, matrix: Tensor) -> dict[str, Tensor]:
-    """Back from :func:`_joined`."""
-    leading = matrix.shape[:-2]
-    if not spec.has_bias:
-        return {f"{spec.name}.weight": matrix.reshape(*leading, *spec.weight_shape)}
-    return {
-        f"{spec.name}.weight": matrix[..., :-1].reshape(*leading, *spec.weight_shape),
-        f"{spec.name}.bias": matrix[..., -1],
-    }

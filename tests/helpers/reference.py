@@ -152,3 +152,15 @@ def min_snr_weight(alpha_bar: float, gamma: float, prediction_type: str) -> floa
     snr = alpha_bar / (1 - alpha_bar)
     weight = min(snr, gamma)
     return {"epsilon": weight / snr, "v_prediction": weight / (snr + 1), "sample": weight}[prediction_type]
+
+
+def gauss_newton(
+    predict: Callable[[Mapping[str, Tensor]], Tensor], parameters: Mapping[str, Tensor], shares: Tensor, weight: float
+) -> Tensor:
+    """``(2 w / Σ m) Jᵀ diag(m) J`` of one view over all parameters, one after the other (arXiv 1412.1193, Section 9).
+
+    ``predict`` gets the parameters; ``shares`` is m, of the prediction's shape, and ``weight`` the loss's w.
+    """
+    jacobians = torch.func.jacrev(predict)(dict(parameters))
+    rows = torch.cat([jacobians[name].reshape(shares.numel(), -1) for name in parameters], 1)
+    return 2 * weight / shares.sum() * rows.T @ torch.diag(shares.flatten()) @ rows

@@ -25,7 +25,7 @@ from reference import (
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-import lightning_unlearn.fisher.ekfac as ekfac
+import lightning_unlearn.fisher.kronecker as kronecker
 from lightning_unlearn.callbacks import FisherAccumulator
 from lightning_unlearn.capture import CapturedLayer, GradientCapture
 from lightning_unlearn.cli import main
@@ -422,9 +422,9 @@ def test_layer_whose_factors_do_not_fit_is_refused_with_their_sizes(monkeypatch:
     with pytest.raises(InputError, match=r"up\.conv are 23041 × 23041 and 1280 × 1280, 1\.98 GiB.*limit of 1\.00 GiB"):
         EKFACFisher({"up.conv": spec})
     small = LayerSpec("layer", (2, 3), True)
-    monkeypatch.setattr(ekfac, "FACTOR_BYTES", 4 * (4**2 + 2**2))
+    monkeypatch.setattr(kronecker, "FACTOR_BYTES", 4 * (4**2 + 2**2))
     EKFACFisher({"layer": small})
-    monkeypatch.setattr(ekfac, "FACTOR_BYTES", 4 * (4**2 + 2**2) - 1)
+    monkeypatch.setattr(kronecker, "FACTOR_BYTES", 4 * (4**2 + 2**2) - 1)
     with pytest.raises(InputError, match="4 × 4 and 2 × 2"):
         EKFACFisher({"layer": small})
 
