@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import BENCHES, Bench, fisher_file
+from bench import BENCHES, CHOSEN, Bench, fisher_file
 from common import PLAIN
 from judged import chosen_settings
 from lightning.pytorch import Trainer
-from methods import RISES, UNLEARNING, baseline_of, config, fisher_source, fit_and_predict
+from methods import DEFAULT, DEFAULT_OF, RISES, UNLEARNING, baseline_of, config, fisher_source, fit_and_predict
 
 from lightning_unlearn import rules
 from lightning_unlearn.baselines import Subject
@@ -100,8 +100,9 @@ def judge(bench: Bench, concept: str, concepts: dict[str, list[Sample]], setting
             fields = [encode_sample(s.key, s.latent.numpy(), s.text.numpy(), s.metadata) for s in chosen]
             write_shards(fields, folder / part)
         for method, setting in settings.items():
-            if method in UNLEARNING:
-                scores = unlearn(bench, UNLEARNING[method], setting, made.weights, folder)
+            kind = DEFAULT_OF if method == DEFAULT else method
+            if kind in UNLEARNING:
+                scores = unlearn(bench, UNLEARNING[kind], setting, made.weights, folder)
             else:
                 scores = baseline_of(method, setting).scores(subject)
             relevant = torch.tensor([[key in own] for key in keys]).expand(-1, scores.shape[1])
@@ -119,7 +120,7 @@ def main() -> None:
     arguments = parser.parse_args()
     bench = Bench(arguments.bench)
     torch.set_num_threads(1)
-    settings = chosen_settings(bench)
+    settings = chosen_settings(bench, CHOSEN)
     concepts: dict[str, list[Sample]] = {}
     for sample in bench.samples("exemplars"):
         concepts.setdefault(sample.metadata["concept"], []).append(sample)

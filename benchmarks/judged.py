@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from bench import Bench
-from methods import METHODS, is_scored, read, read_costs
+from methods import DEFAULT, DEFAULT_OF, DEFAULT_SETTING, METHODS, is_scored, read, read_costs
 from torch import Tensor
 
 from lightning_unlearn.evaluation.floors import Floors
@@ -29,7 +29,7 @@ from lightning_unlearn.metrics import (
 )
 from lightning_unlearn.scores import ScoreTable
 
-OURS = "unlearning_ekfac"
+OURS = DEFAULT
 # What papers report of two methods, the better one first: Zheng et al. (arXiv 2311.00500), Park et al. (arXiv
 # 2303.14186), Lin et al. (ICLR 2025); the last two by leave-K-out, Wang et al. (arXiv 2406.09408 and 2511.10721).
 REPORTED = (
@@ -134,8 +134,10 @@ def open_study(bench: Bench) -> Study:
     return Study(bench.folder / "study", settings)
 
 
-def chosen_tables(bench: Bench, study: Study, plan: Plan) -> dict[str, tuple[str, dict[str, ScoreTable]]]:
-    """Each method that has scores: its setting and the tables of all.
+def chosen_tables(
+    bench: Bench, study: Study, plan: Plan, selection: str | None = None
+) -> dict[str, tuple[str, dict[str, ScoreTable]]]:
+    """Each method that has scores: its setting and the tables of all, or of those with a selection of weights.
 
     The setting is that with the highest linear datamodelling score on the half of the evidence that chooses.
     """
@@ -144,18 +146,21 @@ def chosen_tables(bench: Bench, study: Study, plan: Plan) -> dict[str, tuple[str
     found = {}
     for method in METHODS:
         if is_scored(bench, method):
-            tables = read(bench, method)
+            tables = read(bench, method, selection)
             values = {
                 setting: float(linear_datamodelling_score(scores_of(table, plan.keys, queries), kept, outcomes).mean())
                 for setting, table in tables.items()
             }
             found[method] = (max(values, key=values.__getitem__), tables)
+    if DEFAULT_OF in found:
+        found[DEFAULT] = (DEFAULT_SETTING, {DEFAULT_SETTING: found[DEFAULT_OF][1][DEFAULT_SETTING]})
     return found
 
 
-def chosen_settings(bench: Bench) -> dict[str, str]:
-    """Each method that has scores, with its setting."""
-    return {method: setting for method, (setting, _) in chosen_tables(bench, open_study(bench), bench.plan()).items()}
+def chosen_settings(bench: Bench, selection: str) -> dict[str, str]:
+    """Each method that has scores, with its setting among those with a selection of weights."""
+    found = chosen_tables(bench, open_study(bench), bench.plan(), selection)
+    return {method: setting for method, (setting, _) in found.items()}
 
 
 def removal_runs(bench: Bench, methods: Sequence[str] | None = None) -> list[Run]:
@@ -202,7 +207,7 @@ def judge(bench: Bench) -> Page:
             listed = method in bench.settings["removal_methods"]
             waiting = f"{missing} model{'s' * (missing > 1)} missing" if listed else "–"
             removals[size] = waiting if missing else floors.removal(size, removed)
-        costs = read_costs(bench, method, setting)
+        costs = read_costs(bench, DEFAULT_OF if method == DEFAULT else method, setting)
         rows.append(Row(method, setting, list(settings), raw, by_rank, behind, costs, removals))
     rows.sort(key=lambda row: -row.raw.mean)
     # The first subsets are those that are trained twice.

@@ -44,6 +44,7 @@ from lightning_unlearn.baselines import (
     TextSimilarity,
 )
 from lightning_unlearn.datamodules import AttributionDataModule
+from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher import load_fisher
 from lightning_unlearn.module import UnlearningModule
 from lightning_unlearn.scores import ScoreTable
@@ -52,7 +53,7 @@ from lightning_unlearn.strategies import Newton
 from lightning_unlearn.trainer_cli import TrainerCLI
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0)
-RISES = (0.02, 0.1, 0.3, 1.0)
+RISES = (0.1, 0.3, 1.0, 3.0)
 # Whatever works with weights is tried on both selections; what stands after a setting's name.
 SELECTIONS = {CHOSEN: "", "all": ", all weights"}
 
@@ -75,12 +76,15 @@ BASELINE_SETTINGS: dict[str, dict[str, Baseline]] = {
 # With a Fisher, and plain gradient ascent without one.
 UNLEARNING = {"unlearning_ekfac": "ekfac", "unlearning": "diagonal", "gradient_ascent": "identity"}
 METHODS = (*UNLEARNING, *BASELINE_SETTINGS)
+# The package's defaults: a method of one setting, for which nothing is chosen.
+DEFAULT, DEFAULT_OF, DEFAULT_SETTING = "default", "unlearning_ekfac", "rise 100%, ratio"
 WITHOUT_WEIGHTS = ("random", "pixel_similarity", "text_similarity")
 WITH_FISHER = {"influence": "diagonal"} | {name: kind for name, kind in UNLEARNING.items() if kind in FISHER_FILES}
 LABELS = {
-    "unlearning_ekfac": "**unlearning, EKFAC Fisher (ours)**",
-    "unlearning": "**unlearning, diagonal Fisher (ours)**",
-    "gradient_ascent": "gradient ascent (no Fisher, ours)",
+    DEFAULT: "**unlearning with the defaults (ours)**",
+    "unlearning_ekfac": "unlearning, EKFAC Fisher, tuned (ours)",
+    "unlearning": "unlearning, diagonal Fisher, tuned (ours)",
+    "gradient_ascent": "gradient ascent, no Fisher, tuned (ours)",
     "pixel_similarity": "pixel similarity",
     "text_similarity": "text similarity",
     "gradient_similarity": "gradient similarity (TracIn, ReTrac)",
@@ -134,7 +138,11 @@ def unlearning_scores(bench: Bench, fisher: str, parameters: str, queries: int |
         module.strategy = Newton(target_increase=rise)
         if queries is not None:
             data.query_keys = [f"query-{number:02d}" for number in range(queries)]
-        predictions = fit_and_predict(module, data)
+        try:
+            predictions = fit_and_predict(module, data)
+        except InputError as error:  # so great a rise can't be reached by every query of every Fisher
+            print(f"rise {rise:.0%}{SELECTIONS[parameters]}: {error}")
+            continue
         keys = [key for prediction in predictions for key in prediction.batch.keys]
         for rule in rules.RULES:
             rows = [rules.score(rule, prediction.base, prediction.unlearned) for prediction in predictions]
@@ -239,9 +247,11 @@ def is_scored(bench: Bench, method: str) -> bool:
     return all(path.is_file() for path in files(bench, method).values())
 
 
-def read(bench: Bench, method: str) -> dict[str, ScoreTable]:
-    """A method's score tables by its settings."""
-    return {setting: table for path in files(bench, method).values() for setting, table in _tables(path).items()}
+def read(bench: Bench, method: str, selection: str | None = None) -> dict[str, ScoreTable]:
+    """A method's score tables by its settings, or by those with a selection of weights if it has any."""
+    paths = files(bench, method)
+    chosen = [paths.get(selection, paths[CHOSEN])] if selection else list(paths.values())
+    return {setting: table for path in chosen for setting, table in _tables(path).items()}
 
 
 def _tables(path: Path) -> dict[str, ScoreTable]:

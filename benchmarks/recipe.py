@@ -27,7 +27,7 @@ from bench import BENCHES, Bench
 from common import quiet
 from judged import Half, evidence
 from matplotlib.figure import Figure
-from sweep import CENTRE, TIMESTEPS, Measured, Reduced, Unlearned, measured, rounded, scores_of
+from sweep import CENTRE, PLAINLY, TIMESTEPS, Measured, Reduced, Unlearned, measured, rounded, scores_of
 from torch import Tensor
 
 from lightning_unlearn.shards import write_atomically
@@ -80,7 +80,7 @@ def best_recipe(bench: Bench, choosing: Half, keys: list[str]) -> Unlearned:
         unlearned = replace(RECIPE, damping=damping, rise=rise)
         found = measured(bench, unlearned)
         if isinstance(found, Measured):
-            values[unlearned] = choosing.value(scores_of(found, keys, Reduced())).mean
+            values[unlearned] = choosing.value(scores_of(found, keys, Reduced(rule="difference"))).mean
         print(f"damping {damping:g}, rise {rise:g}: {values.get(unlearned, found)}", flush=True)
     return max(values, key=values.__getitem__)
 
@@ -92,7 +92,8 @@ def points(bench: Bench, recipe: Unlearned, keys: list[str]) -> Iterator[Point]:
     for name, unlearned in settings:
         found = measured(bench, unlearned)
         assert isinstance(found, Measured), found
-        yield from (point(name, unlearned, Reduced(stride=stride), found, keys) for stride in STRIDES)
+        rule = "difference" if name == "recipe" else PLAINLY.rule
+        yield from (point(name, unlearned, Reduced(rule, stride=stride), found, keys) for stride in STRIDES)
 
 
 def compare(bench: Bench) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from bench import BENCHES, Bench
 from judged import Page, Row, judge
-from methods import LABELS, METHODS, plain
+from methods import DEFAULT, LABELS, METHODS, plain
 from plots import plot
 from settings_page import against_recipe, swept
 from shown import difference, shown
@@ -148,7 +148,7 @@ def customised(bench: Bench) -> list[str]:
     ]
     values = {
         method: {name: torch.tensor([concept["methods"][method][name] for concept in found]) for name in names}
-        for method in METHODS
+        for method in (DEFAULT, *METHODS)
         if all(method in concept["methods"] for concept in found)
     }
     for method, measures in sorted(values.items(), key=lambda item: -float(item[1][names[-1]].mean())):

@@ -40,8 +40,8 @@ class Unlearned:
     """How queries are unlearned, and on which noise samples are scored."""
 
     fisher: str = "ekfac"
-    parameters: str = "all"
-    damping: float = 0.1
+    parameters: str = "text_kv"
+    damping: float = 0.001
     rise: float = 1.0
     steps: int = 1
     noise: Literal["shared", "per_sample"] = "shared"
@@ -68,7 +68,7 @@ class Measured:
 class Reduced:
     """How the losses become scores: the rule, the part of the schedule, and every how manyth view."""
 
-    rule: str = "difference"
+    rule: str = "ratio"
     start: int = 0
     end: int = TIMESTEPS
     stride: int = 1
@@ -79,21 +79,28 @@ class Reduced:
         return slice(self.start + self.stride // 2, self.end, self.stride)
 
 
+# The package's defaults, and the same with all weights.
 CENTRE, PLAINLY = Unlearned(), Reduced()
-SMALL = replace(CENTRE, parameters="text_kv")
+WHOLE = replace(CENTRE, parameters="all")
 # Factor to the values it takes; the centre's own are left out.
 UNLEARNED: dict[str, list[Unlearned]] = {
     "Fisher": [replace(CENTRE, fisher=fisher) for fisher in ("identity", "diagonal")],
-    "weights": [replace(CENTRE, parameters=parameters) for parameters in ("text_kv", "cross_attention", "attention")],
-    "Fisher, with text_kv": [replace(SMALL, fisher=fisher) for fisher in ("identity", "diagonal")],
-    "damping": [replace(CENTRE, damping=damping) for damping in (0.001, 0.01, 1.0)],
-    "rise of the query's loss": [replace(CENTRE, rise=rise) for rise in (0.02, 0.1, 0.3, 3.0)],
+    "damping": [replace(CENTRE, damping=damping) for damping in (0.01, 0.1, 1.0)],
+    "rise of the query's loss": [replace(CENTRE, rise=rise) for rise in (0.1, 0.3, 3.0)],
     "steps": [replace(CENTRE, steps=4)],
     "noise": [replace(CENTRE, noise="per_sample")],
     "draws to unlearn with": [replace(CENTRE, draws=draws, rise_draws=rise) for draws, rise in ((32, 16), (8, 2))],
+    "weights": [replace(CENTRE, parameters=parameters) for parameters in ("cross_attention", "attention")],
+    "all weights": [
+        WHOLE,
+        *(replace(WHOLE, fisher=fisher) for fisher in ("identity", "diagonal")),
+        *(replace(WHOLE, damping=damping) for damping in (0.0001, 0.01, 0.1, 1.0)),
+        *(replace(WHOLE, rise=rise) for rise in (0.3, 3.0)),
+        replace(WHOLE, steps=4),
+    ],
 }
 REDUCED: dict[str, list[Reduced]] = {
-    "score rule": [replace(PLAINLY, rule="ratio")],
+    "score rule": [replace(PLAINLY, rule="difference")],
     "part of the schedule": [
         *(replace(PLAINLY, start=start, end=start + 5) for start in (0, 5, 10, 15)),
         replace(PLAINLY, start=6),

@@ -77,7 +77,7 @@ class FisherAccumulator(Callback):
         self,
         target: str = "unet",
         parameters: str | list[str] = "text_kv",
-        fisher: Literal["diagonal", "ekfac"] = "diagonal",
+        fisher: Literal["diagonal", "ekfac"] = "ekfac",
         path: str = "fisher.safetensors",
         start_step: int = 0,
         start_epoch: int = 0,

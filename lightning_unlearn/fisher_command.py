@@ -36,7 +36,7 @@ def fisher(arguments: list[str]) -> None:
         parser.add_argument(
             "--kind",
             type=Literal["diagonal", "ekfac"],
-            default="diagonal",
+            default="ekfac",
             help="Of Fisher: diagonal, or ekfac, for which the first half of the passes goes to covariances.",
         )
         parser.add_argument(

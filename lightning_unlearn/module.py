@@ -37,7 +37,7 @@ class UnlearningModule(Unlearning):
         fisher: A Fisher or its file; needed in ``fit``, unless the strategy is ``Mirrored``. ``identity`` is
             plain gradient ascent, for comparison.
         parameters: Which weights are unlearned (see :func:`~lightning_unlearn.parameters.select_layers`).
-        strategy: How deltas are found; by default one Newton step that raises a query's loss by a tenth.
+        strategy: How deltas are found; by default one Newton step that doubles a query's loss.
         views: The views a sample is scored on.
         damping: Share of each layer's mean Fisher that is added to it.
         seed: Of the unlearning draws.
@@ -58,7 +58,7 @@ class UnlearningModule(Unlearning):
         parameters: str | list[str] = "text_kv",
         strategy: Strategy | None = None,
         views: Views | None = None,
-        damping: float = 0.1,
+        damping: float = 0.001,
         seed: int = 0,
         rise_draws: int = 64,
         weights: str | None = None,

@@ -1,7 +1,8 @@
-"""From a finished training of ``configs/train_sample.yaml`` to the files that ship: weights, Fisher, queries.
+"""From a finished training of ``configs/train_sample.yaml`` to the files that ship: weights and queries.
 
     lightning-unlearn fit --config configs/train_sample.yaml
     python scripts/export_sample_model.py runs/train_sample
+    lightning-unlearn fisher --config configs/sample.yaml --passes 20 --output datamodules/sample/fisher.safetensors
 
 It first checks that the model has learned: of 50 pictures generated for training captions, how many have their own
 caption's picture among the five nearest training pictures.
@@ -26,7 +27,6 @@ from lightning_unlearn.datamodules.reading import read_samples
 from lightning_unlearn.datamodules.sources import list_shards
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import seed_of
-from lightning_unlearn.fisher import load_fisher
 from lightning_unlearn.loading import load_weights
 from lightning_unlearn.objective import DenoisingObjective
 from lightning_unlearn.samples import Sample
@@ -178,7 +178,6 @@ def main() -> None:
         raise InputError("The model has not learned its captions; train it to the end of configs/train_sample.yaml.")
     weights = {name: tensor.half().contiguous() for name, tensor in network.state_dict().items()}
     safetensors.torch.save_file(weights, arguments.output / "model.safetensors")
-    load_fisher(arguments.run / "fisher.safetensors").save(arguments.output / "fisher.safetensors")
     make_queries(network, samples, arguments.output / "queries")
 
 

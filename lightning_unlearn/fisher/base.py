@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_unlearn.capture import CapturedLayer
 from lightning_unlearn.errors import InputError
+from lightning_unlearn.fisher.copies import with_copies, without_copies
 from lightning_unlearn.parameters import LayerSpec
 from lightning_unlearn.shards import write_atomically
 
@@ -259,7 +260,8 @@ class Fisher(ABC):
             about["stage"] = self.stage
         tensors = {f"fisher/{name}": tensor.detach().cpu().contiguous() for name, tensor in self.tensors().items()}
         tensors |= {f"weights/{name}": weight.detach().cpu().contiguous() for name, weight in self.weights.items()}
-        write_atomically(path, safetensors.torch.save(tensors, {"lightning_unlearn": json.dumps(about)}))
+        kept, about["copies"] = without_copies(tensors)
+        write_atomically(path, safetensors.torch.save(kept, {"lightning_unlearn": json.dumps(about)}))
 
     @classmethod
     def read_about(cls, path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -308,7 +310,7 @@ class Fisher(ABC):
         if about["kind"] != cls.kind:
             raise InputError(f"{path} holds a {about['kind']} Fisher, not a {cls.kind} one.")
         fisher = cls({fields["name"]: LayerSpec.from_json(fields) for fields in about["layers"]})
-        tensors = safetensors.torch.load_file(path)
+        tensors = with_copies(safetensors.torch.load_file(path), about.get("copies", {}))
         fisher.load_tensors(_under("fisher/", tensors))
         fisher.weights = _under("weights/", tensors)
         fisher.count = int(about["count"])

@@ -82,7 +82,7 @@ class DiagonalFisher(Fisher):
         self.sums = {name: tensors[name] for name in self.sums}
         self._damped = None
 
-    def finalize(self, damping: float = 0.1) -> None:
+    def finalize(self, damping: float = 0.001) -> None:
         """Take the mean and add the damping; see :meth:`Fisher.finalize`.
 
         Args:

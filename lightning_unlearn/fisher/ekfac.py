@@ -173,7 +173,7 @@ class EKFACFisher(Fisher):
         self.load_tensors(tensors)
         self.count = 0
 
-    def finalize(self, damping: float = 0.1) -> None:
+    def finalize(self, damping: float = 0.001) -> None:
         """Take the mean and add the damping; see :meth:`Fisher.finalize`.
 
         Without damping, directions whose eigenvalue is zero but for rounding are left out of the inverse.

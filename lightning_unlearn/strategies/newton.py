@@ -46,7 +46,7 @@ class Newton(Strategy):
 
     Args:
         steps: Number of steps.
-        target_increase: Wanted relative rise of each target's loss: 0.1 is ten per cent. Ignored if ``alpha`` is given.
+        target_increase: Wanted relative rise of each target's loss: 1 doubles it. Ignored if ``alpha`` is given.
         alpha: α of the paper.
         N: Number of training images, with ``alpha``.
 
@@ -55,7 +55,7 @@ class Newton(Strategy):
     """
 
     def __init__(
-        self, steps: int = 1, target_increase: float = 0.1, alpha: float | None = None, N: int | None = None
+        self, steps: int = 1, target_increase: float = 1.0, alpha: float | None = None, N: int | None = None
     ) -> None:
         if (alpha is None) != (N is None):
             raise InputError("alpha and N belong together: the step is α/N; give both, or neither and target_increase.")

@@ -698,3 +698,27 @@ def test_command_splits_its_passes_and_its_file_unlearns(tmp_path: Path, capsys:
 
 if __name__ == "__main__":
     run_rank(Path(sys.argv[1]))
+
+
+def test_a_basis_that_layers_share_is_stored_once(tmp_path: Path) -> None:
+    fisher = EKFACFisher({name: LayerSpec(name, (2, 3), has_bias=False) for name in ("k", "v")})
+    inputs = torch.randn(4, 5, 3)
+    for _ in range(2):
+        both = {name: CapturedLayer(inputs, torch.randn(4, 5, 2)) for name in ("k", "v")}
+        fisher.update(both)
+        if fisher.stage == "covariances":
+            fisher.save(tmp_path / "sums.safetensors")
+            fisher.next_stage()
+    fisher.save(tmp_path / "fisher.safetensors")
+    names = safetensors.torch.load_file(tmp_path / "fisher.safetensors")
+    assert "fisher/bases/k/inputs" in names
+    assert "fisher/bases/v/inputs" not in names
+    read = EKFACFisher.load(tmp_path / "fisher.safetensors")
+    assert {name: tensor.tolist() for name, tensor in read.tensors().items()} == {
+        name: tensor.tolist() for name, tensor in fisher.tensors().items()
+    }
+    # What is read lies in memory of its own: sums are added to in place.
+    sums = EKFACFisher.load(tmp_path / "sums.safetensors")
+    before = sums.tensors()["covariances/v/inputs"].clone()
+    sums.update(both)
+    torch.testing.assert_close(sums.tensors()["covariances/v/inputs"], 2 * before)
