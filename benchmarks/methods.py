@@ -243,14 +243,14 @@ def files(bench: Bench, method: str) -> dict[str, Path]:
 
 
 def is_scored(bench: Bench, method: str) -> bool:
-    """Whether a method has all of its scores."""
-    return all(path.is_file() for path in files(bench, method).values())
+    """Whether a method has its scores, at least with the selection of weights that is chosen."""
+    return files(bench, method)[CHOSEN].is_file()
 
 
 def read(bench: Bench, method: str, selection: str | None = None) -> dict[str, ScoreTable]:
     """A method's score tables by its settings, or by those with a selection of weights if it has any."""
     paths = files(bench, method)
-    chosen = [paths.get(selection, paths[CHOSEN])] if selection else list(paths.values())
+    chosen = [paths.get(selection, paths[CHOSEN])] if selection else [p for p in paths.values() if p.is_file()]
     return {setting: table for path in chosen for setting, table in _tables(path).items()}
 
 

@@ -76,6 +76,17 @@ def against_recipe(bench: Bench) -> list[str]:
         f"1/{recipe['calls'] / cheapest['calls']:.0f} of the recipe's calls; its LDS less the recipe's: "
         f"{difference(as_good)}.",
     ]
+    lines += [
+        "",
+        f"Scoring alone, for the ten best samples: how many of those by all views ({found['all_views_calls']:,} calls a "
+        "query) are found by few views, and by a race, which gives all views to the share of the samples that leads "
+        "after few.",
+        "",
+        "| views of all samples | share that goes on to all views | calls a query | of the ten best |",
+        "|---|---|---|---|",
+    ]
+    for row in found["racing"]:
+        lines.append(f"| {row['views']} | {row['share']:.0%} | {row['calls']:,} | {row['found']:.0%} |")
     return lines
 
 

@@ -34,6 +34,11 @@ Batch = dict[str, Tensor]
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
+def accumulator_of(*names: Any, **settings: Any) -> FisherAccumulator:
+    """An accumulator of the diagonal Fisher, by which what all kinds share is shown."""
+    return FisherAccumulator(*names, **{"fisher": "diagonal", **settings})
+
+
 def samples(count: int = 8, dtype: torch.dtype = torch.float64) -> list[Batch]:
     generator = torch.Generator().manual_seed(11)
     return [
@@ -133,7 +138,7 @@ def fit(
     **settings: Any,
 ) -> Fisher:
     """Train, and read the file that the callback wrote."""
-    accumulator = accumulator or FisherAccumulator(parameters="all")
+    accumulator = accumulator or accumulator_of(parameters="all")
     callbacks = settings.pop("callbacks", [])
     trainer = trainer_for(tmp_path, accumulator, *callbacks, **settings)
     trainer.fit(module, loader(samples() if data is None else data), ckpt_path=ckpt_path)
@@ -187,7 +192,7 @@ def test_weights_and_random_state_are_bit_for_bit_those_of_a_training_without_it
     tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     ends = []
-    for callbacks in ([], [FisherAccumulator(parameters="all")]):
+    for callbacks in ([], [accumulator_of(parameters="all")]):
         torch.manual_seed(5)
         np.random.seed(5)
         random.seed(5)
@@ -227,7 +232,7 @@ def test_mean_over_the_batch_accumulation_and_clipping_are_undone(tmp_path: Path
     if settings.get("barebones"):
         settings = {"barebones": True}
     module = SomebodysModule()
-    accumulator = FisherAccumulator(parameters="all")
+    accumulator = accumulator_of(parameters="all")
     if "barebones" in settings:
         trainer = Trainer(
             callbacks=[accumulator],
@@ -253,7 +258,7 @@ def test_mean_over_the_batch_accumulation_and_clipping_are_undone(tmp_path: Path
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_loss_that_is_a_sum_or_scaled_is_undone(tmp_path: Path, reduction: Any, scale: float) -> None:
     module = SomebodysModule(1e-3, reduction, scale)
-    fisher = fit(tmp_path, module, FisherAccumulator(parameters="all", reduction=reduction, loss_scale=scale))
+    fisher = fit(tmp_path, module, accumulator_of(parameters="all", reduction=reduction, loss_scale=scale))
     assert_sums(fisher, *expected_sums(module.seen))
 
 
@@ -268,7 +273,7 @@ class Weighted(SomebodysModule):
 @pytest.mark.parametrize("settings", [{}, {"accumulate_grad_batches": 2}], ids=str)
 def test_sample_weights_are_undone_and_samples_of_weight_zero_left_out(tmp_path: Path, settings: Any) -> None:
     module = Weighted()
-    fisher = fit(tmp_path, module, FisherAccumulator(parameters="all", sample_weights="snr_weights"), **settings)
+    fisher = fit(tmp_path, module, accumulator_of(parameters="all", sample_weights="snr_weights"), **settings)
     sums, count = expected_sums(module.seen)
     assert count == 5  # of 8 samples, 0, 3 and 6 weigh nothing
     assert_sums(fisher, sums, count)
@@ -284,7 +289,7 @@ def test_batches_are_chosen_by_step_epoch_and_every_n(tmp_path: Path) -> None:
         ({"every_n_batches": 2, "start_epoch": 1, "start_step": 4}, [5, 6, 8]),
     ):
         module = SomebodysModule()
-        fisher = fit(tmp_path, module, FisherAccumulator(parameters="all", **settings), max_epochs=3)
+        fisher = fit(tmp_path, module, accumulator_of(parameters="all", **settings), max_epochs=3)
         assert_sums(fisher, *expected_sums([module.seen[batch] for batch in taken]))
         assert fisher.provenance["steps"] == [taken[0], taken[-1]]
 
@@ -301,7 +306,7 @@ def test_another_rule_for_batches_is_one_method(tmp_path: Path) -> None:
 
 def test_only_the_chosen_layers_are_collected(tmp_path: Path) -> None:
     module = SomebodysModule()
-    fisher = fit(tmp_path, module, FisherAccumulator(parameters=["text", "conv_out"]))
+    fisher = fit(tmp_path, module, accumulator_of(parameters=["text", "conv_out"]))
     assert set(fisher.layers) == {"text", "conv_out"}
     assert_sums(fisher, *expected_sums(module.seen, ["text", "conv_out"]))
 
@@ -380,7 +385,7 @@ def test_input_that_is_not_finite_is_left_out_even_where_no_gradient_comes_back(
             out = self.unet.text(batch["text"] / (0.0 if batch_idx == 1 else 1.0))  # type: ignore[operator]
             return torch.where(out.isfinite(), out, 0.0).square().mean()
 
-    fisher = fit(tmp_path, Masked(), FisherAccumulator(parameters=["text"]))
+    fisher = fit(tmp_path, Masked(), accumulator_of(parameters=["text"]))
     assert fisher.provenance["skipped_batches"] == 1
     assert fisher.count == 5
     assert all(tensor.isfinite().all() for tensor in fisher.tensors().values())
@@ -433,7 +438,7 @@ def test_backward_passes_of_validation_by_hand_are_not_counted(tmp_path: Path) -
 def test_fast_dev_run_goes_through_and_leaves_an_earlier_file_alone(tmp_path: Path) -> None:
     earlier = tmp_path / "fisher.safetensors"
     earlier.write_bytes(b"of a long training")
-    module, accumulator = Validating(), FisherAccumulator(parameters="all")
+    module, accumulator = Validating(), accumulator_of(parameters="all")
     trainer_for(tmp_path, accumulator, fast_dev_run=True, inference_mode=False).fit(module, loader(samples()))
     fisher = accumulator.total()
     assert_sums(fisher, *expected_sums(module.seen))
@@ -455,7 +460,7 @@ def test_other_callbacks_gradients_between_batches_are_not_counted(tmp_path: Pat
 
     for callbacks in (lambda ours: [Probe(), ours], lambda ours: [ours, Probe()]):
         module = SomebodysModule()
-        accumulator = FisherAccumulator(parameters="all")
+        accumulator = accumulator_of(parameters="all")
         trainer_for(tmp_path, *callbacks(accumulator)).fit(module, loader(samples()))
         assert_sums(load_fisher(tmp_path / "fisher.safetensors"), *expected_sums(module.seen))
 
@@ -548,15 +553,15 @@ class DiffusersModule(LightningModule):
 
 def test_gradient_checkpointing_gives_the_same(tmp_path: Path) -> None:
     for parameters in ("text_kv", "all"):
-        plain = fit(tmp_path, DiffusersModule(None), FisherAccumulator(parameters=parameters), samples(4))
+        plain = fit(tmp_path, DiffusersModule(None), accumulator_of(parameters=parameters), samples(4))
         for way in ("reentrant", "not reentrant"):
-            fisher = fit(tmp_path, DiffusersModule(way), FisherAccumulator(parameters=parameters), samples(4))
+            fisher = fit(tmp_path, DiffusersModule(way), accumulator_of(parameters=parameters), samples(4))
             assert_sums(fisher, plain.tensors(), 4)
 
 
 def test_defaults_collect_text_keys_and_values_of_a_diffusers_unet(tmp_path: Path) -> None:
     module = DiffusersModule(None)
-    fisher = fit(tmp_path, module, FisherAccumulator(), samples(4))
+    fisher = fit(tmp_path, module, accumulator_of(), samples(4))
     assert set(fisher.layers) == set(select_layers(module.unet, "text_kv"))
     assert fisher.provenance["objective"] == json.loads(json.dumps(module.objective.settings()))
     assert fisher.provenance["target"] == "unet"
@@ -618,7 +623,7 @@ def test_two_accumulators_watch_two_networks(tmp_path: Path) -> None:
             return (loss_of(self.unet, batch) + loss_of(self.nested["unet"], batch)).mean()
 
     module = Two()
-    other = FisherAccumulator("nested.unet", ["text"], path="folder/other.safetensors")
+    other = accumulator_of("nested.unet", ["text"], path="folder/other.safetensors")
     fisher = fit(tmp_path, module, callbacks=[other])
     assert_sums(fisher, *expected_sums(module.seen))
     assert load_fisher(tmp_path / "folder" / "other.safetensors").count == 8
@@ -642,7 +647,7 @@ def test_network_that_is_built_in_configure_model_or_is_the_module_itself_is_fou
             self.unet = ToyDenoiser().double()
 
     module = Late()
-    fisher = fit(tmp_path, module, FisherAccumulator(target="", parameters=[r"unet\..*"]))
+    fisher = fit(tmp_path, module, accumulator_of(target="", parameters=[r"unet\..*"]))
     sums, count = expected_sums(module.seen)
     assert_sums(fisher, {f"unet.{name}": total for name, total in sums.items()}, count)
 
@@ -735,7 +740,7 @@ def test_what_cannot_be_collected_is_an_input_error_at_once(
     tmp_path: Path, module: Any, settings: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(InputError, match=says):
-        fit(tmp_path, module(), FisherAccumulator(**{"parameters": "all", **settings}), max_epochs=2)
+        fit(tmp_path, module(), accumulator_of(**{"parameters": "all", **settings}), max_epochs=2)
     assert not (tmp_path / "fisher.safetensors").exists()
 
 
@@ -754,7 +759,7 @@ def test_trainer_of_pytorch_lightning_is_an_input_error_that_names_the_import(tm
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    accumulator: Any = FisherAccumulator(parameters="all")
+    accumulator: Any = accumulator_of(parameters="all")
     trainer = pytorch_lightning.Trainer(callbacks=[accumulator], accelerator="cpu", default_root_dir=tmp_path, **quiet)
     with pytest.raises(InputError, match=r"pytorch_lightning to lightning\.pytorch"):
         trainer.fit(Module(), loader(samples()))
@@ -765,17 +770,17 @@ def test_trainer_of_pytorch_lightning_is_an_input_error_that_names_the_import(tm
 )
 def test_argument_out_of_range_is_an_input_error(settings: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="FisherAccumulator needs"):
-        FisherAccumulator(**settings)
+        accumulator_of(**settings)
 
 
 def test_two_accumulators_of_one_path_are_an_input_error(tmp_path: Path) -> None:
-    trainer = trainer_for(tmp_path, FisherAccumulator(parameters="all"), FisherAccumulator(parameters=["text"]))
+    trainer = trainer_for(tmp_path, accumulator_of(parameters="all"), accumulator_of(parameters=["text"]))
     with pytest.raises(InputError, match=r"fisher\.safetensors"):
         trainer.fit(SomebodysModule(), loader(samples()))
 
 
 def test_training_that_ends_before_the_start_warns_and_writes_nothing(tmp_path: Path) -> None:
-    trainer = trainer_for(tmp_path, FisherAccumulator(parameters="all", start_epoch=9))
+    trainer = trainer_for(tmp_path, accumulator_of(parameters="all", start_epoch=9))
     with pytest.warns(UserWarning, match="took no batch"):
         trainer.fit(SomebodysModule(), loader(samples()))
     assert not (tmp_path / "fisher.safetensors").exists()
@@ -783,7 +788,7 @@ def test_training_that_ends_before_the_start_warns_and_writes_nothing(tmp_path: 
 
 def test_asking_for_the_sums_before_training_is_an_input_error() -> None:
     with pytest.raises(InputError, match="before training"):
-        FisherAccumulator().total()
+        accumulator_of().total()
 
 
 # --- checkpoints
@@ -799,7 +804,7 @@ def test_resumed_training_gives_the_sums_of_the_uninterrupted_one(
     tmp_path: Path, save_in_checkpoint: bool, step: int
 ) -> None:
     def accumulator() -> FisherAccumulator:
-        return FisherAccumulator(parameters="all", save_in_checkpoint=save_in_checkpoint)
+        return accumulator_of(parameters="all", save_in_checkpoint=save_in_checkpoint)
 
     whole = SomebodysModule()
     settings = {"max_epochs": 3, "enable_checkpointing": True, "accumulate_grad_batches": 1}
@@ -825,7 +830,7 @@ def test_training_resumed_twice_in_the_middle_of_epochs_counts_nothing_twice(
     whole = fit(
         tmp_path,
         SomebodysModule(),
-        FisherAccumulator(**kind),
+        accumulator_of(**kind),
         callbacks=[checkpoints(tmp_path, every_n_train_steps=1)],
         **settings,
     )
@@ -834,14 +839,14 @@ def test_training_resumed_twice_in_the_middle_of_epochs_counts_nothing_twice(
     fit(
         tmp_path,
         SomebodysModule(),
-        FisherAccumulator(**kind),
+        accumulator_of(**kind),
         ckpt_path=first,
         callbacks=[
             ModelCheckpoint(dirpath=tmp_path / "checkpoints", filename="{step}", save_top_k=-1, every_n_train_steps=7)
         ],
         **settings,
     )
-    resumed = fit(tmp_path, SomebodysModule(), FisherAccumulator(**kind), ckpt_path=second, **settings)
+    resumed = fit(tmp_path, SomebodysModule(), accumulator_of(**kind), ckpt_path=second, **settings)
     assert_sums(resumed, whole.tensors(), 36)
 
 
@@ -855,7 +860,7 @@ def test_checkpoint_loads_with_weights_only_and_holds_the_sums(tmp_path: Path) -
 
 
 def test_sums_beside_the_checkpoint_leave_it_small_and_are_a_fisher_themselves(tmp_path: Path) -> None:
-    accumulator = FisherAccumulator(parameters="all", save_in_checkpoint=False)
+    accumulator = accumulator_of(parameters="all", save_in_checkpoint=False)
     fisher = fit(tmp_path, SomebodysModule(), accumulator, callbacks=[checkpoints(tmp_path)], enable_checkpointing=True)
     (path,) = (tmp_path / "checkpoints").iterdir()
     states = torch.load(path, weights_only=True)["callbacks"]
@@ -867,13 +872,13 @@ def test_sums_beside_the_checkpoint_leave_it_small_and_are_a_fisher_themselves(t
 
 @pytest.mark.parametrize("save_in_checkpoint", [True, False])
 def test_checkpoint_saved_after_training_holds_the_same_sums(tmp_path: Path, save_in_checkpoint: bool) -> None:
-    accumulator = FisherAccumulator(parameters="all", save_in_checkpoint=save_in_checkpoint)
+    accumulator = accumulator_of(parameters="all", save_in_checkpoint=save_in_checkpoint)
     trainer = trainer_for(tmp_path, accumulator)
     trainer.fit(SomebodysModule(), loader(samples()))
     fisher = load_fisher(tmp_path / "fisher.safetensors")
     assert_sums(accumulator.total(), fisher.tensors(), 8)
     trainer.save_checkpoint(tmp_path / "after.ckpt")
-    resumed = FisherAccumulator(parameters="all", save_in_checkpoint=save_in_checkpoint)
+    resumed = accumulator_of(parameters="all", save_in_checkpoint=save_in_checkpoint)
     state = torch.load(tmp_path / "after.ckpt", weights_only=True)["callbacks"][accumulator.state_key]
     resumed.load_state_dict(state)
     longer = fit(tmp_path, SomebodysModule(), resumed, ckpt_path=str(tmp_path / "after.ckpt"), max_epochs=2)
@@ -881,7 +886,7 @@ def test_checkpoint_saved_after_training_holds_the_same_sums(tmp_path: Path, sav
 
 
 def test_second_fit_goes_on_and_another_trainer_starts_anew(tmp_path: Path) -> None:
-    accumulator = FisherAccumulator(parameters="all")
+    accumulator = accumulator_of(parameters="all")
     module = SomebodysModule()
     trainer = trainer_for(tmp_path, accumulator)
     trainer.fit(module, loader(samples()))
@@ -909,8 +914,8 @@ def run_rank(folder: Path) -> None:
     for name, ckpt_path in (("whole", None), ("resumed", str(folder / "checkpoints" / "step=2.ckpt"))):
         module = SomebodysModule()
         accumulators = [
-            FisherAccumulator(parameters="all"),
-            FisherAccumulator(parameters=["text"], path="text.safetensors", save_in_checkpoint=False),
+            accumulator_of(parameters="all"),
+            accumulator_of(parameters=["text"], path="text.safetensors", save_in_checkpoint=False),
             OnRankZero(parameters=["conv_in"], path="zero.safetensors"),
         ]
         callbacks = [*accumulators, checkpoints(folder)] if ckpt_path is None else accumulators
@@ -980,14 +985,14 @@ def test_missing_file_of_the_sums_beside_the_checkpoint_is_an_input_error(tmp_pa
     fit(
         tmp_path,
         SomebodysModule(),
-        FisherAccumulator(**kind),
+        accumulator_of(**kind),
         callbacks=[checkpoints(tmp_path)],
         enable_checkpointing=True,
     )
     (path,) = (tmp_path / "checkpoints").iterdir()
     (tmp_path / "fisher-step=3.safetensors").unlink()
     with pytest.raises(InputError, match="fisher-step=3"):
-        fit(tmp_path, SomebodysModule(), FisherAccumulator(**kind), ckpt_path=str(path), max_epochs=2)
+        fit(tmp_path, SomebodysModule(), accumulator_of(**kind), ckpt_path=str(path), max_epochs=2)
 
 
 def test_checkpoint_written_because_of_an_exception_holds_the_sums_so_far(tmp_path: Path) -> None:

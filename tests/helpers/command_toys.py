@@ -62,7 +62,16 @@ def toy_folder() -> Path:
     torch.save(network.state_dict(), folder / "network.pt")
     os.environ["TOYS"] = str(folder)
     (folder / "toy.yaml").write_text(yaml.safe_dump(toy_config()))
-    made = ("--passes", "2", "--output", folder / "fisher.safetensors", "--trainer.enable_progress_bar", "false")
+    made = (
+        "--passes",
+        "2",
+        "--kind",
+        "diagonal",
+        "--output",
+        folder / "fisher.safetensors",
+        "--trainer.enable_progress_bar",
+        "false",
+    )
     run("fisher", "--config", folder / "toy.yaml", *made)
     return folder
 

@@ -97,14 +97,15 @@ class OneRanksData(TrainingDataModule):
 
 def test_fisher_in_two_processes_sums_over_ranks(tmp_path: Path) -> None:
     config = write_config(tmp_path / "toy.yaml")
-    options = ("--passes", "1", "--output", "fisher.safetensors")
+    options = ("--passes", "1", "--kind", "diagonal", "--output", "fisher.safetensors")
     done = run_program("fisher", "--config", config, *options, *QUIET, *TWO, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     fisher = load_fisher(str(tmp_path / "fisher.safetensors"))
     assert fisher.count == SAMPLES
     expected: dict[str, torch.Tensor] = {}
     for rank in (0, 1):
-        accumulator = FisherAccumulator("network", path=str(tmp_path / f"rank-{rank}.safetensors"))
+        path = str(tmp_path / f"rank-{rank}.safetensors")
+        accumulator = FisherAccumulator("network", fisher="diagonal", path=path)
         off = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         trainer = Trainer(accelerator="cpu", max_epochs=1, callbacks=[accumulator], enable_model_summary=False, **off)
         trainer.fit(OneRanksPass(rank), OneRanksData(rank))

@@ -33,6 +33,7 @@ from lightning_unlearn.training import FisherPass
 from lightning_unlearn.views import Views
 
 QUIET = ["--trainer.enable_progress_bar", "false"]
+DIAGONAL = ["--kind", "diagonal"]
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
 
 
@@ -373,7 +374,17 @@ def test_scoring_with_half_precision_weights_is_refused(
 def fisher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fisher")
     path = write_config(folder / "toy.yaml")
-    run("fisher", "--config", path, "--passes", "3", "--output", folder / "made" / "fisher.safetensors", *QUIET)
+    run(
+        "fisher",
+        "--config",
+        path,
+        "--passes",
+        "3",
+        *DIAGONAL,
+        "--output",
+        folder / "made" / "fisher.safetensors",
+        *QUIET,
+    )
     return folder / "made" / "fisher.safetensors"
 
 
@@ -389,7 +400,7 @@ def test_fisher_counts_every_sample_in_every_pass(fisher_file: Path) -> None:
 
 def test_fisher_command_is_the_accumulator_over_frozen_passes(fisher_file: Path, tmp_path: Path) -> None:
     network = load_network(tiny_unet(), str(toy_folder() / "network.pt"))
-    accumulator = FisherAccumulator("network", path=str(tmp_path / "fisher.safetensors"))
+    accumulator = FisherAccumulator("network", fisher="diagonal", path=str(tmp_path / "fisher.safetensors"))
     passes = FisherPass(network, DenoisingObjective(), "text_kv")
     bare_trainer(accumulator, max_epochs=3).fit(passes, TrainingDataModule(str(toy_folder() / "train"), 4))
     theirs, ours = load_fisher(str(tmp_path / "fisher.safetensors")), load_fisher(str(fisher_file))
@@ -403,7 +414,7 @@ def test_fisher_command_is_the_accumulator_over_frozen_passes(fisher_file: Path,
 def test_fisher_takes_the_data_of_a_training_config_too(config: str, tmp_path: Path) -> None:
     data = {"class_path": "TrainingDataModule", "init_args": {"shards": "${oc.env:TOYS}/train", "batch_size": 8}}
     path = write_config(tmp_path / "training.yaml", {**toy_config(), "data": data})
-    run("fisher", "--config", path, "--passes", "1", "--output", tmp_path / "fisher.safetensors", *QUIET)
+    run("fisher", "--config", path, "--passes", "1", *DIAGONAL, "--output", tmp_path / "fisher.safetensors", *QUIET)
     assert load_fisher(str(tmp_path / "fisher.safetensors")).count == SAMPLES
 
 
@@ -555,7 +566,7 @@ def test_averaged_and_raw_weights_are_told_apart(somebodys: Path) -> None:
 
 def test_foreign_checkpoint_from_python(somebodys: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "theirs.yaml", somebodys_config(somebodys, "plain.ckpt"))
-    run("fisher", "--config", config, "--passes", "1", "--output", tmp_path / "fisher.safetensors", *QUIET)
+    run("fisher", "--config", config, "--passes", "1", *DIAGONAL, "--output", tmp_path / "fisher.safetensors", *QUIET)
     theirs = somebodys_config(somebodys, "plain.ckpt", fisher=str(tmp_path / "fisher.safetensors"))
     run("attribute", "--config", write_config(tmp_path / "theirs.yaml", theirs), "--output", tmp_path / "run", *QUIET)
 
