@@ -18,7 +18,7 @@ from bench import BENCHES, Bench
 from judged import Page, Row, judge
 from methods import DEFAULT, LABELS, METHODS, plain
 from plots import plot
-from settings_page import against_recipe, swept
+from settings_page import against_recipe, defaults, swept
 from shown import difference, shown
 
 from lightning_unlearn.evaluation.results import Removal, value_of
@@ -122,7 +122,7 @@ def text(page: Page) -> str:
         )
     lines += customised(page.bench)
     lines += swept(page.bench)
-    lines += against_recipe(page.bench)
+    lines += against_recipe(page.bench, page.ceiling)
     return "\n".join(lines) + "\n"
 
 
@@ -229,7 +229,8 @@ def main() -> None:
             plot(page)
             parts.append(text(page))
             print(f"{bench.name}: {len(page.rows)} methods judged in {seconds:.0f} s of processor time")
-    arguments.output.write_text(INTRODUCTION + "\n".join(parts))
+    why = "\n".join(defaults([Bench(path.parent.name) for path in sorted(BENCHES.glob("*/bench.yaml"))]))
+    arguments.output.write_text(INTRODUCTION + (why and why + "\n") + "\n".join(parts))
     print(f"Results: {arguments.output}")
 
 

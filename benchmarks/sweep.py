@@ -20,13 +20,14 @@ from typing import Any, Literal
 import torch
 from bench import BENCHES, Bench
 from common import PLAIN, quiet
-from judged import evidence
+from judged import chosen_tables, evidence, open_study
 from lightning.pytorch import Trainer
 from methods import config, fisher_source
 from torch import Tensor, nn
 
 from lightning_unlearn import rules
 from lightning_unlearn.errors import InputError
+from lightning_unlearn.evaluation.judging import scores_of as kept_scores
 from lightning_unlearn.evaluation.results import Value
 from lightning_unlearn.shards import write_atomically
 from lightning_unlearn.strategies import Newton
@@ -197,7 +198,32 @@ def sweep(bench: Bench) -> list[dict[str, Any]]:
                 row[f"{side}_less_centre"] = [round(compared.low, 4), round(compared.high, 4)]
         centre = scores if centre is None else centre
         print(row, flush=True)
+    assert centre is not None
+    return rows + combined(bench, centre)
+
+
+def combined(bench: Bench, centre: Tensor) -> list[dict[str, Any]]:
+    """The mean of D-TRAK's standardised scores and those of unlearning, with its defaults and with all weights."""
+    choosing, reporting = evidence(bench)
+    plan = bench.plan()
+    setting, tables = chosen_tables(bench, open_study(bench), plan)["d_trak"]
+    rival = kept_scores(tables[setting], plan.keys, choosing.order)
+    rows = []
+    for value, unlearned in (("the centre", CENTRE), ("all weights", WHOLE)):
+        found = measured(bench, unlearned)
+        assert isinstance(found, Measured), found
+        scores = _standardised(scores_of(found, plan.keys, PLAINLY)) + _standardised(rival)
+        row: dict[str, Any] = {"factor": "mean with D-TRAK", "value": value}
+        for side, half in (("chosen_on", choosing), ("reported_on", reporting)):
+            compared = half.compared(scores, centre)
+            row[side] = rounded(half.value(scores))
+            row[f"{side}_less_centre"] = [round(compared.low, 4), round(compared.high, 4)]
+        rows.append(row)
     return rows
+
+
+def _standardised(scores: Tensor) -> Tensor:
+    return (scores - scores.mean(0)) / scores.std(0)
 
 
 def main() -> None:

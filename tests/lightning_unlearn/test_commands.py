@@ -96,7 +96,7 @@ def test_attribute_leaves_deltas_scores_settings_and_a_report(attributed: Path) 
     assert len(list((attributed / "scores").glob("*.parquet"))) == len(settings["shards"]) == 5
     assert settings["views"]["timesteps"] == 2
     for result in settings["targets"].values():
-        assert result["rise"] == pytest.approx(0.1, rel=1e-5)
+        assert result["rise"] == pytest.approx(1.0, rel=1e-5)
     table = read_scores(attributed)
     assert table.queries == ["query-00000", "query-00001"]
     assert np.isfinite(table.scores).all()
@@ -124,7 +124,7 @@ def test_second_run_says_what_is_done_and_makes_nothing_again(
         ("--model.init_args.strategy", "{class_path: Newton, init_args: {target_increase: 0.2}}", "unlearning"),
         ("--data.init_args.query_keys", "[query-00001]", "unlearning"),
         ("--model.init_args.views.timesteps", "3", "views"),
-        ("--rule", "ratio", "rule"),
+        ("--rule", "difference", "rule"),
         ("--flips", "mean", "flips"),
         ("--keep_deviations", "true", "columns"),
     ],
@@ -174,7 +174,7 @@ def test_attribute_unlearns_sets_and_the_report_lists_their_members(
     assert table.queries == ["Klee", "Marc"]
     members = {name: about["members"] for name, about in table.run["targets"].items()}
     assert members == {"Klee": ["query-00001", "query-00003", "query-00005"], "Marc": ["query-00002", "query-00004"]}
-    assert all(about["rise"] == pytest.approx(0.1, rel=1e-5) for about in table.run["targets"].values())
+    assert all(about["rise"] == pytest.approx(1.0, rel=1e-5) for about in table.run["targets"].values())
     page = (output / "report.html").read_text()
     lists = [part.partition("</ul>")[0] for part in page.split('<ul class="members">')[1:]]
     assert [re.findall(r"caption 0 of (\d)</p>", part) for part in lists] == [["1", "3", "5"], ["2", "4"]]
@@ -554,7 +554,7 @@ def test_checkpoint_of_a_foreign_module_is_attributed_with_its_own_objective(
     table = read_scores(tmp_path / "run")
     assert len(table.keys) == SAMPLES
     assert table.run["unlearning"]["objective"]["class"] == "somebodys_module.TheirObjective"
-    assert all(result["rise"] == pytest.approx(0.1, rel=1e-5) for result in table.run["targets"].values())
+    assert all(result["rise"] == pytest.approx(1.0, rel=1e-5) for result in table.run["targets"].values())
 
 
 def test_averaged_and_raw_weights_are_told_apart(somebodys: Path) -> None:

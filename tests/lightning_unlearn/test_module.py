@@ -429,8 +429,8 @@ def test_checkpoint_holds_the_deltas_and_no_network_and_loads_without_pickle(che
     assert all(value.shape[0] == 2 for value in content["state_dict"].values())
     about = content["unlearning"]
     assert about["targets"] == ["query-00000", "query-00001"]
-    assert about["results"]["query-00000"]["rise"] == pytest.approx(0.1, rel=1e-4)
-    assert about["settings"]["damping"] == 0.1
+    assert about["results"]["query-00000"]["rise"] == pytest.approx(1.0, rel=1e-4)
+    assert about["settings"]["damping"] == 0.001
     assert set(about["fingerprints"]) == {"weights", "fisher", "unlearning"}
     assert "hyper_parameters" not in content  # LightningCLI would let them override the command line
 
@@ -447,7 +447,7 @@ def test_predict_from_a_checkpoint_in_a_fresh_module_gives_the_same_bits(
     assert (one.scores == two.scores).all()
     assert one.run["fingerprints"] == two.run["fingerprints"]
     assert one.run["targets"] == two.run["targets"]
-    assert two.run["unlearning"]["damping"] == 0.1  # of the deltas, not of the module that scores
+    assert two.run["unlearning"]["damping"] == 0.001  # of the deltas, not of the module that scores
 
 
 def test_settings_in_a_checkpoint_do_not_override_the_modules(checkpoint: Path, folder: Path, tmp_path: Path) -> None:
