@@ -1,4 +1,4 @@
-"""Unlearning and scoring in one, two and three processes, and on two nodes, give the same; real processes over gloo.
+"""Unlearning and scoring in one process, in three, and in two on two nodes give the same; real processes over gloo.
 
 Starting processes is slow, so each number of them runs all its jobs in one go and the tests look at what they left.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from attribution_runs import SAMPLES, SAMPLES_PER_SHARD, ragged_fields, run_jobs, toy_deltas, toy_model
+from processes import free_port, run_ranks
 from torch import Tensor
 from toys import done_shards
 
@@ -58,7 +58,6 @@ PREDICTS: dict[str, dict[str, Any]] = {
     "failing": {"shards": "failing"},
 }
 RUNS: dict[str, dict[str, Any]] = {
-    "2 processes": {"strategy": "ddp", "devices": 2},
     "3 processes": {"strategy": "ddp", "devices": 3},
     "2 nodes": {"strategy": "ddp", "devices": 1, "num_nodes": 2},
 }
@@ -85,12 +84,6 @@ def data() -> Path:
         path = Path(shard.url)
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     return folder
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def run_processes(commands: list[list[str]]) -> str:
@@ -122,7 +115,7 @@ def spread(
     script = [str(SCRIPT), str(out / "jobs.json")]
     nodes = settings.get("num_nodes", 1)
     if nodes == 1:
-        said = run_processes([[sys.executable, *script]])
+        said = run_ranks(*script, processes=settings["devices"])
     else:
         launcher = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", "--nproc-per-node=1"]
         launcher += ["--master-addr=127.0.0.1", f"--master-port={free_port()}"]

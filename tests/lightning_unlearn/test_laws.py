@@ -6,11 +6,8 @@ All scores here come from one saved delta at a rise of a tenth, in float32, of a
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -29,6 +26,7 @@ from attribution_runs import (
     toy_module,
 )
 from lightning.pytorch import Callback
+from processes import Script
 from toys import done_shards
 
 from lightning_unlearn.scores import ScoreTable, read_scores, shard_path
@@ -74,7 +72,7 @@ def test_scores_do_not_depend_on_the_batch_size(expected: ScoreTable, tmp_path: 
     assert_same(scored(tmp_path / "out", batch_size=batch_size), expected)
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("start", ["fork", "forkserver"])
 def test_scores_do_not_depend_on_workers(expected: ScoreTable, tmp_path: Path, start: str) -> None:
     assert_same(scored(tmp_path / "out", batch_size=4, num_workers=2, multiprocessing_context=start), expected)
 
@@ -168,17 +166,11 @@ def test_run_that_is_killed_and_started_again_gives_the_same_scores(expected: Sc
     out.mkdir()
     job = {"kind": "predict", "folder": str(toy_model()), "out": str(out), "deltas": str(toy_deltas()), "stall": 2}
     (tmp_path / "jobs.json").write_text(json.dumps({"jobs": [job], "trainer": {}}))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), str(tmp_path / "jobs.json")], env=environment, stderr=subprocess.DEVNULL
-    )
-    try:
+    with Script(str(SCRIPT), tmp_path / "jobs.json") as script:
         while not (out / "stalled").exists():
-            assert process.poll() is None
+            assert script.status is None, script.said()
             time.sleep(0.1)
-    finally:
-        process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+        assert script.kill() == -signal.SIGKILL
     done = done_shards(out)
     assert len(done) == 2
     times = {shard: shard_path(out, shard).stat().st_mtime_ns for shard in done}
