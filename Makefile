@@ -10,32 +10,46 @@ BIN := $(VENV)/bin
 PIP_FLAGS ?=
 DEMO ?= demo
 
-.PHONY: demo test check install clean
+# What is installed is compiled when it is first imported, which is a small part of it.
+PIP := $(BIN)/python -m pip install --quiet --no-compile
+
+.PHONY: demo test check style types suite install install-test clean
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e .
+	$(PIP) $(PIP_FLAGS) -c constraints.txt -e .
 	touch $@
 
-$(VENV)/.test: $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e ".[test]"
-	touch $@
+# All of it at once, the demo's packages too.
+$(VENV)/.test: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) $(PIP_FLAGS) -c constraints.txt -e ".[test]"
+	touch $(VENV)/.demo $@
 
 install: $(VENV)/.demo
+
+install-test: $(VENV)/.test
 
 demo: $(VENV)/.demo
 	$(BIN)/lightning-unlearn attribute --config configs/sample.yaml --output $(DEMO)
 
-# Types are checked on a staged tree: an editable install of mapped folders is invisible to mypy.
-check: $(VENV)/.test
+check: style types
+
+style: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Types are checked on a staged tree: an editable install of mapped folders is invisible to mypy.
+types: $(VENV)/.test
 	rm -rf .stage
-	$(BIN)/python -m pip install --quiet --no-deps --target .stage .
+	$(PIP) --no-deps --target .stage .
 	cd .stage && ../$(BIN)/python -m mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p lightning_unlearn
 
-test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered --cov-fail-under=85
+# Files are dealt to the two workers in the order of tests/conftest.py.
+suite: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered --cov-fail-under=85
+
+test: style types suite
 
 clean:
 	rm -rf $(VENV) .stage build *.egg-info

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command_toys import run_file
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
+from processes import run_ranks
 from reference import per_sample_gradients, sums_of_squares
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -937,7 +937,7 @@ def run_rank(folder: Path) -> None:
 
 
 def test_two_processes_give_the_sums_over_both_also_after_a_resume(tmp_path: Path) -> None:
-    run_file(__file__, tmp_path)
+    run_ranks(__file__, tmp_path)
     seen = {
         (name, rank): torch.load(tmp_path / name / f"seen-{rank}.pt", weights_only=True)
         for name in ("whole", "resumed")

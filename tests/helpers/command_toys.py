@@ -128,17 +128,3 @@ def run_program(*arguments: str | Path, folder: Path, **environment: str) -> sub
         text=True,
         timeout=300,
     )
-
-
-def run_file(file: str, *arguments: str | Path) -> None:
-    """Run a test file as a script in a process of its own, which starts processes itself."""
-    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    finished = subprocess.run(
-        [sys.executable, file, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr[-4000:]

@@ -1,4 +1,4 @@
-"""The measures over several processes: ``metric_runs.py RENDEZVOUS RANK WORLD_SIZE OUT`` is one of them, over gloo."""
+"""The measures over several processes: ``metric_runs.py FOLDER`` is one of them, over gloo."""
 
 from __future__ import annotations
 
@@ -54,17 +54,16 @@ def measure(share: slice) -> dict[str, Any]:
     return found
 
 
-def main(rendezvous: str, rank: int, world_size: int, out: Path) -> None:
-    torch.distributed.init_process_group(
-        "gloo", f"file://{rendezvous}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
-    )
+def main(out: Path) -> None:
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+    rank = torch.distributed.get_rank()
     found = {}
     for name, counts in SHARES.items():
         start = sum(counts[:rank])
         found[name] = measure(slice(start, start + counts[rank]))
-    out.write_text(json.dumps(found))
+    (out / f"{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    main(Path(sys.argv[1]))

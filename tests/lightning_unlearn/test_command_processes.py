@@ -10,8 +10,10 @@ import pytest
 import torch
 from command_toys import SAMPLES, run, run_program, toy_config, toy_folder, write_config
 from lightning.pytorch import Trainer
+from processes import run_ranks
 from toys import tiny_unet
 
+import lightning_unlearn.__main__
 from lightning_unlearn.callbacks import FisherAccumulator
 from lightning_unlearn.datamodules import TrainingDataModule
 from lightning_unlearn.fingerprints import seed_of
@@ -98,8 +100,9 @@ class OneRanksData(TrainingDataModule):
 def test_fisher_in_two_processes_sums_over_ranks(tmp_path: Path) -> None:
     config = write_config(tmp_path / "toy.yaml")
     options = ("--passes", "1", "--kind", "diagonal", "--output", "fisher.safetensors")
-    done = run_program("fisher", "--config", config, *options, *QUIET, *TWO, folder=tmp_path)
-    assert done.returncode == 0, done.stderr
+    run_ranks(
+        lightning_unlearn.__main__.__file__, "fisher", "--config", config, *options, *QUIET, *TWO, folder=tmp_path
+    )
     fisher = load_fisher(str(tmp_path / "fisher.safetensors"))
     assert fisher.count == SAMPLES
     expected: dict[str, torch.Tensor] = {}

@@ -1,4 +1,4 @@
-"""Unlearning and scoring in one, two and three processes, and on two nodes, give the same; real processes over gloo.
+"""Unlearning and scoring in one process, in three, and in two on two nodes give the same; real processes over gloo.
 
 Starting processes is slow, so each number of them runs all its jobs in one go and the tests look at what they left.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from attribution_runs import SAMPLES, SAMPLES_PER_SHARD, ragged_fields, run_jobs, toy_deltas, toy_model
+from attribution_runs import SAMPLES_PER_SHARD, SCORED, ragged_fields, run_jobs, toy_deltas, toy_model
+from processes import free_port, run_ranks
 from torch import Tensor
 from toys import done_shards
 
@@ -23,7 +23,7 @@ from lightning_unlearn.scores import FAILED, ScoreTable, read_scores
 from lightning_unlearn.shards import write_shards
 
 SCRIPT = Path(__file__).parents[1] / "helpers" / "attribution_runs.py"
-SHARDS = -(-SAMPLES // SAMPLES_PER_SHARD)
+SHARDS = -(-SCORED // SAMPLES_PER_SHARD)
 # 100 draws in batches of 7: neither two nor three ranks, nor batches, divide them.
 FITS: dict[str, dict[str, Any]] = {
     "alpha": {"strategy": {"alpha": 1.0, "N": 100}},
@@ -58,7 +58,6 @@ PREDICTS: dict[str, dict[str, Any]] = {
     "failing": {"shards": "failing"},
 }
 RUNS: dict[str, dict[str, Any]] = {
-    "2 processes": {"strategy": "ddp", "devices": 2},
     "3 processes": {"strategy": "ddp", "devices": 3},
     "2 nodes": {"strategy": "ddp", "devices": 1, "num_nodes": 2},
 }
@@ -80,17 +79,11 @@ def jobs(out: Path) -> list[dict[str, Any]]:
 def data() -> Path:
     folder = toy_model()
     write_shards(ragged_fields(range(3)), folder / "one")
-    shards = write_shards(ragged_fields(), folder / "failing", samples_per_shard=SAMPLES_PER_SHARD)
+    shards = write_shards(ragged_fields(range(SCORED)), folder / "failing", samples_per_shard=SAMPLES_PER_SHARD)
     for shard in shards[1:3]:
         path = Path(shard.url)
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     return folder
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def run_processes(commands: list[list[str]]) -> str:
@@ -122,7 +115,7 @@ def spread(
     script = [str(SCRIPT), str(out / "jobs.json")]
     nodes = settings.get("num_nodes", 1)
     if nodes == 1:
-        said = run_processes([[sys.executable, *script]])
+        said = run_ranks(*script, processes=settings["devices"])
     else:
         launcher = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", "--nproc-per-node=1"]
         launcher += ["--master-addr=127.0.0.1", f"--master-port={free_port()}"]
@@ -184,11 +177,11 @@ def test_scores_are_those_of_one_process_and_each_sample_is_scored_once(
     expected = read_scores(alone / name)
     assert_same(read_scores(out / name), expected)
     counts = [rank["scored"] for rank in ranks(out / name, world_size)]
-    assert sum(counts) == len(expected.keys) == (3 if name == "one shard" else SAMPLES)
+    assert sum(counts) == len(expected.keys) == (3 if name == "one shard" else SCORED)
     if name == "one shard":
         assert sorted(counts) == [0] * (world_size - 1) + [3]  # the others have nothing to do, which is no error
     else:
-        assert max(counts) > min(counts) > 0  # uneven, as five shards on two or three ranks must be
+        assert max(counts) > min(counts) > 0  # uneven, as shards of five, five and four on two or three ranks must be
 
 
 def test_shards_that_fail_on_some_ranks_leave_the_others_work_whole(spread: tuple[Path, int, str]) -> None:

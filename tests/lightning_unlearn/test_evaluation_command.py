@@ -6,8 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,10 @@ import numpy as np
 import pytest
 from command_toys import run
 from evaluation_toys import KEYS, QUERIES, files, query_fields, toy_config, toy_folder, write_config, write_scores
+from processes import Script
 from toys import told, toy_fields, toy_shards
 
+import lightning_unlearn.__main__
 from lightning_unlearn.cli import main
 from lightning_unlearn.evaluate_command import array_place, duration
 from lightning_unlearn.evaluation import Run
@@ -185,17 +185,6 @@ def test_place_in_an_array_is_slurms(
 # ---------------------------------------------------------------------------------- kill -9
 
 
-def program(*words: str, folder: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [str(Path(sys.executable).parent / "lightning-unlearn"), *words],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
 def contents(study: Path) -> dict[str, tuple[int, int, bytes]]:
     """Inode, time of change and bytes of each finished model's file."""
     return {name: (*found, (study / "models" / name).read_bytes()) for name, found in files(study).items()}
@@ -204,21 +193,18 @@ def contents(study: Path) -> dict[str, tuple[int, int, bytes]]:
 def test_a_killed_evaluation_goes_on_and_ends_with_the_same_results(finished: Path, toys: Path, tmp_path: Path) -> None:
     study = tmp_path / "study"
     words = [*options(toys, study), *methods(toys)]
-    process = program(*words, folder=tmp_path)
-    deadline = time.monotonic() + 200
-    while len(files(study)) < 2 and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL, output
+    with Script(lightning_unlearn.__main__.__file__, *words) as script:
+        deadline = time.monotonic() + 200
+        while len(files(study)) < 2 and script.status is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert script.kill() == -signal.SIGKILL, script.said()
     before = contents(study)
     assert 2 <= len(before) < MODELS
     assert not (study / "results.json").exists()
-    process = program(*words, folder=tmp_path)
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, output
-    assert f"{MODELS} models: {len(before)} finished, {MODELS - len(before)} missing; about " in output
+    with Script(lightning_unlearn.__main__.__file__, *words) as script:
+        assert script.wait(200) == 0, script.said()
+        assert f"{MODELS} models: {len(before)} finished, {MODELS - len(before)} missing; about " in script.said()
     after = contents(study)
     assert {name: after[name] for name in before} == before
     assert len(after) == MODELS

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from command_toys import SAMPLES, run, run_file, write_config
+from command_toys import SAMPLES, run, write_config
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from processes import run_ranks
 from reference import (
     damped,
     dense_fisher,
@@ -667,7 +668,7 @@ def run_rank(folder: Path) -> None:
 
 
 def test_two_processes_give_the_file_of_one_also_after_a_resume(tmp_path: Path) -> None:
-    run_file(__file__, tmp_path)
+    run_ranks(__file__, tmp_path)
     # Weights do not move and an epoch is two steps in either way, so one process sees the same samples in each stage.
     alone = fit(tmp_path / "alone", Training(), batch_size=4)
     for name in ("whole", "early", "late"):

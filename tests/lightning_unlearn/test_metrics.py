@@ -4,12 +4,9 @@ import doctest
 import importlib
 import json
 import math
-import os
 import pkgutil
 import random
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import run_ranks
 from torch import Tensor
 from torchmetrics.functional import spearman_corrcoef
 from torchmetrics.retrieval import RetrievalMAP, RetrievalRecall
@@ -413,23 +411,7 @@ def test_interval_of_the_score_covers_it_although_queries_share_their_models() -
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two real processes computed."""
     out = tmp_path_factory.mktemp("processes")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, metric_runs.__file__, str(out / "rendezvous"), str(rank), "2", str(out / f"{rank}.json")],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [process.communicate(timeout=200)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0, 0], "\n\n".join(said)[-8000:]
+    run_ranks(metric_runs.__file__, out)
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from attribution_runs import random_fisher, run_jobs, toy_data, trainer
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from processes import run_ranks
 from reference_attribution import Naive, mirrored_gradient, toy_loss
 from torch import Tensor, nn
 from toys import LATENT, ToyDenoiser, ToyObjective, tiny_unet, toy_fields, toy_shards
@@ -186,10 +184,7 @@ def test_two_processes_find_the_deltas_of_one(folder: Path, tmp_path: Path) -> N
     (tmp_path / "job.json").write_text(
         json.dumps({"jobs": jobs[1:], "trainer": {"strategy": "ddp", "devices": 2, "accelerator": "cpu"}})
     )
-    command = [sys.executable, str(SCRIPT), str(tmp_path / "job.json")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert ran.returncode == 0, ran.stderr[-4000:]
+    run_ranks(str(SCRIPT), tmp_path / "job.json")
     theirs, ours = (
         torch.load(tmp_path / name / "deltas.ckpt", weights_only=True)["state_dict"] for name in ("one", "two")
     )
