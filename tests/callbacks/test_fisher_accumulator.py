@@ -300,7 +300,7 @@ def test_another_rule_for_batches_is_one_method(tmp_path: Path) -> None:
             return step % 2 == 1
 
     module = SomebodysModule()
-    fisher = fit(tmp_path, module, Odd(parameters="all"), max_epochs=2)
+    fisher = fit(tmp_path, module, Odd(parameters="all", fisher="diagonal"), max_epochs=2)
     assert_sums(fisher, *expected_sums(module.seen[1::2]))
 
 
@@ -916,7 +916,7 @@ def run_rank(folder: Path) -> None:
         accumulators = [
             accumulator_of(parameters="all"),
             accumulator_of(parameters=["text"], path="text.safetensors", save_in_checkpoint=False),
-            OnRankZero(parameters=["conv_in"], path="zero.safetensors"),
+            OnRankZero(parameters=["conv_in"], fisher="diagonal", path="zero.safetensors"),
         ]
         callbacks = [*accumulators, checkpoints(folder)] if ckpt_path is None else accumulators
         trainer = trainer_for(

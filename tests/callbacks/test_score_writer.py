@@ -239,7 +239,7 @@ def test_restart_scores_only_what_is_missing_and_leaves_the_rest_as_it_is(folder
     [
         ({"found": lambda: module(Views(4))}, "views"),
         ({"found": lambda: module(size=0.02)}, "deltas"),
-        ({"writer": {"rule": "ratio"}}, "rule"),
+        ({"writer": {"rule": "difference"}}, "rule"),
         ({"writer": {"flips": "mean"}}, "flips"),
         ({"writer": {"keep_deviations": True}}, "columns"),
     ],
