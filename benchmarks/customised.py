@@ -21,7 +21,7 @@ from bench import BENCHES, CHOSEN, Bench, fisher_file
 from common import PLAIN
 from judged import chosen_settings
 from lightning.pytorch import Trainer
-from methods import DEFAULT, DEFAULT_OF, RISES, UNLEARNING, baseline_of, config, fisher_source, fit_and_predict
+from methods import DAMPING, DEFAULT, DEFAULT_OF, RISES, UNLEARNING, baseline_of, config, fisher_source, fit_and_predict
 
 from lightning_unlearn import rules
 from lightning_unlearn.baselines import Subject
@@ -57,7 +57,7 @@ def nearest(picture: Sample, candidates: list[Sample]) -> str:
 
 def unlearn(bench: Bench, fisher: str, setting: str, weights: Any, folder: Path) -> torch.Tensor:
     """Scores of unlearning under a setting, by Lightning's fit and predict."""
-    module, data = config(bench, fisher=fisher_source(bench, fisher))
+    module, data = config(bench, fisher=fisher_source(bench, fisher), damping=DAMPING[fisher])
     module.network.load_state_dict(weights)
     rise, rule = next((rise, rule) for rise in RISES for rule in rules.RULES if setting == f"rise {rise:.0%}, {rule}")
     module.strategy = Newton(target_increase=rise)
@@ -99,12 +99,16 @@ def judge(bench: Bench, concept: str, concepts: dict[str, list[Sample]], setting
         for part, chosen in (("candidates", candidates), ("queries", made.queries)):
             fields = [encode_sample(s.key, s.latent.numpy(), s.text.numpy(), s.metadata) for s in chosen]
             write_shards(fields, folder / part)
+        known: dict[tuple[str, str], torch.Tensor] = {}  # the defaults may be what was chosen, too
         for method, setting in settings.items():
             kind = DEFAULT_OF if method == DEFAULT else method
-            if kind in UNLEARNING:
-                scores = unlearn(bench, UNLEARNING[kind], setting, made.weights, folder)
-            else:
-                scores = baseline_of(method, setting).scores(subject)
+            if (kind, setting) not in known:
+                known[kind, setting] = (
+                    unlearn(bench, UNLEARNING[kind], setting, made.weights, folder)
+                    if kind in UNLEARNING
+                    else baseline_of(method, setting).scores(subject)
+                )
+            scores = known[kind, setting]
             relevant = torch.tensor([[key in own] for key in keys]).expand(-1, scores.shape[1])
             values = exemplar_retrieval(scores, relevant, TOP)
             found["methods"][method] = {name: round(float(value.mean()), 6) for name, value in values.items()}

@@ -29,7 +29,7 @@ PAGE = BENCHES / "RESULTS.md"
 def at_an_end(row: Row) -> bool:
     """Whether the least or the greatest number of those tried was chosen: a better one may lie beyond."""
     kinds = list(dict.fromkeys(setting.split(",")[0] for setting in row.settings))
-    tuned = row.setting.startswith(("ridge", "damping", "rise"))
+    tuned = len(kinds) > 1 and row.setting.startswith(("ridge", "damping", "rise"))
     return tuned and row.setting.split(",")[0] in (kinds[0], kinds[-1])
 
 

@@ -127,7 +127,10 @@ def changed(unlearned: Unlearned, reduced: Reduced) -> str:
             return f"{part}, {reduced.end - reduced.start} views"
         return f"{TIMESTEPS // reduced.stride}" if reduced.stride != 1 else reduced.rule
     names = [name for name, value in asdict(unlearned).items() if value != getattr(CENTRE, name)]
-    return ", ".join(dict.fromkeys(str(getattr(unlearned, name)) for name in names))
+    # A selection of weights, a Fisher and a noise say by themselves what they are.
+    spoken = ("fisher", "parameters", "noise")
+    words = [f"{'' if name in spoken else name + ' '}{getattr(unlearned, name)}".replace("_", " ") for name in names]
+    return ", ".join(words).replace("text kv", "text_kv").replace("per sample", "per_sample")
 
 
 @functools.cache

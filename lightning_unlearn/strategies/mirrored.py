@@ -40,6 +40,9 @@ class Mirrored(Strategy):
     pushed. Each step takes fresh draws of both. A target stops, by itself and just there, where its loss has reached a
     share of :math:`L_{null}`, or a wanted rise; who has not after the last step gets a warning and keeps its delta.
 
+    The loss of a set is the sum of its queries', as everywhere, so that a set of ``k`` takes a ``strength`` of λ / k
+    for the paper's mean. The clip is on each draw, at the query's mean over the schedule.
+
     In the paper it is the feed-forward layers that move (``parameters="feed_forward"``), of any chosen layers only the
     weights and not the biases, and scores are means of the rule ``ratio`` over 100 noises that all images share, in the
     noisiest 70 % of the schedule (``Views(100, (0.3, 1.0))``).
@@ -188,7 +191,7 @@ class Mirrored(Strategy):
         named += ["…"] if len(short) > NAMED else []
         rank_zero_warn(
             f"{len(short)} of {len(finished)} targets have not reached {what} in {step} steps ({', '.join(named)}) and "
-            " are kept as they are; take more steps or a larger learning rate."
+            "are kept as they are; take more steps or a larger learning rate."
         )
 
     def settings(self) -> dict[str, Any]:

@@ -468,3 +468,13 @@ def test_bad_input_is_one_sentence(name: str) -> None:
 def test_what_the_documentation_shows_is_so(name: str) -> None:
     module = importlib.import_module(f"lightning_unlearn.metrics.{name}")
     assert doctest.testmod(module).failed == 0
+
+
+def test_comparison_with_a_multiple_counts_the_second_score_so_many_times() -> None:
+    generator = torch.Generator().manual_seed(5)
+    outcomes = torch.randn(30, 6, generator=generator, dtype=torch.float64)
+    same = -outcomes  # foretells every order rightly: a score of 1 in each resample but for ties
+    once = linear_datamodelling_comparison(same, same, outcomes, times=1.0)
+    half_as_much = linear_datamodelling_comparison(same, same, outcomes, times=0.5)
+    assert once == (0.0, 0.0, 0.0)
+    assert half_as_much == pytest.approx((0.5, 0.5, 1.0))
