@@ -258,7 +258,8 @@ def passes(
         toy_shards(shards)
     objective = DrawnObjective()
     frozen = FisherPass(ToyDenoiser(), objective, ["text", "conv_.*"], seed, targets)
-    accumulator = FisherAccumulator("network", ["text", "conv_.*"], path=str(folder / "fisher.safetensors"))
+    path = str(folder / "fisher.safetensors")
+    accumulator = FisherAccumulator("network", ["text", "conv_.*"], fisher="diagonal", path=path)
     off = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(accelerator="cpu", devices=1, callbacks=[accumulator], max_epochs=epochs, **off)  # type: ignore[arg-type]
     trainer.fit(frozen, TrainingDataModule(str(shards), batch_size))

@@ -16,6 +16,7 @@ from lightning_unlearn.objective import DenoisingObjective
 from lightning_unlearn.scores import read_scores
 
 README = Path(__file__).parents[2] / "README.md"
+RISE = 0.1
 SCHEDULE = {"num_train_timesteps": 500, "beta_schedule": "scaled_linear"}
 
 
@@ -41,13 +42,14 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     content = toy_config()
     init = content["model"]["init_args"]
+    init["strategy"] = {"class_path": "Newton", "init_args": {"target_increase": RISE}}
     init["objective"] = {"class_path": "DenoisingObjective", "init_args": {"scheduler": SCHEDULE}}
     content["data"]["init_args"]["draws"] = 128
     for name in ("views", "rise_draws"):
         del init[name]
     config = write_config(tmp_path / "same.yaml", content)
     quiet = ("--trainer.enable_progress_bar", "false")
-    run("fisher", "--config", config, "--passes", "2", "--output", "fisher.safetensors", *quiet)
+    run("fisher", "--config", config, "--passes", "2", "--kind", "diagonal", "--output", "fisher.safetensors", *quiet)
     return tmp_path
 
 
@@ -56,6 +58,13 @@ def test_example_of_the_readme_does_what_the_command_line_does(place: Path, caps
     code = example()
     assert len([line for line in code.splitlines() if line and not line.startswith(("#", "from", "import"))]) <= 10
     capsys.readouterr()
+    # The loss of a network that never was trained can't be doubled, which is the default.
+    plain, smaller = (
+        'fisher="fisher.safetensors")',
+        f'fisher="fisher.safetensors", strategy=Newton(target_increase={RISE}))',
+    )
+    assert code.count(plain) == 1
+    code = "from lightning_unlearn.strategies import Newton\n" + code.replace(plain, smaller)
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
     said = capsys.readouterr().out
     table = read_scores(place / "attribution")
