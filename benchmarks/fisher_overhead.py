@@ -44,13 +44,14 @@ def main() -> None:
     arguments.add_argument("--repeats", type=int, default=5, help="runs of each kind (default 5)")
     arguments.add_argument("--batch-size", type=int, default=64, help="samples a batch (default 64)")
     arguments.add_argument("--parameters", default="text_kv", help="the chosen weights (default text_kv)")
+    arguments.add_argument("--fisher", choices=("ekfac", "diagonal"), default="ekfac", help="(default ekfac)")
     options = arguments.parse_args()
     quiet()
     steps: dict[str, list[Seconds]] = {"without": [], "with": []}
     train(options, [])  # the first steps of a process are slower
     for _ in range(options.repeats):
         steps["without"] += train(options, [])
-        steps["with"] += train(options, [FisherAccumulator("network", options.parameters)])
+        steps["with"] += train(options, [FisherAccumulator("network", options.parameters, options.fisher)])
     medians = {
         kind: Seconds(statistics.median(t.wall for t in times), statistics.median(t.cpu for t in times))
         for kind, times in steps.items()
