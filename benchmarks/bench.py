@@ -25,13 +25,13 @@ import yaml
 from common import pixels_of_blocks
 from torch import Tensor
 
-from lightning_unlearn.commands import fisher
 from lightning_unlearn.datamodules.reading import read_samples
 from lightning_unlearn.datamodules.sources import list_shards
 from lightning_unlearn.evaluation import Retrainer, Run, fit_run
 from lightning_unlearn.evaluation.plan import Design, Plan, plan
 from lightning_unlearn.evaluation.retraining import Share
 from lightning_unlearn.fingerprints import digest
+from lightning_unlearn.fisher_command import fisher
 from lightning_unlearn.quiet import quiet
 from lightning_unlearn.retraining_cli import RetrainingCLI, study_of
 from lightning_unlearn.samples import Sample
@@ -80,6 +80,13 @@ class Bench:
         """The models it needs."""
         keys = [sample.key for sample in self.samples("shards")]
         return plan(self.design, keys, [query.key for query in self.samples("queries")], tables or {})
+
+
+def bench_parser(description: str | None) -> argparse.ArgumentParser:
+    """The arguments of a script that works on one bench: its name."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("bench", choices=[path.parent.name for path in sorted(BENCHES.glob("*/bench.yaml"))])
+    return made
 
 
 def make_base(bench: Bench) -> None:
@@ -172,8 +179,7 @@ def retrain(bench: Bench, runs: Sequence[Run], share: Share) -> None:
 
 def main() -> None:
     """Run a step."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bench", choices=[path.parent.name for path in sorted(BENCHES.glob("*/bench.yaml"))])
+    parser = bench_parser(__doc__)
     parser.add_argument("step", choices=("base", "retrain", "removals"))
     parser.add_argument("--methods", nargs="+", help="whose removals; those of bench.yaml by default")
     parser.add_argument("--index", type=int, default=0, help="which share of the models this process trains")

@@ -76,7 +76,7 @@ class Half:
     """One half of the evidence: queries, and the models that they are judged by.
 
     Attributes:
-        order: All queries of the bench, as columns of scores.
+        order: The queries that are columns of scores.
         queries: Those of this half.
         kept: ``(M, N)``, which model was trained on which sample.
         outcomes: ``(M, queries)`` losses.
@@ -91,10 +91,13 @@ class Half:
         """What scores ``(N, all queries)`` foretell of each model, ``(M, queries)``."""
         return subset_predictions(self._of(scores), self.kept)
 
+    def mean(self, scores: Tensor) -> float:
+        """The linear datamodelling score, mean over queries."""
+        return float(linear_datamodelling_score(self._of(scores), self.kept, self.outcomes).mean())
+
     def value(self, scores: Tensor) -> Value:
-        """The linear datamodelling score, with its interval."""
-        mean = float(linear_datamodelling_score(self._of(scores), self.kept, self.outcomes).mean())
-        return Value(mean, *linear_datamodelling_interval(self.predictions(scores), self.outcomes))
+        """The same with its interval."""
+        return Value(self.mean(scores), *linear_datamodelling_interval(self.predictions(scores), self.outcomes))
 
     def compared(self, first: Tensor, second: Tensor, times: float = 1.0) -> Comparison:
         """The first scores' less the second's, so many times."""
@@ -111,13 +114,14 @@ def evidence(bench: Bench) -> tuple[Half, Half]:
     report_queries, report_runs, choose_queries, choose_runs = halves(bench, plan)
     order = [query.key for query in bench.samples("queries")]
     return (
-        Half(order, choose_queries, kept_samples(plan.keys, choose_runs), _losses(study, choose_runs, choose_queries)),
-        Half(order, report_queries, kept_samples(plan.keys, report_runs), _losses(study, report_runs, report_queries)),
+        half_of(study, plan, order, choose_queries, choose_runs),
+        half_of(study, plan, order, report_queries, report_runs),
     )
 
 
-def _losses(study: Study, runs: Sequence[Run], queries: list[str]) -> Tensor:
-    return torch.from_numpy(study.losses(runs, queries))
+def half_of(study: Study, plan: Plan, order: list[str], queries: list[str], runs: Sequence[Run]) -> Half:
+    """Some queries, and the models that judge them."""
+    return Half(order, queries, kept_samples(plan.keys, runs), torch.from_numpy(study.losses(runs, queries)))
 
 
 def halves(bench: Bench, plan: Plan) -> tuple[list[str], Sequence[Run], list[str], Sequence[Run]]:
@@ -142,14 +146,13 @@ def chosen_tables(
     The setting is that with the highest linear datamodelling score on the half of the evidence that chooses.
     """
     _, _, queries, runs = halves(bench, plan)
-    outcomes, kept = _losses(study, runs, queries), kept_samples(plan.keys, runs)
+    choosing = half_of(study, plan, queries, queries, runs)
     found = {}
     for method in METHODS:
         if is_scored(bench, method):
             tables = read(bench, method, selection)
             values = {
-                setting: float(linear_datamodelling_score(scores_of(table, plan.keys, queries), kept, outcomes).mean())
-                for setting, table in tables.items()
+                setting: choosing.mean(scores_of(table, plan.keys, choosing.order)) for setting, table in tables.items()
             }
             found[method] = (max(values, key=values.__getitem__), tables)
     if DEFAULT_OF in found:
@@ -185,16 +188,13 @@ def judge(bench: Bench) -> Page:
     tables = {method: tables[setting] for method, (setting, tables) in chosen.items()}
     plan = bench.plan(tables)
     asked = list(dict.fromkeys([*plain.runs(), *removals_of(bench, plan)]))
-    outcomes = _losses(study, report_runs, report_queries)
-    kept = kept_samples(plan.keys, report_runs)
+    half = half_of(study, plan, report_queries, report_queries, report_runs)
 
     def compared(first: str, second: str) -> Value:
         """The first method's score less the second's, on the same queries and models."""
         scores = [scores_of(tables[method], plan.keys, report_queries) for method in (first, second)]
-        predictions = [subset_predictions(score, kept) for score in scores]
-        means = [float(linear_datamodelling_score(score, kept, outcomes).mean()) for score in scores]
-        interval = linear_datamodelling_comparison(predictions[0], predictions[1], outcomes)
-        return Value(means[0] - means[1], interval.low, interval.high)
+        interval = half.compared(*scores)
+        return Value(half.mean(scores[0]) - half.mean(scores[1]), interval.low, interval.high)
 
     floors = Floors(study, plan)
     rows = []

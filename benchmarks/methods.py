@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from bench import BENCHES, CHOSEN, FISHER_FILES, Bench, fisher_file, take_fisher
+from bench import BENCHES, CHOSEN, FISHER_FILES, Bench, bench_parser, fisher_file, take_fisher
 from common import PLAIN, quiet
 from lightning.pytorch import Trainer
 from torch import Tensor
@@ -288,8 +288,7 @@ def read_costs(bench: Bench, method: str, setting: str) -> dict[str, float]:
 
 def main() -> None:
     """Score with methods that have no scores yet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bench", choices=[path.parent.name for path in sorted(BENCHES.glob("*/bench.yaml"))])
+    parser = bench_parser(__doc__)
     parser.add_argument("methods", nargs="*", choices=[[], *METHODS], help="all by default")
     parser.add_argument("--here", choices=SELECTIONS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -15,7 +15,7 @@ is a by-product of training in both.
 
 from __future__ import annotations
 
-import argparse
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -23,11 +23,23 @@ from itertools import product
 from typing import Any
 
 import torch
-from bench import BENCHES, Bench
+from bench import Bench, bench_parser
 from common import quiet
 from judged import Half, evidence
 from matplotlib.figure import Figure
-from sweep import CENTRE, PLAINLY, TIMESTEPS, WHOLE, Measured, Reduced, Unlearned, measured, rounded, scores_of
+from sweep import (
+    CENTRE,
+    PLAINLY,
+    TIMESTEPS,
+    WHOLE,
+    Measured,
+    Reduced,
+    Unlearned,
+    measured,
+    must_be_measured,
+    rounded,
+    scores_of,
+)
 from torch import Tensor
 
 from lightning_unlearn.shards import write_atomically
@@ -43,7 +55,7 @@ TIMES, SHARE = 1.5, 1 / 20
 TOP = 10
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Point:
     """A setting with what it costs.
 
@@ -61,17 +73,11 @@ class Point:
     calls: float
     scores: Tensor
 
-    @property
-    def views(self) -> int:
-        """Views of each sample."""
-        return len(range(TIMESTEPS)[self.reduced.views])
-
 
 def point(name: str, unlearned: Unlearned, reduced: Reduced, found: Measured, keys: list[str]) -> Point:
     """A setting on a bench."""
-    views = len(range(TIMESTEPS)[reduced.views])
     queries = len(found.losses) - 1
-    calls = found.calls + len(keys) * views * (1 + 1 / queries)
+    calls = found.calls + len(keys) * reduced.count * (1 + 1 / queries)
     return Point(name, unlearned, reduced, calls, scores_of(found, keys, reduced))
 
 
@@ -82,15 +88,9 @@ def best_recipe(bench: Bench, choosing: Half, keys: list[str]) -> Unlearned:
         unlearned = replace(RECIPE, damping=damping, rise=rise)
         found = measured(bench, unlearned)
         if isinstance(found, Measured):
-            values[unlearned] = choosing.value(scores_of(found, keys, Reduced(rule="difference"))).mean
+            values[unlearned] = choosing.mean(scores_of(found, keys, Reduced(rule="difference")))
         print(f"damping {damping:g}, rise {rise:g}: {values.get(unlearned, found)}", flush=True)
     return max(values, key=values.__getitem__)
-
-
-def _measured(bench: Bench, unlearned: Unlearned) -> Measured:
-    found = measured(bench, unlearned)
-    assert isinstance(found, Measured), found
-    return found
 
 
 def points(bench: Bench, recipe: Unlearned, keys: list[str]) -> Iterator[Point]:
@@ -99,7 +99,7 @@ def points(bench: Bench, recipe: Unlearned, keys: list[str]) -> Iterator[Point]:
     settings = [("recipe", recipe), ("thrifty recipe", thrifty)]
     settings += [("ours", replace(CENTRE, draws=draws, rise_draws=rise)) for draws, rise in DRAWS.items()]
     for name, unlearned in settings:
-        found = _measured(bench, unlearned)
+        found = must_be_measured(bench, unlearned)
         rule = PLAINLY.rule if name == "ours" else "difference"
         yield from (point(name, unlearned, Reduced(rule, stride=stride), found, keys) for stride in STRIDES)
 
@@ -114,15 +114,15 @@ def racing(found: Measured, keys: list[str]) -> list[dict[str, Any]]:
     rows = []
     for stride, share in product((2, 4, 10, 20), (0.0, 0.1, 0.25)):
         few = Reduced(PLAINLY.rule, stride=stride)
-        views, first = len(range(TIMESTEPS)[few.views]), scores_of(found, keys, few)
+        first = scores_of(found, keys, few)
         leading = first.argsort(0, descending=True).argsort(0) < share * len(keys)
         # Those that lead are ranked among each other by all views, and before all others.
         ranked = torch.where(leading, full + 10 * full.abs().max(), first) if share else first
         hits = torch.stack([torch.isin(best[:, q], ranked[:, q].topk(TOP).indices).sum() for q in range(full.shape[1])])
-        calls = len(keys) * (views + share * (TIMESTEPS - views))
+        calls = len(keys) * (few.count + share * (TIMESTEPS - few.count))
         rows.append(
             {
-                "views": views,
+                "views": few.count,
                 "share": share,
                 "calls": round(calls),
                 "found": round(float(hits.double().mean() / TOP), 4),
@@ -136,17 +136,19 @@ def compare(bench: Bench) -> dict[str, Any]:
     choosing, reporting = evidence(bench)
     keys = bench.plan().keys
     curve = list(points(bench, best_recipe(bench, choosing, keys), keys))
+    # The first of each name has all views.
     recipe, ours = (next(found for found in curve if found.name == name) for name in ("recipe", "ours"))
     # The cheapest that is no worse beyond noise on the half that chooses; the other half tells whether it is.
     mine = [found for found in curve if found.name == "ours"]
     fine = [found for found in mine if choosing.compared(found.scores, recipe.scores).high >= 0]
     cheapest = min(fine, key=lambda found: found.calls)
 
+    @functools.cache
     def described(found: Point) -> dict[str, Any]:
         return {
             "name": found.name,
             "unlearned": asdict(found.unlearned),
-            "views": found.views,
+            "views": found.reduced.count,
             "calls": round(found.calls, 1),
             "chosen_on": rounded(choosing.value(found.scores)),
             "reported_on": rounded(reporting.value(found.scores)),
@@ -154,7 +156,7 @@ def compare(bench: Bench) -> dict[str, Any]:
 
     better = reporting.compared(ours.scores, recipe.scores, TIMES)
     as_good = reporting.compared(cheapest.scores, recipe.scores)
-    whole = point("whole", WHOLE, PLAINLY, _measured(bench, WHOLE), keys)
+    whole = point("whole", WHOLE, PLAINLY, must_be_measured(bench, WHOLE), keys)
     whole_better = reporting.compared(whole.scores, recipe.scores, TIMES)
     return {
         "times": TIMES,
@@ -167,7 +169,7 @@ def compare(bench: Bench) -> dict[str, Any]:
         "cheapest_less_recipe": [round(as_good.low, 4), round(as_good.high, 4)],
         "curve": [described(found) for found in curve],
         "all_views_calls": len(keys) * TIMESTEPS,
-        "racing": racing(_measured(bench, CENTRE), keys),
+        "racing": racing(must_be_measured(bench, CENTRE), keys),
     }
 
 
@@ -201,9 +203,7 @@ def plot(bench: Bench, found: dict[str, Any]) -> None:
 
 def main() -> None:
     """Write a bench's comparison."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bench", choices=[path.parent.name for path in sorted(BENCHES.glob("*/bench.yaml"))])
-    bench = Bench(parser.parse_args().bench)
+    bench = Bench(bench_parser(__doc__).parse_args().bench)
     quiet()
     torch.set_num_threads(1)
     found = compare(bench)

@@ -10,7 +10,6 @@ on one, and reported on the other.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 from collections.abc import Iterator
@@ -18,9 +17,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
-from bench import BENCHES, Bench
+from bench import Bench, bench_parser
 from common import PLAIN, quiet
-from judged import chosen_tables, evidence, open_study
+from judged import Half, chosen_tables, evidence, open_study
 from lightning.pytorch import Trainer
 from methods import config, fisher_source
 from torch import Tensor, nn
@@ -79,6 +78,11 @@ class Reduced:
         """The views, among all."""
         return slice(self.start + self.stride // 2, self.end, self.stride)
 
+    @property
+    def count(self) -> int:
+        """How many views these are."""
+        return len(range(TIMESTEPS)[self.views])
+
 
 # The package's defaults, and the same with all weights.
 CENTRE, PLAINLY = Unlearned(), Reduced()
@@ -124,13 +128,13 @@ def changed(unlearned: Unlearned, reduced: Reduced) -> str:
     if reduced != PLAINLY:
         if (reduced.start, reduced.end) != (PLAINLY.start, PLAINLY.end):
             part = f"{reduced.start / TIMESTEPS:.0%} to {reduced.end / TIMESTEPS:.0%}"
-            return f"{part}, {reduced.end - reduced.start} views"
-        return f"{TIMESTEPS // reduced.stride}" if reduced.stride != 1 else reduced.rule
+            return f"{part}, {reduced.count} views"
+        return f"{reduced.count}" if reduced.stride != 1 else reduced.rule
     names = [name for name, value in asdict(unlearned).items() if value != getattr(CENTRE, name)]
     # A selection of weights, a Fisher and a noise say by themselves what they are.
     spoken = ("fisher", "parameters", "noise")
-    words = [f"{'' if name in spoken else name + ' '}{getattr(unlearned, name)}".replace("_", " ") for name in names]
-    return ", ".join(words).replace("text kv", "text_kv").replace("per sample", "per_sample")
+    words = ["" if name in spoken else name.replace("_", " ") + " " for name in names]
+    return ", ".join(word + str(getattr(unlearned, name)) for word, name in zip(words, names, strict=True))
 
 
 @functools.cache
@@ -169,6 +173,13 @@ def measured(bench: Bench, unlearned: Unlearned) -> Measured | str:
     return found
 
 
+def must_be_measured(bench: Bench, unlearned: Unlearned) -> Measured:
+    """The same for a setting that can't fail here."""
+    found = measured(bench, unlearned)
+    assert isinstance(found, Measured), found
+    return found
+
+
 def scores_of(found: Measured, keys: list[str], reduced: Reduced) -> Tensor:
     """Scores ``(N, Q)`` of the samples in an order."""
     views = found.losses[:, [found.keys.index(key) for key in keys]][:, :, None, None, reduced.views].double()
@@ -180,10 +191,20 @@ def rounded(value: Value) -> list[float]:
     return [round(number, 4) for number in (value.mean, value.low, value.high)]
 
 
+def judged_row(halves: tuple[Half, Half], scores: Tensor, centre: Tensor | None) -> dict[str, Any]:
+    """What both halves say of scores, with the intervals of their difference from the centre's if these are others."""
+    row: dict[str, Any] = {}
+    for side, half in zip(("chosen_on", "reported_on"), halves, strict=True):
+        row[side] = rounded(half.value(scores))
+        if centre is not None:
+            compared = half.compared(scores, centre)
+            row[f"{side}_less_centre"] = [round(compared.low, 4), round(compared.high, 4)]
+    return row
+
+
 def sweep(bench: Bench) -> list[dict[str, Any]]:
     """All rows, with intervals, and beside each but the centre that of the difference from it."""
-    sides = dict(zip(("chosen_on", "reported_on"), evidence(bench), strict=True))
-    keys = bench.plan().keys
+    halves, keys = evidence(bench), bench.plan().keys
     centre: Tensor | None = None
     rows = []
     for factor, unlearned, reduced in variants():
@@ -194,34 +215,22 @@ def sweep(bench: Bench) -> list[dict[str, Any]]:
             row["failed"] = found
             continue
         scores = scores_of(found, keys, reduced)
-        for side, half in sides.items():
-            row[side] = rounded(half.value(scores))
-            if centre is not None:
-                compared = half.compared(scores, centre)
-                row[f"{side}_less_centre"] = [round(compared.low, 4), round(compared.high, 4)]
+        row |= judged_row(halves, scores, centre)
         centre = scores if centre is None else centre
         print(row, flush=True)
     assert centre is not None
-    return rows + combined(bench, centre)
+    return rows + combined(bench, halves, centre)
 
 
-def combined(bench: Bench, centre: Tensor) -> list[dict[str, Any]]:
+def combined(bench: Bench, halves: tuple[Half, Half], centre: Tensor) -> list[dict[str, Any]]:
     """The mean of D-TRAK's standardised scores and those of unlearning, with its defaults and with all weights."""
-    choosing, reporting = evidence(bench)
     plan = bench.plan()
     setting, tables = chosen_tables(bench, open_study(bench), plan)["d_trak"]
-    rival = kept_scores(tables[setting], plan.keys, choosing.order)
+    rival = _standardised(kept_scores(tables[setting], plan.keys, halves[0].order))
     rows = []
     for value, unlearned in (("the centre", CENTRE), ("all weights", WHOLE)):
-        found = measured(bench, unlearned)
-        assert isinstance(found, Measured), found
-        scores = _standardised(scores_of(found, plan.keys, PLAINLY)) + _standardised(rival)
-        row: dict[str, Any] = {"factor": "mean with D-TRAK", "value": value}
-        for side, half in (("chosen_on", choosing), ("reported_on", reporting)):
-            compared = half.compared(scores, centre)
-            row[side] = rounded(half.value(scores))
-            row[f"{side}_less_centre"] = [round(compared.low, 4), round(compared.high, 4)]
-        rows.append(row)
+        scores = _standardised(scores_of(must_be_measured(bench, unlearned), plan.keys, PLAINLY)) + rival
+        rows.append({"factor": "mean with D-TRAK", "value": value, **judged_row(halves, scores, centre)})
     return rows
 
 
@@ -231,9 +240,7 @@ def _standardised(scores: Tensor) -> Tensor:
 
 def main() -> None:
     """Write a bench's sweep."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bench", choices=[path.parent.name for path in sorted(BENCHES.glob("*/bench.yaml"))])
-    bench = Bench(parser.parse_args().bench)
+    bench = Bench(bench_parser(__doc__).parse_args().bench)
     quiet()
     torch.set_num_threads(1)
     content = json.dumps({"centre": asdict(CENTRE) | asdict(PLAINLY), "rows": sweep(bench)}, indent=1)

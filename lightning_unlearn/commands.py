@@ -17,7 +17,6 @@ from lightning_unlearn.datamodules.reading import read_samples
 from lightning_unlearn.datamodules.sources import list_shards
 from lightning_unlearn.deltas import read_targets
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.fisher_command import fisher
 from lightning_unlearn.loading import read_checkpoint
 from lightning_unlearn.module import UnlearningModule
 from lightning_unlearn.quiet import quiet
@@ -27,18 +26,6 @@ from lightning_unlearn.scores import FAILED, SCORES, is_scored, read_run, read_s
 from lightning_unlearn.shards import ShardInfo, shard_id
 from lightning_unlearn.targets import targets_of
 from lightning_unlearn.trainer_cli import TrainerCLI, one_sentence
-
-__all__ = [
-    "BARE",
-    "attribute",
-    "attribution_parts",
-    "fisher",
-    "fit",
-    "make_folder",
-    "predict",
-    "say",
-    "write_report",
-]
 
 
 def fit(arguments: list[str]) -> None:

@@ -206,6 +206,7 @@ def _query(
     # A query that is a training picture says which; a key alone may be the same by chance.
     own = metadata.get("of") if metadata.get("of") in table.keys else None
     scores = table.scores[:, column].astype(np.float64)
+    ranges = None if table.errors is None else 1 + table.rank_ranges(key)
     largest = float(np.abs(scores).max())
     exponent = 3 * math.floor(math.log10(largest) / 3) if largest else 0
     unit, unit_name = 10.0**exponent, power_of_ten(exponent) if exponent else ""
@@ -221,8 +222,8 @@ def _query(
         "target": target,
         "own": own,
         "own_rank": table.rank(key, own) + 1 if own is not None else None,
-        "top": _ranked(table, column, highest, 1, samples),
-        "bottom": _ranked(table, column, lowest, len(scores) - len(lowest) + 1, samples),
+        "top": _ranked(table, column, highest, 1, ranges, samples),
+        "bottom": _ranked(table, column, lowest, len(scores) - len(lowest) + 1, ranges, samples),
         "unit": unit,
         "unit_name": unit_name,
         "plot": Markup(histogram(scores / unit, scores[highest] / unit, unit_name, f"plot{column + 1}-")),
@@ -241,8 +242,9 @@ def _named(key: str, target: Mapping[str, Any]) -> dict[str, str]:
     return {"key": key} | ({"region": f"{_share(target['region'])} of it"} if "region" in target else {})
 
 
-def _ranked(table: ScoreTable, column: int, rows: Rows, first: int, samples: Mapping[str, Sample]) -> list[Ranked]:
-    ranges = None if table.errors is None else 1 + table.rank_ranges(table.queries[column])
+def _ranked(
+    table: ScoreTable, column: int, rows: Rows, first: int, ranges: Rows | None, samples: Mapping[str, Sample]
+) -> list[Ranked]:
     ranked = []
     for rank, row in enumerate(rows, first):
         sample = samples.get(table.keys[row])

@@ -14,7 +14,7 @@ from evaluation_toys import KEYS, Plain, queries, toy_config, toy_folder, write_
 from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging, ModelCheckpoint
 
 from lightning_unlearn.callbacks import FisherAccumulator
-from lightning_unlearn.commands import BARE
+from lightning_unlearn.command_parts import BARE
 from lightning_unlearn.datamodules import TrainingDataModule
 from lightning_unlearn.datamodules.sources import list_shards
 from lightning_unlearn.evaluation import Run, fit_run
