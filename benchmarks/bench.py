@@ -4,6 +4,9 @@
     python benchmarks/bench.py digits retrain    # train it again without some pictures; --index 0 --count 2 for half
     python benchmarks/methods.py digits          # score with every method, then …
     python benchmarks/bench.py digits removals   # … train it again without the pictures that each method names
+    python benchmarks/bench.py digits pack       # take what is finished into one file, study/models.parquet
+
+Models are trained many at once (stacked.py), or one after the other by Lightning with --together 1.
 
 Everything can be stopped and started again; what is finished is kept in the bench's folder.
 """
@@ -12,12 +15,13 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
@@ -27,9 +31,11 @@ from torch import Tensor
 
 from lightning_unlearn.datamodules.reading import read_samples
 from lightning_unlearn.datamodules.sources import list_shards
+from lightning_unlearn.errors import InputError
 from lightning_unlearn.evaluation import Retrainer, Run, fit_run
 from lightning_unlearn.evaluation.plan import Design, Plan, plan
 from lightning_unlearn.evaluation.retraining import Share
+from lightning_unlearn.evaluation.study import differences, read_settings
 from lightning_unlearn.fingerprints import digest
 from lightning_unlearn.fisher_command import fisher
 from lightning_unlearn.quiet import quiet
@@ -40,6 +46,7 @@ from lightning_unlearn.shards import encode_sample, write_shards
 
 BENCHES = Path(__file__).resolve().parent
 FISHER_FILES = {"diagonal": "fisher.safetensors", "ekfac": "ekfac.safetensors"}
+T = TypeVar("T")
 CHOSEN = "text_kv"  # the weights that are unlearned, as in each attribute.yaml
 
 
@@ -77,9 +84,27 @@ class Bench:
         return RetrainingCLI("evaluate", arguments, "Bench")
 
     def plan(self, tables: Any = None) -> Plan:
-        """The models it needs."""
+        """The models it needs; samples are removed for the queries that report."""
         keys = [sample.key for sample in self.samples("shards")]
-        return plan(self.design, keys, [query.key for query in self.samples("queries")], tables or {})
+        reporting, choosing = self.queries
+        return plan(self.design, keys, [*reporting, *choosing], tables or {})
+
+    @property
+    def queries(self) -> tuple[list[str], list[str]]:
+        """The queries that report, and those that choose settings."""
+        return self._parted([query.key for query in self.samples("queries")], "queries")
+
+    def subsets(self, plan: Plan) -> tuple[list[Run], list[Run]]:
+        """The subset models that report, and those that choose settings; no other model ever chooses."""
+        return self._parted(plan.subsets, "subsets")
+
+    def _parted(self, all_of_them: Sequence[T], name: str) -> tuple[list[T], list[T]]:
+        ranges = self.settings["choosing"][name]
+        chooses = {place for start, end in ranges for place in range(start, end)}
+        parts: tuple[list[T], list[T]] = ([], [])
+        for place, one in enumerate(all_of_them):
+            parts[place in chooses].append(one)
+        return parts
 
 
 def bench_parser(description: str | None) -> argparse.ArgumentParser:
@@ -100,15 +125,17 @@ def make_base(bench: Bench) -> None:
     module = cli.model
     module.network.load_state_dict(safetensors.torch.load_file(weights))
     module.network.eval()
-    # One picture a different caption, in an order that has nothing to do with the pictures.
+    # One picture a different caption, in an order that has nothing to do with the pictures; then another of each.
     different = {tuple(sample.captions): sample for sample in samples}
     order = sorted(different.values(), key=lambda sample: digest("query", sample.captions[0]))
+    different_ones = len(order)
+    order *= bench.settings.get("pictures_a_caption", 1)
     steps = bench.settings["sampling_steps"]
     text = torch.cat([sample.text[:1] for sample in order])
     made = generate(module.network, module.objective, text, samples[0].latent.shape, range(len(order)), steps)
     pictures = made.clamp(-1, 1)
     good = [recognised(bench, picture, sample, samples) for picture, sample in zip(pictures, order, strict=True)]
-    checked = min(len(order), 50)
+    checked = min(different_ones, 50)
     print(f"{sum(good[:checked])} of {checked} generated pictures are recognised")
     fields = []
     for seed, (sample, picture, fine) in enumerate(zip(order, pictures, good, strict=True)):
@@ -118,7 +145,7 @@ def make_base(bench: Bench) -> None:
             fields.append(encode_sample(name, picture.numpy(), sample.text[:1].numpy(), about))
     write_shards(fields, bench.folder / "queries", name="queries")
     print(f"{len(fields)} queries in {bench.folder / 'queries'}")
-    show(bench, pictures, good)
+    show(bench, pictures[:different_ones], good[:different_ones])
     for kind in FISHER_FILES:
         fisher_file(bench, kind)
 
@@ -167,34 +194,61 @@ def show(bench: Bench, pictures: Tensor, good: list[bool]) -> None:
     sheet.save(bench.folder / "generated.png")
 
 
-def retrain(bench: Bench, runs: Sequence[Run], share: Share) -> None:
-    """Train what is missing of this process's share."""
+def retrain(bench: Bench, runs: Sequence[Run], share: Share, how: Any) -> None:
+    """Train what is missing of this process's share, one after the other or many at once."""
+    from packed import is_packed, unpacked  # these know of benches
+    from stacked import retrain_stacked
+
     cli = bench.cli()
     keys = [sample.key for sample in bench.samples("shards")]
-    decoder = bench.settings.get("decoder")
-    study = study_of(cli, bench.folder / "study", bench.samples("queries"), decoder=decoder)
-    retrainer = Retrainer(lambda run: cli.build(run, keys), study[1], study[0])
-    retrainer.train(runs, share)
+    before = read_settings(bench.folder / "study")
+    study, measure = study_of(cli, bench.folder / "study", bench.samples("queries"), **measuring(bench))
+    # A study knows of its own files only.
+    if before is not None and is_packed(bench) and differences(json.loads(json.dumps(study.settings)), before):
+        raise InputError(
+            f"The models of {bench.folder} are of another recipe or other queries; remove its study first."
+        )
+    left = unpacked(bench, share.of(runs))
+    if how.together > 1:
+        retrain_stacked(bench, cli, study, left, how)
+    else:
+        Retrainer(lambda run: cli.build(run, keys), measure, study).train(left)
+
+
+def measuring(bench: Bench) -> dict[str, Any]:
+    """How models are measured."""
+    return {"decoder": bench.settings.get("decoder")}
 
 
 def main() -> None:
     """Run a step."""
     parser = bench_parser(__doc__)
-    parser.add_argument("step", choices=("base", "retrain", "removals"))
+    parser.add_argument("step", choices=("base", "retrain", "removals", "pack"))
     parser.add_argument("--methods", nargs="+", help="whose removals; those of bench.yaml by default")
     parser.add_argument("--index", type=int, default=0, help="which share of the models this process trains")
     parser.add_argument("--count", type=int, default=1, help="in how many shares they are dealt")
+    parser.add_argument("--together", type=int, default=16, help="how many are trained in one stack (stacked.py)")
+    parser.add_argument("--device", default="cpu", help="where stacks are trained")
+    parser.add_argument("--recorders", type=int, default=0, help="processes that draw what is random for stacks")
     arguments = parser.parse_args()
-    bench = Bench(arguments.bench)
+    bench, share = Bench(arguments.bench), Share(arguments.index, arguments.count)
+    from stacked import Stacks
+
+    how = Stacks(arguments.together, arguments.device, arguments.recorders)
     with quiet(steps=True):
         if arguments.step == "base":
             make_base(bench)
+        elif arguments.step == "pack":
+            from packed import pack
+
+            pack(bench)
         elif arguments.step == "retrain":
-            retrain(bench, bench.plan().runs(), Share(arguments.index, arguments.count))
+            retrain(bench, bench.plan().runs(), share, how)
         else:
             from judged import removal_runs  # which asks this module for the models that choose each method's settings
 
-            retrain(bench, removal_runs(bench, arguments.methods), Share(arguments.index, arguments.count))
+            runs = removal_runs(bench, arguments.methods)
+            retrain(bench, runs, share, how)
 
 
 if __name__ == "__main__":

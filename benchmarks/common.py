@@ -23,9 +23,11 @@ from torch import Tensor, nn
 SAMPLE = Path(str(files("lightning_unlearn.datamodules"))) / "sample"
 CONFIGS = Path(str(files("lightning_unlearn.configs")))
 PACKAGES = ("torch", "lightning", "diffusers", "webdataset", "pyarrow")
+# Where scores are taken: the same on any device, but for rounding. Costs are measured on a CPU.
+ACCELERATOR = os.environ.get("BENCH_ACCELERATOR", "cpu")
 # What every Trainer of a benchmark gets: nothing but the work itself.
 PLAIN: dict[str, Any] = {
-    "accelerator": "cpu",
+    "accelerator": ACCELERATOR,
     "logger": False,
     "enable_checkpointing": False,
     "enable_progress_bar": False,

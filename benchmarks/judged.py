@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from bench import Bench
 from methods import DEFAULT, DEFAULT_OF, DEFAULT_SETTING, METHODS, is_scored, read, read_costs
+from packed import open_study
 from torch import Tensor
 
 from lightning_unlearn.evaluation.floors import Floors
@@ -19,7 +20,7 @@ from lightning_unlearn.evaluation.judging import ceiling, datamodelling, kept_sa
 from lightning_unlearn.evaluation.plan import Plan
 from lightning_unlearn.evaluation.results import Removal, Value, value_of
 from lightning_unlearn.evaluation.runs import Run
-from lightning_unlearn.evaluation.study import Study, read_settings
+from lightning_unlearn.evaluation.study import Study
 from lightning_unlearn.metrics import (
     Comparison,
     linear_datamodelling_comparison,
@@ -54,7 +55,7 @@ class Row:
     raw: Value
     by_rank: Value
     behind: Value | None
-    costs: Mapping[str, float]
+    costs: Mapping[str, float] | None
     removals: Mapping[int, Removal | str]
 
 
@@ -111,7 +112,7 @@ class Half:
 def evidence(bench: Bench) -> tuple[Half, Half]:
     """The half that chooses settings, and the half that reports."""
     study, plan = open_study(bench), bench.plan()
-    report_queries, report_runs, choose_queries, choose_runs = halves(bench, plan)
+    (report_queries, choose_queries), (report_runs, choose_runs) = bench.queries, bench.subsets(plan)
     order = [query.key for query in bench.samples("queries")]
     return (
         half_of(study, plan, order, choose_queries, choose_runs),
@@ -124,20 +125,6 @@ def half_of(study: Study, plan: Plan, order: list[str], queries: list[str], runs
     return Half(order, queries, kept_samples(plan.keys, runs), torch.from_numpy(study.losses(runs, queries)))
 
 
-def halves(bench: Bench, plan: Plan) -> tuple[list[str], Sequence[Run], list[str], Sequence[Run]]:
-    """Queries and subset models that report, and those that choose settings; no other model ever chooses."""
-    queries = [query.key for query in bench.samples("queries")]
-    middle, choosing = len(queries) // 2, bench.settings["choosing_subsets"]
-    return queries[:middle], plan.subsets[choosing:], queries[middle:], plan.subsets[:choosing]
-
-
-def open_study(bench: Bench) -> Study:
-    """The bench's study as it is, whatever recipe this machine would make."""
-    settings = read_settings(bench.folder / "study")
-    assert settings is not None, "run bench.py retrain first"
-    return Study(bench.folder / "study", settings)
-
-
 def chosen_tables(
     bench: Bench, study: Study, plan: Plan, selection: str | None = None
 ) -> dict[str, tuple[str, dict[str, ScoreTable]]]:
@@ -145,7 +132,7 @@ def chosen_tables(
 
     The setting is that with the highest linear datamodelling score on the half of the evidence that chooses.
     """
-    _, _, queries, runs = halves(bench, plan)
+    queries, runs = bench.queries[1], bench.subsets(plan)[1]
     choosing = half_of(study, plan, queries, queries, runs)
     found = {}
     for method in METHODS:
@@ -182,7 +169,7 @@ def removals_of(bench: Bench, plan: Plan, methods: Sequence[str] | None = None) 
 def judge(bench: Bench) -> Page:
     """Everything that can be said of a bench now."""
     study, plain = open_study(bench), bench.plan()
-    report_queries, reporting, _, _ = halves(bench, plain)
+    report_queries, reporting = bench.queries[0], bench.subsets(plain)[0]
     report_runs = [run for run in reporting if study.is_finished(run)]
     chosen = chosen_tables(bench, study, plain)
     tables = {method: tables[setting] for method, (setting, tables) in chosen.items()}

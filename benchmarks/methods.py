@@ -3,8 +3,10 @@
     python benchmarks/methods.py digits           # scores of all methods that are not there yet
     python benchmarks/methods.py digits d_trak    # of some
 
-A method's scores under all of its settings with a selection of weights are one Parquet file; its costs stand in its
-metadata. Each runs in a process of its own, so that its peak memory is its own.
+    python benchmarks/methods.py digits --costs   # what each costs, into costs.json, on one thread of this machine
+
+A method's scores under all of its settings with a selection of weights are one Parquet file. Each runs in a process of
+its own, so that its peak memory is its own. BENCH_ACCELERATOR=gpu takes scores on a GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from bench import BENCHES, CHOSEN, FISHER_FILES, Bench, bench_parser, fisher_file, take_fisher
-from common import PLAIN, quiet
+from common import ACCELERATOR, PLAIN, quiet
 from lightning.pytorch import Trainer
 from torch import Tensor
 
@@ -47,8 +49,10 @@ from lightning_unlearn.datamodules import AttributionDataModule
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher import load_fisher
 from lightning_unlearn.module import UnlearningModule
+from lightning_unlearn.precision import ExactFloat32
 from lightning_unlearn.scores import ScoreTable
 from lightning_unlearn.scoring import Deviations
+from lightning_unlearn.shards import write_atomically
 from lightning_unlearn.strategies import Newton
 from lightning_unlearn.trainer_cli import TrainerCLI
 
@@ -68,6 +72,7 @@ BASELINE_SETTINGS: dict[str, dict[str, Baseline]] = {
         for steps in (False, True)
     },
     "influence": {f"damping {value:g}": Influence(value) for value in RIDGES},
+    "influence_ekfac": {f"damping {value:g}": Influence(value) for value in RIDGES},
     "trak": {f"ridge {value:g}": TRAK(value) for value in RIDGES},
     "journey_trak": {f"ridge {value:g}": JourneyTRAK(value) for value in RIDGES},
     "d_trak": {f"ridge {value:g}": DTRAK(value) for value in RIDGES},
@@ -81,7 +86,9 @@ METHODS = (*UNLEARNING, *BASELINE_SETTINGS)
 # The package's defaults: a method of one setting, for which nothing is chosen.
 DEFAULT, DEFAULT_OF, DEFAULT_SETTING = "default", "unlearning_ekfac", "rise 100%, ratio"
 WITHOUT_WEIGHTS = ("random", "pixel_similarity", "text_similarity")
-WITH_FISHER = {"influence": "diagonal"} | {name: kind for name, kind in UNLEARNING.items() if kind in FISHER_FILES}
+WITH_FISHER = {"influence": "diagonal", "influence_ekfac": "ekfac"} | {
+    name: kind for name, kind in UNLEARNING.items() if kind in FISHER_FILES
+}
 LABELS = {
     DEFAULT: "**unlearning with the defaults (ours)**",
     "unlearning_ekfac": "unlearning, EKFAC Fisher, tuned (ours)",
@@ -91,6 +98,7 @@ LABELS = {
     "text_similarity": "text similarity",
     "gradient_similarity": "gradient similarity (TracIn, ReTrac)",
     "influence": "influence function (diagonal Fisher)",
+    "influence_ekfac": "influence function (EKFAC Fisher)",
     "trak": "TRAK",
     "journey_trak": "Journey-TRAK",
     "d_trak": "D-TRAK",
@@ -99,6 +107,8 @@ LABELS = {
 }
 
 Scores = dict[str, Tensor]
+COSTS = "costs.json"
+COSTED = 10  # queries by whose costs one's is told
 
 
 def plain(method: str) -> str:
@@ -115,6 +125,8 @@ def config(bench: Bench, **settings: Any) -> tuple[UnlearningModule, Attribution
     cli = TrainerCLI("attribute", arguments, "Bench", None, **PLAIN)
     assert isinstance(cli.model, UnlearningModule)
     assert isinstance(cli.datamodule, AttributionDataModule)
+    if ACCELERATOR != "cpu":
+        cli.datamodule.batch_size = 256
     return cli.model, cli.datamodule
 
 
@@ -148,7 +160,7 @@ def unlearning_scores(bench: Bench, fisher: str, parameters: str, queries: int |
             continue
         keys = [key for prediction in predictions for key in prediction.batch.keys]
         for rule in rules.RULES:
-            rows = [rules.score(rule, prediction.base, prediction.unlearned) for prediction in predictions]
+            rows = [rules.score(rule, prediction.base, prediction.unlearned).cpu() for prediction in predictions]
             scores[f"rise {rise:.0%}, {rule}{SELECTIONS[parameters]}"] = torch.cat(rows)
     return scores, keys, 0
 
@@ -157,6 +169,8 @@ def baseline_scores(bench: Bench, name: str, parameters: str, queries: int | Non
     """Scores of a rival under all of its settings; gradients are computed once."""
     module, data = config(bench, parameters=parameters)
     data.setup("predict")
+    if ACCELERATOR != "cpu":
+        module.loss.to("cuda")
     chosen = data.queries if queries is None else data.queries[:queries]
     subject = Subject(
         loss=module.loss,
@@ -164,12 +178,14 @@ def baseline_scores(bench: Bench, name: str, parameters: str, queries: int | Non
         views=module.views,
         queries=chosen,
         batches=data.predict_dataloader,
-        fisher=load_fisher(fisher_file(bench, "diagonal", parameters)),
+        fisher=load_fisher(fisher_file(bench, WITH_FISHER.get(name, "diagonal"), parameters)),
         keep=True,
     )
-    scores = {
-        setting + SELECTIONS[parameters]: method.scores(subject) for setting, method in BASELINE_SETTINGS[name].items()
-    }
+    with ExactFloat32():
+        scores = {
+            setting + SELECTIONS[parameters]: method.scores(subject)
+            for setting, method in BASELINE_SETTINGS[name].items()
+        }
     keys = [key for batch in subject.batches() for key in batch.keys]
     # What a method keeps of the training images for later queries: their gradients, if it takes any.
     if name in WITHOUT_WEIGHTS:
@@ -199,21 +215,40 @@ def fisher_seconds(bench: Bench, kind: str, parameters: str) -> float:
         return time.process_time() - started
 
 
-def measure(bench: Bench, method: str, parameters: str, path: Path) -> None:
-    """Score all queries, and one alone to tell what each costs from what is done once; keep scores and costs."""
+def ready(bench: Bench, method: str, parameters: str) -> None:
+    """Do what is nobody's cost: imports, first reads, and a Fisher that training would have left."""
     quiet()
     torch.set_num_threads(1)
-    config(bench)  # imports and first reads are nobody's cost
+    config(bench)
     if method in WITH_FISHER:
         fisher_file(bench, WITH_FISHER[method], parameters)
+
+
+def keep_scores(bench: Bench, method: str, parameters: str) -> None:
+    """Score all queries under all settings."""
+    ready(bench, method, parameters)
+    scores, keys, _ = score(bench, method, parameters)
+    columns: dict[str, Any] = {"key": pa.array(keys, pa.string())}
+    for setting, values in scores.items():
+        for number in range(values.shape[1]):
+            columns[f"{setting}|query-{number:02d}"] = pa.array(values[:, number].float().contiguous().numpy())
+    path = files(bench, method)[parameters]
+    path.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        pq.write_table(pa.table(columns), Path(folder) / path.name, compression="zstd")
+        (Path(folder) / path.name).replace(path)
+
+
+def keep_costs(bench: Bench, method: str, parameters: str) -> None:
+    """Score some queries, and one alone to tell what each costs from what is done once."""
+    ready(bench, method, parameters)
     started = time.process_time()
     score(bench, method, parameters, 1)
     alone = time.process_time() - started
     started = time.process_time()
-    scores, keys, once = score(bench, method, parameters)
+    once = score(bench, method, parameters, COSTED)[2]
     together = time.process_time() - started
-    count = next(iter(scores.values())).shape[1]
-    each = max(0.0, (together - alone) / (count - 1))
+    each = max(0.0, (together - alone) / (COSTED - 1))
     # Settings of a baseline share what takes long; unlearning is done anew for each rise.
     anew = len(RISES) if method in UNLEARNING else 1
     before = max(0.0, alone - each) / anew
@@ -226,16 +261,16 @@ def measure(bench: Bench, method: str, parameters: str, path: Path) -> None:
         "bytes_once": once,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
-    columns: dict[str, Any] = {"key": pa.array(keys, pa.string())}
-    for setting, values in scores.items():
-        for number in range(count):
-            columns[f"{setting}|query-{number:02d}"] = pa.array(values[:, number].float().contiguous().numpy())
-    path.parent.mkdir(exist_ok=True)
-    table = pa.table(columns).replace_schema_metadata({"costs": json.dumps(costs)})
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        pq.write_table(table, Path(folder) / path.name)
-        (Path(folder) / path.name).replace(path)
-    print(f"{path.stem}: {costs}")
+    known = all_costs(bench) | {files(bench, method)[parameters].stem: costs}
+    content = json.dumps(known, indent=1, sort_keys=True)
+    write_atomically(bench.folder / "scores" / COSTS, content.encode() + b"\n")
+
+
+def all_costs(bench: Bench) -> dict[str, dict[str, float]]:
+    """What was measured of each method and selection of weights, by its file's name."""
+    path = bench.folder / "scores" / COSTS
+    found: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.is_file() else {}
+    return found
 
 
 def files(bench: Bench, method: str) -> dict[str, Path]:
@@ -278,28 +313,29 @@ def _tables(path: Path) -> dict[str, ScoreTable]:
     }
 
 
-def read_costs(bench: Bench, method: str, setting: str) -> dict[str, float]:
-    """What a method cost under one of its settings."""
+def read_costs(bench: Bench, method: str, setting: str) -> dict[str, float] | None:
+    """What a method cost under one of its settings, if that was measured."""
     selection = next(name for name in reversed(SELECTIONS) if setting.endswith(SELECTIONS[name]))
-    schema = pq.read_schema(files(bench, method)[selection])
-    costs: dict[str, float] = json.loads(schema.metadata[b"costs"])
-    return costs
+    return all_costs(bench).get(files(bench, method)[selection].stem)
 
 
 def main() -> None:
-    """Score with methods that have no scores yet."""
+    """Score with methods that have no scores yet, or measure costs."""
     parser = bench_parser(__doc__)
     parser.add_argument("methods", nargs="*", choices=[[], *METHODS], help="all by default")
+    parser.add_argument("--costs", action="store_true", help="measure costs, and keep no scores")
     parser.add_argument("--here", choices=SELECTIONS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     bench = Bench(arguments.bench)
+    work = keep_costs if arguments.costs else keep_scores
     for method in arguments.methods or METHODS:
         for selection, path in files(bench, method).items():
+            is_there = path.stem in all_costs(bench) if arguments.costs else path.is_file()
             if arguments.here == selection:
-                measure(bench, method, selection, path)
-            elif not arguments.here and (arguments.methods or not path.is_file()):
+                work(bench, method, selection)
+            elif not arguments.here and (arguments.methods or not is_there):
                 command = [sys.executable, __file__, bench.name, method, "--here", selection]
-                subprocess.run(command, check=True)
+                subprocess.run(command + ["--costs"] * arguments.costs, check=True)
 
 
 if __name__ == "__main__":

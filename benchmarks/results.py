@@ -116,6 +116,9 @@ def text(page: Page) -> str:
     ]
     for row in page.rows:
         costs = row.costs
+        if costs is None:
+            lines.append(f"| {LABELS[row.method]} | – | – | – | – |")
+            continue
         lines.append(
             f"| {LABELS[row.method]} | {costs['seconds_a_query']:.2f} | {costs['seconds_once']:.1f} | "
             f"{_bytes(costs['bytes_once'])} | {_bytes(costs['peak_bytes'])} |"

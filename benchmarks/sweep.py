@@ -19,9 +19,10 @@ from typing import Any, Literal
 import torch
 from bench import Bench, bench_parser
 from common import PLAIN, quiet
-from judged import Half, chosen_tables, evidence, open_study
+from judged import Half, chosen_tables, evidence
 from lightning.pytorch import Trainer
 from methods import config, fisher_source
+from packed import open_study
 from torch import Tensor, nn
 
 from lightning_unlearn import rules
@@ -166,7 +167,7 @@ def measured(bench: Bench, unlearned: Unlearned) -> Measured | str:
         return str(error)
     predictions: Any = trainer.predict(module, data)
     keys = [key for prediction in predictions for key in prediction.batch.keys]
-    values = torch.cat([torch.cat([prediction.base[None], prediction.unlearned]) for prediction in predictions], 1)
+    values = torch.cat([torch.cat([found.base[None], found.unlearned]).cpu() for found in predictions], 1)
     # One flip, one caption.
     found = Measured(values[:, :, 0, 0].float(), keys, calls / len(module.targets))
     torch.save(vars(found), path)
