@@ -126,7 +126,7 @@ def config(bench: Bench, **settings: Any) -> tuple[UnlearningModule, Attribution
     assert isinstance(cli.model, UnlearningModule)
     assert isinstance(cli.datamodule, AttributionDataModule)
     if ACCELERATOR != "cpu":
-        cli.datamodule.batch_size = 256
+        cli.datamodule.batch_size = cli.datamodule.draw_batch_size = 256
     return cli.model, cli.datamodule
 
 

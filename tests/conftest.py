@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+# A stopwatch would fail them on a busy machine.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 # Long ones first, so that at the end no worker waits for another's last file.
 LONG = (

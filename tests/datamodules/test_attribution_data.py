@@ -58,7 +58,7 @@ def test_each_sample_comes_once_in_batches_that_do_not_straddle_shards(
         assert all(batch.error is None for batch in own)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(sizes=st.lists(st.integers(1, 100), min_size=1, max_size=12), world_size=st.integers(1, 6))
 def test_every_shard_is_dealt_to_one_rank_and_ranks_get_as_many_give_or_take_one(
     sizes: list[int], world_size: int

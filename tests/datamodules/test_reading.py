@@ -132,7 +132,7 @@ def test_shard_that_is_cut_off_anywhere_never_just_looks_shorter(shard: Path, tm
             assert keys(path) == KEYS
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(place=st.integers(0, 20_000), flip=st.integers(1, 255))
 def test_damaged_shard_never_just_looks_shorter(shard: Path, place: int, flip: int) -> None:
     content = bytearray(shard.read_bytes())

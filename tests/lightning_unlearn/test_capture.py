@@ -60,7 +60,7 @@ def check_layer(layer: nn.Module, inputs: Tensor) -> None:
     bias=st.booleans(),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_linear_of_any_shape_gives_each_samples_gradient(
     batch: int, positions: list[int], features: tuple[int, int], bias: bool, seed: int
 ) -> None:
@@ -81,7 +81,7 @@ PAIR = st.tuples(st.integers(1, 3), st.integers(1, 3))
     bias=st.booleans(),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_convolution_of_any_stride_padding_and_dilation_gives_each_samples_gradient(
     batch: int, channels: tuple[int, int], bias: bool, seed: int, **geometry: tuple[int, int]
 ) -> None:

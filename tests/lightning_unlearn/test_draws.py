@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from attribution_runs import decoded
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from toys import LATENT, toy_fields
 
@@ -26,7 +26,6 @@ def dealt(first: int, total: int, world_size: int, batch_size: int, captions: in
     return [draw_batches(sample, 3, first, total, rank, world_size, batch_size) for rank in range(world_size)]
 
 
-@settings(deadline=None)
 @given(**CASES)
 def test_every_draw_of_a_step_counts_once_over_all_ranks(**case: int) -> None:
     ranks = dealt(**case)
@@ -42,7 +41,6 @@ def test_every_draw_of_a_step_counts_once_over_all_ranks(**case: int) -> None:
     assert set(weights.tolist()) <= {0.0, 1.0}
 
 
-@settings(deadline=None)
 @given(**CASES)
 def test_every_rank_has_as_many_batches_of_the_same_sizes(**case: int) -> None:
     sizes = [[len(batch.numbers) for batch in batches] for batches in dealt(**case)]
@@ -51,7 +49,6 @@ def test_every_rank_has_as_many_batches_of_the_same_sizes(**case: int) -> None:
     assert len(sizes[0]) == math.ceil(math.ceil(case["total"] / case["world_size"]) / case["batch_size"])
 
 
-@settings(deadline=None)
 @given(**CASES)
 def test_a_draw_takes_the_caption_of_its_number_whoever_has_it(**case: int) -> None:
     sample = decoded(toy_fields(0, case["captions"]))
@@ -64,7 +61,6 @@ def test_a_draw_takes_the_caption_of_its_number_whoever_has_it(**case: int) -> N
                 assert torch.equal(batch.latents[row], sample.latent)
 
 
-@settings(deadline=None)
 @given(total=st.integers(1, 50), step=st.integers(0, 3), length=st.integers(1, 1000), seed=st.integers(0, 100))
 def test_the_draws_of_a_step_are_one_in_each_stratum_of_the_schedule(
     total: int, step: int, length: int, seed: int
@@ -77,7 +73,6 @@ def test_the_draws_of_a_step_are_one_in_each_stratum_of_the_schedule(
         assert math.floor(start - 1e-6) <= timestep <= math.ceil(end + 1e-6) - 1
 
 
-@settings(deadline=None)
 @given(numbers=st.lists(st.integers(0, 40), min_size=1, max_size=6))
 def test_a_draw_is_keyed_by_its_number_alone(numbers: list[int]) -> None:
     every, noise = draw_for_target("unlearning", 1, "key", range(41), 20, 1000, (2, 2))

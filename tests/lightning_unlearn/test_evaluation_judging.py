@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from evaluation_toys import KEYS, QUERIES, finish
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -88,7 +88,7 @@ class Invented:
         return np.array([self.rows[run, measure][:queries] for run in runs])
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=8)
 @given(st.integers(0, 2**32 - 1), st.booleans())
 def test_results_are_those_of_the_slow_versions(seed: int, tied: bool) -> None:
     rng = np.random.default_rng(seed)

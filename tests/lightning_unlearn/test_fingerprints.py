@@ -14,7 +14,7 @@ PARTS = st.lists(st.one_of(st.text(max_size=4), st.integers(-9, 9), st.floats(al
 
 
 @given(PARTS, PARTS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_digests_are_equal_only_for_equal_parts(
     first: list[str | int | float], second: list[str | int | float]
 ) -> None:
@@ -43,7 +43,7 @@ def test_seeds_and_digests_are_the_same_in_every_process_and_release() -> None:
 
 
 @given(PARTS)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_seed_fits_a_generator(parts: list[str | int | float]) -> None:
     assert 0 <= seed_of(*parts) < 2**63
 

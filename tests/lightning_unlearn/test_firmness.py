@@ -142,7 +142,7 @@ def test_quantiles_are_those_of_the_closed_forms() -> None:
     assert found == pytest.approx(expected, rel=1e-3)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     scores=arrays(np.float32, st.integers(1, 12), elements=st.integers(-4, 4).map(float)),
     seed=st.integers(0, 1000),

@@ -81,7 +81,7 @@ def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], rto
     inputs=st.integers(1, 4),
     chunk=st.sampled_from([1, 20, 4 * 2**20]),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_sums_are_squared_sample_gradients_for_any_shape_and_chunk(
     samples: int, positions: int, outputs: int, inputs: int, chunk: int
 ) -> None:

@@ -81,7 +81,7 @@ def slow_retrieval(scores: Sequence[float], relevant: Sequence[bool], top_k: int
 # ---------------------------------------------------------------------------------- ranks
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=45), st.randoms(use_true_random=False))
 def test_rank_correlation_with_ties_is_that_of_plain_loops(first: list[int], shuffler: random.Random) -> None:
     second = [value + shuffler.choice([0, 0, 1, -2]) for value in first]
@@ -139,7 +139,7 @@ def trial(
 sizes = st.tuples(st.integers(1, 12), st.integers(2, 12), st.integers(1, 4), st.integers(0, 10_000))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sizes)
 def test_score_is_that_of_plain_loops(size: tuple[int, int, int, int]) -> None:
     scores, kept, outcomes = trial(*size)
@@ -147,7 +147,7 @@ def test_score_is_that_of_plain_loops(size: tuple[int, int, int, int]) -> None:
     assert found.tolist() == pytest.approx(slow_score(scores, kept, outcomes), abs=1e-13)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(sizes, st.integers(-4, 4), st.integers(1, 9), st.randoms(use_true_random=False))
 def test_score_knows_order_only(
     size: tuple[int, int, int, int], constant: int, factor: int, shuffler: random.Random
@@ -241,7 +241,7 @@ def test_noise_ceiling_of_few_subsets_is_not_drawn_down_by_single_queries_and_it
 # ---------------------------------------------------------------------------------- change and retrieval
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(2, 8), st.integers(1, 4), st.integers(0, 1000))
 def test_change_and_its_standard_error_are_those_of_plain_loops(queries: int, references: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -262,7 +262,7 @@ def test_standard_error_of_one_query_is_not_known() -> None:
     assert math.isnan(metric.compute()["standard_error"])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 30), st.integers(1, 4), st.integers(1, 40), st.integers(0, 10_000))
 def test_retrieval_is_that_of_plain_loops_also_with_ties_and_negative_scores(
     samples: int, queries: int, top_k: int, seed: int

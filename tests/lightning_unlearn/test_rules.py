@@ -25,7 +25,7 @@ def losses(
     return base, unlearned, counts
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     sizes=st.tuples(st.integers(1, 4), st.integers(1, 2), st.integers(1, 2), st.integers(1, 3)),
     strata=st.integers(1, 5),

@@ -157,7 +157,7 @@ def test_archive_of_arrays_is_no_array() -> None:
         sample(0, **{"latent.npy": b"PK\x05\x06" + bytes(18)})  # an empty .npz
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.tuples(st.integers(0, 127), st.integers(0, 255)), max_size=4),
     st.one_of(st.none(), st.integers(0, 900)),

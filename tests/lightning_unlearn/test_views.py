@@ -35,7 +35,6 @@ def all_noise(views: Views, batch: SampleBatch) -> dict[tuple[str, int, int, int
     }
 
 
-@settings(deadline=None)
 @given(
     strata=st.integers(1, 40),
     noises=st.integers(1, 4),
@@ -55,7 +54,6 @@ def test_each_timestep_lies_in_its_stratum_of_the_range(
         assert math.floor(start - 1e-6) <= timestep <= min(math.ceil(start + width + 1e-6) - 1, length - 1)
 
 
-@settings(deadline=None)
 @given(length=st.integers(1, 200), seed=st.integers(0, 1000))
 def test_as_many_strata_as_timesteps_take_each_timestep_once(length: int, seed: int) -> None:
     assert Views(length, seed=seed).draw_timesteps(length).tolist() == list(range(length))
@@ -201,7 +199,7 @@ def test_views_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
         Views(**wrong)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.data())
 def test_settings_tell_views_apart(data: st.DataObject) -> None:
     choice = st.builds(
