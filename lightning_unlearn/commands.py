@@ -83,6 +83,8 @@ def attribute(arguments: list[str]) -> None:
         output, race = Path(cli.config.output), cli.config_init["race"]
         if race is not None:
             check_race(race, module, data, output)
+            if cli.config.keep_deviations:
+                raise InputError("A race's table has scores of few and of all views; leave keep_deviations out.")
         make_folder(output)
         # Before the progress bar, so that a folder of another run is refused and the step announced before it is drawn.
         writer = ScoreWriter(

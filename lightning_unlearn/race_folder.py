@@ -69,6 +69,8 @@ class RaceFolder:
         self.views = views_of(self.first.run)
         if self.views.every == 1:
             raise InputError(f"{folder / FIRST} was scored by all views, so that nothing is left to race for.")
+        if race.views != self.views.draws:
+            raise InputError(f"{folder / FIRST} was scored on {self.views.draws} draws, not on {race.views}.")
         if race.judges and "deviations" not in self.first.run["fingerprints"]["columns"]:
             raise InputError(
                 f"{folder / FIRST} keeps no deviations, from which a race tells how scores scatter; score it again "

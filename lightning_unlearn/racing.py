@@ -190,7 +190,8 @@ def contenders(race: Race, scores: Numbers, uppers: Numbers, leading: Flags, lea
     room = max(0, race.capacity(len(scores)) - int(leading.sum()))
     if chosen.sum() > room:
         # How far each is from the score to reach, in units of its own reach; the smallest over its queries counts.
-        distances = ((least - scores) / np.maximum(uppers - scores, np.finfo(np.float64).tiny)).min(1)
+        with np.errstate(over="ignore"):  # some have no reach
+            distances = ((least - scores) / np.maximum(uppers - scores, np.finfo(np.float64).tiny)).min(1)
         rows = np.flatnonzero(chosen)
         chosen[rows[np.argsort(distances[rows], kind="stable")[room:]]] = False
     return chosen
