@@ -54,6 +54,9 @@ def attribute(arguments: list[str]) -> None:
 
     Args:
         arguments: Options.
+
+    Raises:
+        InputError: If options contradict each other.
     """
 
     def options(parser: LightningArgumentParser) -> None:
