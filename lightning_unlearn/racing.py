@@ -123,7 +123,8 @@ def places(scores: Numbers) -> NDArray[np.intp]:
         ``(N,)``, 0 for whoever leads a query.
     """
     order = np.argsort(-scores, axis=0, kind="stable")
-    return np.argsort(order, axis=0, kind="stable").min(1)
+    best: NDArray[np.intp] = np.argsort(order, axis=0, kind="stable").min(1)
+    return best
 
 
 def leaders(race: Race, scores: Numbers) -> Flags:
@@ -156,7 +157,8 @@ def thresholds(race: Race, finished: Numbers) -> Numbers:
     """
     if len(finished) < race.top:
         return np.full(finished.shape[1], -np.inf)
-    return -np.sort(-finished, axis=0)[race.top - 1]
+    least: Numbers = -np.sort(-finished, axis=0)[race.top - 1]
+    return least
 
 
 def in_reach(uppers: Numbers, least: Numbers) -> Flags:
@@ -169,8 +171,7 @@ def in_reach(uppers: Numbers, least: Numbers) -> Flags:
     Returns:
         ``(N,)``.
     """
-    reached: Flags = (uppers >= least).any(1)
-    return reached
+    return np.asarray((uppers >= least).any(1), dtype=np.bool_)
 
 
 def contenders(race: Race, scores: Numbers, uppers: Numbers, leading: Flags, least: Numbers) -> Flags:
