@@ -17,6 +17,7 @@ from torchmetrics.functional import spearman_corrcoef
 from typing_extensions import override
 
 from lightning_unlearn.errors import InputError
+from lightning_unlearn.fingerprints import digest
 from lightning_unlearn.firmness import groups_of_draws
 from lightning_unlearn.module import UnlearningModule
 from lightning_unlearn.rules import FLIPS, RULES, Reduced, joined, reduce_losses, score
@@ -119,6 +120,9 @@ class ScoreWriter(Callback):
             "columns": self._columns(pl_module),
             "precision": str(trainer.precision),
         }
+        keys = getattr(getattr(trainer, "datamodule", None), "keys", None)
+        if keys is not None:  # a shard of another selection is another table
+            fingerprints["keys"] = digest(*sorted(keys))
         self._run = run_digest(fingerprints)
         earlier = earlier_run(self.folder, fingerprints)
         # What an earlier run noted of this rank's shards.
@@ -132,7 +136,7 @@ class ScoreWriter(Callback):
     def _columns(self, pl_module: UnlearningModule) -> str:
         """What a score's columns are; in one table all files have the same."""
         views = pl_module.views
-        errors = ["errors"] if groups_of_draws(views.draws, views.noises) else []
+        errors = ["errors"] if groups_of_draws(views.draws, views.noises_scored) else []
         return ", ".join(["scores", *errors, *(["deviations"] if self.keep_deviations else [])])
 
     def _to_score(self, trainer: Trainer) -> list[str]:
@@ -182,7 +186,7 @@ class ScoreWriter(Callback):
         shard = self._open.setdefault(outputs.batch.shard, _Open())
         shard.failed = shard.failed or outputs.batch.error
         if shard.failed is None:
-            self._reduce(shard, outputs, pl_module.views.noises)
+            self._reduce(shard, outputs, pl_module.views.noises_scored)
         if outputs.batch.end_of_shard is not None and shard.failed is None:
             try:
                 self._finish(shard, outputs, pl_module.targets)

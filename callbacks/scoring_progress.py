@@ -63,6 +63,8 @@ class ScoringProgress(TQDMProgressBar):
         # The stream has no length: a finite number of batches is a limit that the Trainer was given.
         if not all(math.isinf(batches) for batches in self.trainer.num_predict_batches):
             return None
+        if getattr(self.trainer.datamodule, "keys", None) is not None:  # type: ignore[attr-defined]
+            return None
         counts = [shard.samples for shard in shards if shard.samples is not None]
         return sum(counts) if len(counts) == len(shards) else None
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from lightning_unlearn.datamodules.reading import read_fields, read_samples
+from lightning_unlearn.datamodules.reading import read_fields, read_keys, read_samples
 from lightning_unlearn.datamodules.real import RealSamples
 from lightning_unlearn.datamodules.scoring import ScoringStream, check_shapes
 from lightning_unlearn.datamodules.sources import list_shards
@@ -42,6 +42,7 @@ class AttributionDataModule(LightningDataModule):
             (``skip``).
         allow_pipe: Whether ``pipe:`` addresses, which run commands, are let through.
         multiprocessing_context: How workers start; the system's default if not given.
+        keys: Score these samples only: their keys, or a text file with one key a line.
 
     Raises:
         InputError: If a number is out of range.
@@ -60,6 +61,7 @@ class AttributionDataModule(LightningDataModule):
         on_bad_sample: Literal["error", "skip"] = "error",
         allow_pipe: bool = False,
         multiprocessing_context: Literal["fork", "spawn", "forkserver"] | None = None,
+        keys: str | list[str] | None = None,
     ) -> None:
         super().__init__()
         if min(draws, draw_batch_size, batch_size) < 1 or num_workers < 0:
@@ -75,6 +77,7 @@ class AttributionDataModule(LightningDataModule):
         self.on_bad_sample = on_bad_sample
         self.allow_pipe = allow_pipe
         self.multiprocessing_context = multiprocessing_context
+        self.keys = None if keys is None else read_keys(keys)
         self.queries: list[Sample] = []
         self.shards: list[ShardInfo] = []
         self._done: frozenset[str] = frozenset()
@@ -194,7 +197,7 @@ class AttributionDataModule(LightningDataModule):
         shards = self.shards_to_score()
         workers = min(self.num_workers, len(shards))
         return DataLoader(
-            ScoringStream(shards, self.batch_size, self.queries[0], self.on_bad_sample == "skip"),
+            ScoringStream(shards, self.batch_size, self.queries[0], self.on_bad_sample == "skip", self.keys),
             batch_size=None,
             num_workers=workers,
             multiprocessing_context=self.multiprocessing_context if workers else None,

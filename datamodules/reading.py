@@ -5,6 +5,7 @@ from __future__ import annotations
 import tarfile
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from typing_extensions import override
@@ -64,6 +65,28 @@ def read_samples(shard: ShardInfo, *, pictures: bool = False, masks: bool = Fals
     """
     for fields in read_fields(shard, pictures=pictures, masks=masks):
         yield decode_sample(fields)
+
+
+def read_keys(keys: str | list[str]) -> frozenset[str]:
+    """The keys of some samples.
+
+    Args:
+        keys: The keys, or a text file with one key a line.
+
+    Returns:
+        All of them.
+
+    Raises:
+        InputError: If there is no such file, or it holds none.
+    """
+    if not isinstance(keys, str):
+        return frozenset(keys)
+    if not Path(keys).is_file():
+        raise InputError(f"There is no list of keys at {keys}; give a text file with one key a line.")
+    found = frozenset(line.strip() for line in Path(keys).read_text().splitlines() if line.strip())
+    if not found:
+        raise InputError(f"The list of keys {keys} is empty; give a text file with one key a line.")
+    return found
 
 
 class _StrictTarInfo(tarfile.TarInfo):

@@ -23,13 +23,22 @@ class ScoringStream(IterableDataset[SampleBatch]):
         batch_size: Samples a batch.
         query: The samples must have its shapes.
         skip_bad: Whether a sample that can't be used is left out and counted, instead of failing its shard.
+        keys: If given, only samples with these keys, and a shard's count is of these.
     """
 
-    def __init__(self, shards: list[ShardInfo], batch_size: int, query: Sample, skip_bad: bool = False) -> None:
+    def __init__(
+        self,
+        shards: list[ShardInfo],
+        batch_size: int,
+        query: Sample,
+        skip_bad: bool = False,
+        keys: frozenset[str] | None = None,
+    ) -> None:
         self.shards = shards
         self.query = query
         self.batch_size = batch_size
         self.skip_bad = skip_bad
+        self.keys = keys
 
     def __iter__(self) -> Iterator[SampleBatch]:
         worker = get_worker_info()
@@ -44,6 +53,8 @@ class ScoringStream(IterableDataset[SampleBatch]):
         skipped = 0
         try:
             for fields in read_fields(shard):
+                if self.keys is not None and fields["__key__"] not in self.keys:
+                    continue
                 try:
                     sample = decode_sample(fields)
                     check_shapes(sample, self.query, shard.url)

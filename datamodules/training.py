@@ -5,14 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.filters import shuffle as shuffle_buffer
 
-from lightning_unlearn.datamodules.reading import read_fields
+from lightning_unlearn.datamodules.reading import read_fields, read_keys
 from lightning_unlearn.datamodules.sources import list_shards
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import seed_of
@@ -218,9 +217,7 @@ class TrainingDataModule(LightningDataModule):
             InputError: If the number of samples is unknown, or too few for one batch a rank.
         """
         shards = list_shards(self.shards, allow_pipe=self.allow_pipe)
-        keys = None
-        if self.keys is not None:
-            keys = _read_keys(self.keys) if isinstance(self.keys, str) else frozenset(self.keys)
+        keys = None if self.keys is None else read_keys(self.keys)
         total = self.samples_per_epoch or (len(keys) if keys is not None else None)
         if total is None:
             counts = [shard.samples for shard in shards if shard.samples is not None]
@@ -240,12 +237,3 @@ class TrainingDataModule(LightningDataModule):
             shards, rank, world_size, self.batch_size, steps, self.seed, keys, self.shuffle, self.cache
         )
         return _EpochLoader(DataLoader(stream, batch_size=None, num_workers=self.num_workers), stream, self)
-
-
-def _read_keys(path: str) -> frozenset[str]:
-    if not Path(path).is_file():
-        raise InputError(f"There is no list of keys at {path}; give a text file with one key a line.")
-    keys = frozenset(line.strip() for line in Path(path).read_text().splitlines() if line.strip())
-    if not keys:
-        raise InputError(f"The list of keys {path} is empty; give a text file with one key a line.")
-    return keys

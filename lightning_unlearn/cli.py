@@ -25,6 +25,7 @@ commands:
   fisher      take the Fisher of a trained model, by passes over its training shards
   baseline    score all training images by a rival method, e.g. --method DTRAK
   evaluate    train again without the images that methods name, and see whether the model can still make the picture
+  race        choose the samples that a race of several `predict`s goes on with, or write its table
   report      write the report of a finished run again
   prepare     images and captions, or ready latents and embeddings, to shards
 
@@ -38,6 +39,7 @@ COMMANDS = {
     "fisher": "fisher_command",
     "baseline": "baseline_command",
     "evaluate": "evaluate_command",
+    "race": "race_command",
     "report": "cli",
     "prepare": "cli",
 }
@@ -144,7 +146,7 @@ def report(arguments: list[str]) -> None:
     Args:
         arguments: Options.
     """
-    parser = _parser("report", "Write the report of a finished run again.")
+    parser = plain_parser("report", "Write the report of a finished run again.")
     parser.add_argument("--folder", type=str, default="attribution", help="The run's folder.")
     parser.add_argument("--top", type=int, default=12, help="How many images are shown for each query.")
     parser.add_argument("--allow_pipe", type=bool, default=False, help="Whether shards may be commands (`pipe:`).")
@@ -165,7 +167,7 @@ def prepare(arguments: list[str]) -> None:
     """
     from lightning_unlearn.preparation import prepare as run
 
-    parser = _parser("prepare", "Images and captions, or ready latents and embeddings, to shards.")
+    parser = plain_parser("prepare", "Images and captions, or ready latents and embeddings, to shards.")
     parser.add_function_arguments(run)
     config = parser.parse_args(arguments)
     config.pop("config", None)
@@ -173,7 +175,16 @@ def prepare(arguments: list[str]) -> None:
     print(f"{sum(shard.samples or 0 for shard in shards)} samples in {len(shards)} shards written to {config.output}.")
 
 
-def _parser(command: str, description: str) -> Any:
+def plain_parser(command: str, description: str) -> Any:
+    """The parser of a command that takes no LightningModule.
+
+    Args:
+        command: Its name.
+        description: What it does, for ``--help``.
+
+    Returns:
+        A jsonargparse parser.
+    """
     from jsonargparse import ArgumentParser
 
     from lightning_unlearn.usage import OneSentence

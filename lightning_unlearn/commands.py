@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_unlearn.callbacks import ScoreWriter
-from lightning_unlearn.command_parts import BARE, make_folder, many, say
+from lightning_unlearn.command_parts import BARE, make_folder, say
 from lightning_unlearn.datamodules import AttributionDataModule
 from lightning_unlearn.datamodules.reading import read_samples
 from lightning_unlearn.datamodules.sources import list_shards
@@ -20,11 +18,13 @@ from lightning_unlearn.errors import InputError
 from lightning_unlearn.loading import read_checkpoint
 from lightning_unlearn.module import UnlearningModule
 from lightning_unlearn.quiet import quiet
+from lightning_unlearn.race_command import RaceRun, check_race
+from lightning_unlearn.racing import Race
 from lightning_unlearn.rules import RULES
 from lightning_unlearn.samples import Sample
-from lightning_unlearn.scores import FAILED, SCORES, is_scored, read_run, read_scores
-from lightning_unlearn.shards import ShardInfo, shard_id
-from lightning_unlearn.targets import targets_of
+from lightning_unlearn.scores import read_scores
+from lightning_unlearn.scoring_words import Announcer, targets_in_words, wait_for_scores
+from lightning_unlearn.shards import shard_id
 from lightning_unlearn.trainer_cli import TrainerCLI, one_sentence
 
 
@@ -54,6 +54,9 @@ def attribute(arguments: list[str]) -> None:
 
     Args:
         arguments: Options.
+
+    Raises:
+        InputError: If options contradict each other.
     """
 
     def options(parser: LightningArgumentParser) -> None:
@@ -69,6 +72,9 @@ def attribute(arguments: list[str]) -> None:
         parser.add_argument(
             "--keep_deviations", type=bool, default=False, help="Keep the rule's value at each flip and draw as well."
         )
+        parser.add_argument(
+            "--race", type=Race | None, default=None, help="Few views of all images, all views of the contenders alone."
+        )
         parser.add_argument("--top", type=int, default=12, help="How many images the report shows for each query.")
 
     description = (
@@ -77,20 +83,27 @@ def attribute(arguments: list[str]) -> None:
     with quiet(steps=True), one_sentence():
         cli = TrainerCLI("attribute", arguments, description, options, **BARE)
         module, data, trainer = attribution_parts(cli)
-        output = Path(cli.config.output)
+        output, race = Path(cli.config.output), cli.config_init["race"]
+        if race is not None:
+            check_race(race, module, data, output)
+            if cli.config.keep_deviations:
+                raise InputError("A race's table has scores of few and of all views; leave keep_deviations out.")
         make_folder(output)
         # Before the progress bar, so that a folder of another run is refused and the step announced before it is drawn.
         writer = ScoreWriter(
             str(output), cli.config.rule, data.on_bad_sample, cli.config.flips, cli.config.keep_deviations
         )
-        trainer.callbacks[:0] = [writer, _Announcer(output)]  # type: ignore[attr-defined]
+        trainer.callbacks[:0] = [writer, Announcer(output)]  # type: ignore[attr-defined]
         deltas = output / "deltas.ckpt"
         if not _is_unlearned(deltas, module, data, trainer):
             trainer.fit(module, data)
             _save(trainer, deltas)
-        trainer.predict(module, data, return_predictions=False, ckpt_path=str(deltas))
+        if race is not None:
+            RaceRun(race, module, data, trainer, output, deltas).run()
+        else:
+            trainer.predict(module, data, return_predictions=False, ckpt_path=str(deltas))
         if trainer.is_global_zero:
-            _wait_for_scores(output)
+            wait_for_scores(output)
             write_report(output, cli.config.top, allow_pipe=data.allow_pipe)
 
 
@@ -122,36 +135,6 @@ def _save(trainer: Trainer, path: Path) -> None:
     say(f"Deltas: {path}")
 
 
-class _Announcer(Callback):
-    """Says what a Trainer is about to do."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        say(f"Unlearning {_targets(data)} with {data.draws} draws each on {pl_module.device} …")
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        shards: list[ShardInfo] = trainer.datamodule.shards  # type: ignore[attr-defined]
-        left = [shard for shard in shards if not is_scored(self.folder, shard_id(shard.url), shard.version)]
-        if len(left) < len(shards):
-            say(f"{len(shards) - len(left)} of {many(len(shards), 'shard')} scored already, in {self.folder / SCORES}.")
-        if left:
-            counts = [shard.samples for shard in left if shard.samples is not None]
-            samples = f"{sum(counts)} samples in " if len(counts) == len(left) else ""
-            say(f"Scoring {samples}{many(len(left), 'shard')} on {pl_module.device} …")
-        elif trainer.progress_bar_callback is not None:
-            trainer.progress_bar_callback.disable()
-
-
-def _targets(data: AttributionDataModule) -> str:
-    queries = many(len(data.queries), "query", "queries")
-    if data.targets_by is None:
-        return queries
-    return f"{many(len(targets_of(data.queries, data.targets_by)), 'set')} of {queries}"
-
-
 def _is_unlearned(path: Path, module: UnlearningModule, data: AttributionDataModule, trainer: Trainer) -> bool:
     """Whether a checkpoint holds the deltas that this run would make."""
     if not path.is_file():
@@ -170,25 +153,8 @@ def _is_unlearned(path: Path, module: UnlearningModule, data: AttributionDataMod
             f"{path} was made with other {', '.join(differing)} than this run's; "
             "choose another --output, or remove that folder."
         )
-    say(f"{_targets(data)} unlearned already, in {path}.")
+    say(f"{targets_in_words(data)} unlearned already, in {path}.")
     return True
-
-
-def _wait_for_scores(folder: Path) -> None:
-    """Other processes may still write; there is no barrier after predict, so that a slow one times nobody out."""
-    run = read_run(folder)
-    assert run is not None
-    waiting = {shard: info["version"] for shard, info in run["shards"].items()}
-    said = False
-    while waiting := {
-        shard: version
-        for shard, version in waiting.items()
-        if not is_scored(folder, shard, version) and not (folder / FAILED / f"{shard}.json").is_file()
-    }:
-        if not said:
-            say("Waiting for the scores of other processes …")
-            said = True
-        time.sleep(0.5)
 
 
 def write_report(folder: Path, top: int, *, allow_pipe: bool = False) -> None:

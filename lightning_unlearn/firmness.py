@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 COVERAGE = 0.95
+# What lies beyond either end of such an interval.
+TAIL = (1 - COVERAGE) / 2
 # Beyond so many degrees of freedom, Student's t is normal to three digits.
 MOST_DEGREES = 2000.0
 
@@ -100,33 +102,58 @@ def half_widths(values: Tensor, noises: int, flips: Literal["max", "mean"]) -> T
     return (student_quantile(degrees) * variance.sqrt()).mT
 
 
-def student_quantile(degrees: Tensor) -> Tensor:
-    """How many standard errors the 95 % interval reaches to either side.
+def upper_ends(values: Tensor, noises: int, flips: Literal["max", "mean"], tail: float) -> Tensor:
+    """How high scores could be: the upper end of an interval that is open below.
+
+    For the larger of both flips, each flip has an interval of its own with half of the tail, and the higher end counts.
+
+    Args:
+        values: ``(N, flips, draws)``, a rule's values averaged over captions.
+        noises: Draws in each stratum.
+        flips: Which of the flips is taken.
+        tail: The probability that what is estimated lies beyond the end, below a half.
+
+    Returns:
+        ``(N,)`` float64.
+    """
+    values = values.double()
+    sides = values.mean(-2, keepdim=True) if flips == "mean" else values  # (N, sides, draws)
+    variance, degrees = variance_of_mean(sides, groups_of_draws(values.shape[-1], noises))
+    reach = student_quantile(degrees, tail / sides.shape[-2]) * variance.sqrt()
+    return (sides.mean(-1) + reach).amax(-1)
+
+
+def student_quantile(degrees: Tensor, tail: float = TAIL) -> Tensor:
+    """How many standard errors an interval reaches to a side, by default the 95 % interval to either.
 
     Args:
         degrees: Of freedom, at least 1; of any shape.
+        tail: The probability beyond it, from 1e-9 to below a half.
 
     Returns:
-        The quantile of Student's t at 0.975, the same shape, float64, good to three digits.
+        The quantile of Student's t, the same shape, float64, good to three digits.
     """
-    inverses, quantiles = _quantiles()
-    found = np.interp(1 / degrees.double().numpy(), inverses, quantiles)
+    inverses, logarithms = _quantiles(tail)
+    found = np.exp(np.interp(1 / degrees.double().numpy(), inverses, logarithms))
     return torch.from_numpy(np.asarray(found))
 
 
 @functools.cache
-def _quantiles() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """A grid of ``1 / degrees``, in which quantiles are nearly straight, and the quantiles."""
+def _quantiles(tail: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """A grid of ``1 / degrees``, in which the logarithms of quantiles are nearly straight, and these."""
     # With t = √ν tan φ the density of Student's t is cos(φ)^(ν−1), which one can sum up.
     inverses = np.linspace(1 / MOST_DEGREES, 1, 200)
     quantiles = []
     for degrees in 1 / inverses:
         end = min(np.pi / 2, 12 / np.sqrt(degrees))  # beyond it there is nothing left
-        angles = np.linspace(0, end, 2001)
+        # Denser towards the end, where small tails are.
+        angles = end * (1 - np.linspace(1, 0, 2001) ** 2)
         # At the middles: for hardly more than one degree the density falls to zero in the last step.
-        below = np.concatenate([[0], np.cumsum(np.cos((angles[1:] + angles[:-1]) / 2) ** (degrees - 1))])
-        quantiles.append(np.sqrt(degrees) * np.tan(np.interp(COVERAGE, below / below[-1], angles)))
-    return inverses, np.asarray(quantiles)
+        parts = np.cos((angles[1:] + angles[:-1]) / 2) ** (degrees - 1) * np.diff(angles)
+        beyond = np.append(np.cumsum(parts[::-1])[::-1], 0)  # of an angle
+        at = np.interp(-2 * tail, -beyond / beyond[0], angles)
+        quantiles.append(np.sqrt(degrees) * np.tan(at))
+    return inverses, np.log(quantiles)
 
 
 def rank_ranges(scores: NDArray[Any], errors: NDArray[Any]) -> NDArray[np.intp]:

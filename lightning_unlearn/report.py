@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.figures import Floats, Picture, histogram, picture_of, power_of_ten
+from lightning_unlearn.race_folder import outcome
 from lightning_unlearn.samples import Sample
 from lightning_unlearn.scores import ScoreTable
 from lightning_unlearn.shards import write_atomically
@@ -63,6 +64,7 @@ class Ranked:
         picture: ``None`` if there is nothing to see.
         error: Half the width of the score's 95 % interval; ``None`` if the table has none.
         ranks: The lowest and the highest rank that the intervals leave open; ``None`` without them.
+        finished: Whether it was scored by all views; after a race, others were not.
     """
 
     rank: int
@@ -73,6 +75,7 @@ class Ranked:
     picture: Picture | None
     error: float | None = None
     ranks: tuple[int, int] | None = None
+    finished: bool = True
 
 
 def shown_queries(table: ScoreTable, target: str) -> list[str]:
@@ -148,10 +151,9 @@ def _render(
 ) -> str:
     from jinja2 import Environment, StrictUndefined
 
-    by_key = np.argsort(np.asarray(table.keys), kind="stable")  # so that ties come in the order of ScoreTable.top
     ends: list[tuple[Rows, Rows]] = []
-    for column in range(len(table.queries)):
-        order = by_key[np.argsort(-table.scores[by_key, column], kind="stable")]
+    for query in table.queries:
+        order = table.order(query)
         ends.append((order[:top].copy(), order[max(top, len(order) - bottom) :].copy()))
     samples = pictures(sorted({table.keys[row] for rows in ends for row in np.concatenate(rows)}))
     run = table.run
@@ -174,6 +176,7 @@ def _render(
         errors=table.errors is not None,
         shared=views.get("noise") == "shared",
         method=run.get("method", {}).get("method"),
+        race=outcome(run["race"], "set" if sets else "query") if "race" in run else None,
         run=run,
         settings={
             "Unlearning": dict(_flatten({name: unlearning[name] for name in unlearning if name != "objective"})),
@@ -258,6 +261,7 @@ def _ranked(
                 picture_of(sample),
                 None if table.errors is None else float(table.errors[row, column]),
                 None if ranges is None else (int(ranges[row, 0]), int(ranges[row, 1])),
+                table.finished is None or bool(table.finished[row]),
             )
         )
     return ranked

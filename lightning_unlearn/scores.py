@@ -3,7 +3,8 @@
 A run's folder holds ``run.json`` (settings, fingerprints, targets, shards) and ``scores/``, one Parquet file a shard,
 with the columns ``key``, ``shard``, ``base_loss`` and a score for each query under the query's key, prefixed with
 ``score:``. Where they are known, ``error:`` and the query's key is the half-width of the score's 95 % interval; where
-they are kept, ``deviations:`` and the query's key is a list with the rule's value at each flip and draw.
+they are kept, ``deviations:`` and the query's key is a list with the rule's value at each flip and draw. After a race
+(:mod:`~lightning_unlearn.racing`), ``finished`` says whether a row is of all views or of the first few.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ FAILED = "failed"
 PREFIX = "score:"
 ERRORS = "error:"
 DEVIATIONS = "deviations:"
+FINISHED = "finished"
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class ScoreTable:
         run: The content of ``run.json``.
         errors: ``(N, Q)`` float32 half-widths of the scores' 95 % intervals
             (:func:`~lightning_unlearn.firmness.half_widths`); ``None`` where the table has none.
+        finished: ``(N,)`` which samples were scored by all views, after a race; the others' scores are those by its
+            first few views. ``None`` where all samples were scored alike.
     """
 
     keys: list[str]
@@ -58,6 +62,25 @@ class ScoreTable:
     base_losses: np.ndarray[Any, np.dtype[np.float32]]
     run: dict[str, Any]
     errors: np.ndarray[Any, np.dtype[np.float32]] | None = None
+    finished: NDArray[np.bool_] | None = None
+
+    def order(self, query: str) -> NDArray[np.intp]:
+        """The samples from the most to the least influential for a query; ties in the order of their keys.
+
+        After a race, as many as it was to find come first out of those that it finished.
+
+        Args:
+            query: Its key.
+
+        Returns:
+            ``(N,)`` rows.
+        """
+        column = self.scores[:, self.queries.index(query)]
+        order = np.lexsort((np.asarray(self.keys), -column))
+        if self.finished is None:
+            return order
+        best = order[self.finished[order]][: self.run["race"]["top"]]
+        return np.concatenate([best, order[~np.isin(order, best)]])
 
     def top(self, query: str, k: int) -> list[tuple[str, float]]:
         """The most influential samples of a query; ties in the order of their keys.
@@ -70,11 +93,10 @@ class ScoreTable:
             Keys and scores, highest first.
         """
         column = self.scores[:, self.queries.index(query)]
-        order = np.lexsort((np.asarray(self.keys), -column))[:k]
-        return [(self.keys[row], float(column[row])) for row in order]
+        return [(self.keys[row], float(column[row])) for row in self.order(query)[:k]]
 
     def rank(self, query: str, key: str) -> int:
-        """How many samples score higher for a query than a given one.
+        """How many samples score higher for a query than a given one; after a race, how many come before it.
 
         Args:
             query: The query's key.
@@ -83,8 +105,10 @@ class ScoreTable:
         Returns:
             0 for the most influential.
         """
-        column = self.scores[:, self.queries.index(query)]
-        return int((column > column[self.keys.index(key)]).sum())
+        column, row = self.scores[:, self.queries.index(query)], self.keys.index(key)
+        if self.finished is not None:
+            return int(np.flatnonzero(self.order(query) == row)[0])
+        return int((column > column[row]).sum())
 
     def rank_ranges(self, query: str) -> NDArray[np.intp]:
         """The ranks that each sample may have for a query, as far as the scores' 95 % intervals say.
@@ -128,6 +152,7 @@ def write_shard_scores(
     queries: Sequence[str],
     run: str,
     version: str = "",
+    finished: NDArray[np.bool_] | None = None,
 ) -> None:
     """Write one shard's scores, whole or not at all.
 
@@ -139,6 +164,7 @@ def write_shard_scores(
         queries: ``Q`` query keys.
         run: Digest of the run's fingerprints, kept in the file.
         version: Of the shard's content, kept in the file.
+        finished: ``(B,)`` which samples a race finished, if there was one.
 
     Raises:
         InputError: If the disk is full or the folder can't be written.
@@ -151,6 +177,8 @@ def write_shard_scores(
     for prefix, values in ((PREFIX, reduced.scores), (ERRORS, reduced.errors)):
         if values is not None:
             columns |= {prefix + query: _floats(values[:, number]) for number, query in enumerate(queries)}
+    if finished is not None:
+        columns[FINISHED] = pa.array(finished)
     if reduced.deviations is not None:
         for number, query in enumerate(queries):
             values = reduced.deviations[:, number].flatten(1)  # (B, flips · draws)
@@ -268,6 +296,7 @@ def read_scores(folder: str | Path, *, partial: bool = False) -> ScoreTable:
         base_losses=joined.column("base_loss").to_numpy()[order],
         run=run,
         errors=stacked(ERRORS) if ERRORS + queries[0] in joined.column_names else None,
+        finished=joined.column(FINISHED).to_numpy()[order] if FINISHED in joined.column_names else None,
     )
 
 

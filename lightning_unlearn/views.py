@@ -26,7 +26,7 @@ class View:
     Attributes:
         flip: 0, or 1 for the mirrored picture.
         caption: Number of the caption.
-        draw: Number of the (timestep, noise) pair.
+        draw: Number of the (timestep, noise) pair among those that are scored.
         rows: ``(b,)`` which samples of the batch have it.
         batch: Their latents and texts.
         timesteps: ``(b,)``.
@@ -54,6 +54,8 @@ class Views:
         captions: How many of a sample's captions are used, from the first; all by default.
         flips: Whether the mirrored picture is scored too.
         seed: Of all draws.
+        every: Of all these draws only each so manyth is scored, the middle one of each run of them: few of the very
+            views that all samples would have. It divides the number of draws.
 
     Raises:
         InputError: If a number is out of range.
@@ -66,6 +68,7 @@ class Views:
     captions: int | None = None
     flips: bool = False
     seed: int = 0
+    every: int = 1
 
     def __post_init__(self) -> None:
         low, high = self.timestep_range
@@ -81,19 +84,37 @@ class Views:
             )
         if self.noise not in ("shared", "per_sample"):
             raise InputError(f"noise must be 'shared' or 'per_sample', not {self.noise!r}.")
+        if self.every < 1 or self.timesteps * self.noises % self.every:
+            raise InputError(
+                f"Each {self.every}th of {self.timesteps * self.noises} draws can't be taken; choose an every that "
+                "divides them."
+            )
+
+    @property
+    def numbers(self) -> range:
+        """Which of all (timestep, noise) pairs of each caption and flip are scored."""
+        return range(self.every // 2, self.timesteps * self.noises, self.every)
 
     @property
     def draws(self) -> int:
-        """(timestep, noise) pairs of each caption and flip."""
-        return self.timesteps * self.noises
+        """How many these are."""
+        return len(self.numbers)
+
+    @property
+    def noises_scored(self) -> int:
+        """Draws of each stratum that are scored, where all have the same number; 1 where they have not."""
+        return 1 if self.noises % self.every else self.noises // self.every
 
     def settings(self) -> dict[str, Any]:
         """The views as JSON, for fingerprints.
 
         Returns:
-            All fields.
+            All fields; ``every`` only where it leaves draws out, as tables of all draws have always been without it.
         """
-        return {**asdict(self), "timestep_range": list(self.timestep_range)}
+        settings = {**asdict(self), "timestep_range": list(self.timestep_range)}
+        if self.every == 1:
+            del settings["every"]
+        return settings
 
     def draw_timesteps(self, num_timesteps: int) -> Tensor:
         """The timestep of each draw: uniform in its stratum.
@@ -102,11 +123,13 @@ class Views:
             num_timesteps: Length of the training schedule.
 
         Returns:
-            ``(draws,)`` int64; draw ``d`` lies in stratum ``d // noises``.
+            ``(draws,)`` int64; draw ``d`` of all lies in stratum ``d // noises``.
         """
-        uniform = torch.rand(self.draws, generator=generator_for("scoring-timesteps", self.seed), dtype=torch.float64)
-        strata = torch.arange(self.draws) // self.noises
-        return place_timesteps((strata + uniform) / self.timesteps, self.timestep_range, num_timesteps)
+        whole = self.timesteps * self.noises
+        uniform = torch.rand(whole, generator=generator_for("scoring-timesteps", self.seed), dtype=torch.float64)
+        strata = torch.arange(whole) // self.noises
+        places = ((strata + uniform) / self.timesteps)[list(self.numbers)]
+        return place_timesteps(places, self.timestep_range, num_timesteps)
 
     def draw_noise(self, keys: Sequence[str], shape: Sequence[int], flip: int, caption: int, draw: int) -> Tensor:
         """The noise of one view.
@@ -116,7 +139,7 @@ class Views:
             shape: ``(C, H, W)``.
             flip: Of the view.
             caption: Of the view.
-            draw: Of the view.
+            draw: Of the view, its number among all.
 
         Returns:
             ``(B, C, H, W)`` float32 on the CPU.
@@ -157,8 +180,8 @@ class Views:
                     latents if every else latents[rows.to(latents.device)],
                     batch.text[:, caption] if every else batch.text[rows.to(latents.device), caption],
                 )
-                for draw in range(self.draws):
-                    noise = self.draw_noise(keys, latents.shape[1:], flip, caption, draw).to(latents)
+                for draw, number in enumerate(self.numbers):
+                    noise = self.draw_noise(keys, latents.shape[1:], flip, caption, number).to(latents)
                     yield View(flip, caption, draw, rows, views, timesteps[draw].expand(len(rows)), noise)
 
     def caption_slots(self, batch: SampleBatch) -> int:

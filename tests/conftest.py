@@ -14,6 +14,7 @@ LONG = (
     "test_distributed.py",
     "test_commands.py",
     "test_command_processes.py",
+    "test_race_runs.py",
     "test_evaluation_command.py",
     "test_strategies_penalised.py",
     "test_module.py",

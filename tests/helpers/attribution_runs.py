@@ -25,7 +25,10 @@ from lightning_unlearn.fisher import DiagonalFisher
 from lightning_unlearn.module import UnlearningModule
 from lightning_unlearn.objective import DenoisingObjective, Objective
 from lightning_unlearn.parameters import layer_parameters, layer_specs, select_layers
+from lightning_unlearn.race_command import RaceRun
+from lightning_unlearn.racing import Race
 from lightning_unlearn.samples import Sample, ViewBatch, decode_sample
+from lightning_unlearn.scoring_words import Announcer
 from lightning_unlearn.shards import encode_sample, write_shards
 from lightning_unlearn.strategies import STRATEGIES, Strategy
 from lightning_unlearn.views import Views
@@ -186,13 +189,15 @@ class PartlyUsed(ToyDenoiser):
 
     def __init__(self) -> None:
         super().__init__()
-        self.unused = nn.Linear(2, 2)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.unused = nn.Linear(2, 2)
 
 
-def partly_used_module(strategy: Strategy | None = None) -> UnlearningModule:
+def partly_used_module(strategy: Strategy | None = None, views: Views | None = None) -> UnlearningModule:
     """A module that also unlearns a layer that no loss depends on."""
     network = PartlyUsed()
-    return UnlearningModule(network, ToyObjective(), random_fisher(network, "all"), "all", strategy=strategy)
+    return UnlearningModule(network, ToyObjective(), random_fisher(network, "all"), "all", strategy, views)
 
 
 def toy_data(folder: Path, shards: str = "train", queries: str = "queries", **settings: Any) -> AttributionDataModule:
@@ -233,6 +238,20 @@ def data_folder(data: AttributionDataModule) -> Path:
     return Path(str(data.query_patterns)).parent
 
 
+def race(
+    module: UnlearningModule,
+    data: AttributionDataModule,
+    out: Path,
+    deltas: Path,
+    settings: Mapping[str, Any],
+    *callbacks: Callback,
+    **of_trainer: Any,
+) -> None:
+    """Run a race of these settings."""
+    found = trainer(data_folder(data), ScoreWriter(str(out)), Announcer(out), *callbacks, **of_trainer)
+    RaceRun(Race(**settings), module, data, found, out, deltas).run()
+
+
 class Stall(Callback):
     """Stops for good once some shards are written, so that the process can be killed there."""
 
@@ -266,6 +285,9 @@ def run_jobs(jobs: list[dict[str, Any]], settings: dict[str, Any]) -> None:
             unlearn(module, data, out / "deltas.ckpt", **settings)
             assert module.deltas is not None
             seen = {"deltas": tensors_digest(module.deltas.named()), "results": module.results}
+        elif job["kind"] == "race":
+            module.views = Views(**job["views"])
+            race(module, data, out, Path(job["deltas"]), job["race"], **settings)
         else:
             callbacks = [Stall(out, job["stall"])] if "stall" in job else []
             writer = score(module, data, out, Path(job["deltas"]), *callbacks, **settings)
