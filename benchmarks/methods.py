@@ -84,7 +84,7 @@ UNLEARNING = {"unlearning_ekfac": "ekfac", "unlearning": "diagonal", "gradient_a
 DAMPING = {"ekfac": 0.001, "diagonal": 0.1, "identity": 0.1}
 METHODS = (*UNLEARNING, *BASELINE_SETTINGS)
 # The package's defaults: a method of one setting, for which nothing is chosen.
-DEFAULT, DEFAULT_OF, DEFAULT_SETTING = "default", "unlearning_ekfac", "rise 100%, ratio"
+DEFAULT, DEFAULT_OF, DEFAULT_SETTING = "default", "unlearning_ekfac", "rise 100%, difference"
 WITHOUT_WEIGHTS = ("random", "pixel_similarity", "text_similarity")
 WITH_FISHER = {"influence": "diagonal", "influence_ekfac": "ekfac"} | {
     name: kind for name, kind in UNLEARNING.items() if kind in FISHER_FILES
