@@ -41,14 +41,12 @@ from methods import (
 
 from lightning_unlearn import rules
 from lightning_unlearn.baselines import Subject
-from lightning_unlearn.deltas import DeltaStore
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.evaluation.customised import Customising, customise
+from lightning_unlearn.evaluation.customised import Customising, customise, undone
 from lightning_unlearn.fisher import load_fisher
 from lightning_unlearn.metrics import exemplar_retrieval
 from lightning_unlearn.module import UnlearningModule
 from lightning_unlearn.objective import DenoisingObjective
-from lightning_unlearn.parameters import layer_parameters
 from lightning_unlearn.quiet import quiet
 from lightning_unlearn.samples import Sample, collate_samples
 from lightning_unlearn.scoring import measure_losses
@@ -96,10 +94,7 @@ def unlearn(bench: Bench, fisher: str, size: str, weights: Any, folder: Path) ->
 
 def undo(module: UnlearningModule, before: dict[str, torch.Tensor], subject: Subject) -> dict[str, torch.Tensor]:
     """Scores of customising undone, by rule: the delta leads back to the weights before, the same for all queries."""
-    parameters = layer_parameters(module.layers)
-    deltas = DeltaStore(parameters, ["before"])
-    for name, stacked in deltas.named().items():
-        stacked.detach()[0] = before[name] - parameters[name].detach()
+    deltas = undone(module.network, module.layers, before)
     with torch.inference_mode():
         losses = torch.cat(
             [
