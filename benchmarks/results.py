@@ -175,8 +175,8 @@ def tuned(found: Sequence[dict[str, Any]]) -> list[str]:
         f"second concept ({len(choosing)}), and reported on the other half ({len(reporting)}), with the choosing half "
         "beside it; methods that are not in this table were not tried again. Which rises were worth trying, and to "
         "undo customising, was found by looking at concepts of both halves ([README.md](README.md)). Customising "
-        "undone takes no query: it gives all pictures of a model the same list, and this question, in which all pictures "
-        f"of a model have the same answer, can't tell that from attribution of a picture.{waiting}",
+        "undone takes no query: it gives all pictures of a model the same list, and this question, in which all "
+        f"pictures of a model have the same answer, can't tell that from attribution of a picture.{waiting}",
         "",
         "| method | tried | setting | mAP, choosing half | mAP, reporting half | recall@1 | recall@3 | recall@10 | "
         "mAP less pixel similarity's, reporting half |",
