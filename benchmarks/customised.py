@@ -5,6 +5,11 @@
 Each model is the bench's, fine-tuned on three exemplars of a concept (see lightning_unlearn.evaluation.customised); it
 generates pictures, and each method, under the setting that the bench chose for it, ranks all training pictures and the
 exemplars of all concepts for them. All of them carry one neutral caption, so that the new token gives nothing away.
+
+Those settings were chosen by other evidence, on a model that was not customised. So some methods are tried under all of
+their settings here, too; results.py chooses one on every second concept and reports it on the others. One of them is
+customising undone: the losses of all candidates under the model as it was before, against those under the customised
+model, in the place of a query's unlearning. It needs no query, and says the same of all pictures of a model.
 """
 
 from __future__ import annotations
@@ -21,20 +26,40 @@ from bench import BENCHES, CHOSEN, Bench, fisher_file
 from common import PLAIN
 from judged import chosen_settings
 from lightning.pytorch import Trainer
-from methods import DAMPING, DEFAULT, DEFAULT_OF, RISES, UNLEARNING, baseline_of, config, fisher_source, fit_and_predict
+from methods import (
+    BASELINE_SETTINGS,
+    DAMPING,
+    DEFAULT,
+    DEFAULT_OF,
+    UNDONE,
+    UNLEARNING,
+    baseline_of,
+    config,
+    fisher_source,
+    fit_and_predict,
+)
 
 from lightning_unlearn import rules
 from lightning_unlearn.baselines import Subject
-from lightning_unlearn.evaluation.customised import Customising, customise
+from lightning_unlearn.errors import InputError
+from lightning_unlearn.evaluation.customised import Customising, customise, undone
 from lightning_unlearn.fisher import load_fisher
 from lightning_unlearn.metrics import exemplar_retrieval
+from lightning_unlearn.module import UnlearningModule
 from lightning_unlearn.objective import DenoisingObjective
 from lightning_unlearn.quiet import quiet
 from lightning_unlearn.samples import Sample, collate_samples
+from lightning_unlearn.scoring import measure_losses
 from lightning_unlearn.shards import encode_sample, write_atomically, write_shards
 from lightning_unlearn.strategies import Newton
 
 TOP = (1, 3, 10)
+# Which methods are tried under which settings of their own here.
+TRIED: dict[str, list[str]] = {
+    "unlearning_ekfac": [f"rise {rise}, {rule}" for rise in ("300%", "600%") for rule in rules.RULES],
+    UNDONE: list(rules.RULES),
+    **{method: list(BASELINE_SETTINGS[method]) for method in ("pixel_similarity", "d_trak")},
+}
 
 
 def candidates_for(samples: list[Sample], concepts: dict[str, list[Sample]]) -> list[Sample]:
@@ -55,22 +80,47 @@ def nearest(picture: Sample, candidates: list[Sample]) -> str:
     return candidates[int(distances.argmin())].key
 
 
-def unlearn(bench: Bench, fisher: str, setting: str, weights: Any, folder: Path) -> torch.Tensor:
-    """Scores of unlearning under a setting, by Lightning's fit and predict."""
+def unlearn(bench: Bench, fisher: str, size: str, weights: Any, folder: Path) -> dict[str, torch.Tensor]:
+    """Scores of unlearning by a rise, by rule; by Lightning's fit and predict."""
     module, data = config(bench, fisher=fisher_source(bench, fisher), damping=DAMPING[fisher])
     module.network.load_state_dict(weights)
-    rise, rule = next((rise, rule) for rise in RISES for rule in rules.RULES if setting == f"rise {rise:.0%}, {rule}")
-    module.strategy = Newton(target_increase=rise)
+    module.strategy = Newton(target_increase=float(size.removeprefix("rise ").removesuffix("%")) / 100)
     data.shard_patterns, data.query_patterns = str(folder / "candidates"), str(folder / "queries")
-    return torch.cat([rules.score(rule, found.base, found.unlearned) for found in fit_and_predict(module, data)])
+    predicted = fit_and_predict(module, data)
+    return {
+        rule: torch.cat([rules.score(rule, found.base, found.unlearned) for found in predicted]) for rule in rules.RULES
+    }
 
 
-def judge(bench: Bench, concept: str, concepts: dict[str, list[Sample]], settings: dict[str, str]) -> dict[str, Any]:
-    """Customise a model and see where each method ranks the exemplars."""
+def undo(module: UnlearningModule, before: dict[str, torch.Tensor], subject: Subject) -> dict[str, torch.Tensor]:
+    """Scores of customising undone, by rule: the delta leads back to the weights before, the same for all queries."""
+    deltas = undone(module.network, module.layers, before)
+    with torch.inference_mode():
+        losses = torch.cat(
+            [
+                measure_losses(subject.loss, subject.layers, deltas, subject.views, batch, module.device)
+                for batch in subject.batches()
+            ],
+            1,
+        )
+    return {
+        rule: rules.score(rule, losses[0], losses[1:]).expand(-1, len(subject.queries)).clone() for rule in rules.RULES
+    }
+
+
+def judge(
+    bench: Bench,
+    concept: str,
+    concepts: dict[str, list[Sample]],
+    settings: dict[str, str],
+    tried: dict[str, list[str]],
+) -> dict[str, Any]:
+    """Customise a model and see where each method ranks the exemplars, by its setting and by those that are tried."""
     exemplars = concepts[concept]
     module, _ = config(bench)
     assert isinstance(module.objective, DenoisingObjective)
     samples = bench.samples("shards")
+    before = {name: weight.clone() for name, weight in module.network.state_dict().items()}
     trainer = Trainer(**{**PLAIN, "devices": 1})
     how = Customising(sampling_steps=bench.settings["sampling_steps"], **bench.settings["customising"])
     made = customise(module.network, module.objective, exemplars, samples, trainer, how, concept)
@@ -82,6 +132,7 @@ def judge(bench: Bench, concept: str, concepts: dict[str, list[Sample]], setting
         "loss_after": made.loss_after,
         "exemplar_nearest": sum(nearest(picture, candidates) in own for picture in made.queries) / len(made.queries),
         "methods": {},
+        "tried": {},
     }
     for layer in module.layers.values():
         layer.requires_grad_(False)
@@ -100,18 +151,35 @@ def judge(bench: Bench, concept: str, concepts: dict[str, list[Sample]], setting
             fields = [encode_sample(s.key, s.latent.numpy(), s.text.numpy(), s.metadata) for s in chosen]
             write_shards(fields, folder / part)
         known: dict[tuple[str, str], torch.Tensor] = {}  # the defaults may be what was chosen, too
-        for method, setting in settings.items():
+
+        def scores_of(method: str, setting: str) -> torch.Tensor:
             kind = DEFAULT_OF if method == DEFAULT else method
             if (kind, setting) not in known:
-                known[kind, setting] = (
-                    unlearn(bench, UNLEARNING[kind], setting, made.weights, folder)
-                    if kind in UNLEARNING
-                    else baseline_of(method, setting).scores(subject)
-                )
-            scores = known[kind, setting]
+                if kind == UNDONE:
+                    known.update({(kind, rule): scores for rule, scores in undo(module, before, subject).items()})
+                elif kind in UNLEARNING:
+                    size = setting.split(",")[0]
+                    by_rule = unlearn(bench, UNLEARNING[kind], size, made.weights, folder)
+                    known.update({(kind, f"{size}, {rule}"): scores for rule, scores in by_rule.items()})
+                else:
+                    known[kind, setting] = baseline_of(method, setting).scores(subject)
+            return known[kind, setting]
+
+        def measured(scores: torch.Tensor) -> dict[str, float]:
             relevant = torch.tensor([[key in own] for key in keys]).expand(-1, scores.shape[1])
             values = exemplar_retrieval(scores, relevant, TOP)
-            found["methods"][method] = {name: round(float(value.mean()), 6) for name, value in values.items()}
+            return {name: round(float(value.mean()), 6) for name, value in values.items()}
+
+        for method, setting in settings.items():
+            found["methods"][method] = measured(scores_of(method, setting))
+        for method, chosen_from in tried.items():
+            found["tried"][method] = {}
+            for setting in chosen_from:
+                try:
+                    found["tried"][method][setting] = measured(scores_of(method, setting))
+                except InputError as error:  # a rise that this query's step does not reach
+                    print(f"{concept}, {method}, {setting}: {error}")
+                    found["tried"][method][setting] = None
     return found
 
 
@@ -132,14 +200,17 @@ def main() -> None:
     for concept in sorted(concepts)[arguments.index :: arguments.count]:
         path = bench.folder / "customised" / f"{concept}.json"
         known = json.loads(path.read_text()) if path.is_file() else {"settings": {}, "methods": {}}
+        tried = known.get("tried", {})
+        untried = {method: names for method, names in TRIED.items() if set(names) - set(tried.get(method, {}))}
         # A method that came in later, or was chosen another setting since.
         missing = {method: setting for method, setting in settings.items() if known["settings"].get(method) != setting}
-        if missing:
+        if missing or untried:
             with quiet(steps=True):
-                found = judge(bench, concept, concepts, missing)
+                found = judge(bench, concept, concepts, missing, untried)
             found["methods"] = {**known["methods"], **found["methods"]}
+            found["tried"] = {**tried, **found["tried"]}
             write_atomically(path, json.dumps({"settings": settings, **found}).encode() + b"\n")
-            print(concept, found["exemplar_nearest"], found["methods"], flush=True)
+            print(concept, found["exemplar_nearest"], found["methods"], found["tried"], flush=True)
 
 
 if __name__ == "__main__":

@@ -84,7 +84,9 @@ UNLEARNING = {"unlearning_ekfac": "ekfac", "unlearning": "diagonal", "gradient_a
 DAMPING = {"ekfac": 0.001, "diagonal": 0.1, "identity": 0.1}
 METHODS = (*UNLEARNING, *BASELINE_SETTINGS)
 # The package's defaults: a method of one setting, for which nothing is chosen.
-DEFAULT, DEFAULT_OF, DEFAULT_SETTING = "default", "unlearning_ekfac", "rise 100%, difference"
+DEFAULT, DEFAULT_OF, DEFAULT_SETTING = "default", "unlearning_ekfac", "rise 100%, ratio"
+# Of customised models alone: the losses before customising, in the place of those after unlearning a query.
+UNDONE = "undone"
 WITHOUT_WEIGHTS = ("random", "pixel_similarity", "text_similarity")
 WITH_FISHER = {"influence": "diagonal", "influence_ekfac": "ekfac"} | {
     name: kind for name, kind in UNLEARNING.items() if kind in FISHER_FILES
@@ -94,6 +96,7 @@ LABELS = {
     "unlearning_ekfac": "unlearning, EKFAC Fisher, tuned (ours)",
     "unlearning": "unlearning, diagonal Fisher, tuned (ours)",
     "gradient_ascent": "gradient ascent, no Fisher, tuned (ours)",
+    UNDONE: "customising undone (ours; needs no query)",
     "pixel_similarity": "pixel similarity",
     "text_similarity": "text similarity",
     "gradient_similarity": "gradient similarity (TracIn, ReTrac)",

@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from bench import BENCHES, Bench
@@ -20,6 +21,7 @@ from methods import DEFAULT, LABELS, METHODS, plain
 from plots import plot
 from settings_page import against_recipe, defaults, swept
 from shown import difference, shown
+from torch import Tensor
 
 from lightning_unlearn.evaluation.results import Removal, value_of
 
@@ -157,6 +159,62 @@ def customised(bench: Bench) -> list[str]:
     for method, measures in sorted(values.items(), key=lambda item: -float(item[1][names[-1]].mean())):
         cells = [shown(value_of(value)) for value in measures.values()]
         lines.append(f"| {LABELS[method]} | {' | '.join(cells)} |")
+    return lines + tuned(found)
+
+
+def tuned(found: Sequence[dict[str, Any]]) -> list[str]:
+    """Customised models with settings that were chosen on them: on every second concept, reported on the others."""
+    # By their place among all, so that it does not depend on how many are tried yet which half a concept is in.
+    choosing, reporting = ([concept for concept in found[half::2] if concept.get("tried")] for half in (0, 1))
+    done = [*choosing, *reporting]
+    if min(len(choosing), len(reporting)) < 2:
+        return []
+    first, second = slice(0, len(choosing)), slice(len(choosing), None)
+    tried = sorted(set[str].intersection(*(set(concept["tried"]) for concept in done)))
+    waiting = f" **{len(found) - len(done)} of the {len(found)} models are not tried yet.**" * (len(done) < len(found))
+    lines = [
+        "",
+        "Those settings were chosen for the LDS of the model before customising. Chosen instead by the mAP of every "
+        f"second concept ({len(choosing)}), and reported on the other half ({len(reporting)}), with the choosing half "
+        "beside it; methods that are not in this table were not tried again. Which rises were worth trying, and to "
+        "undo customising, was found by looking at concepts of both halves ([README.md](README.md)). Customising "
+        "undone takes no query: it gives all pictures of a model the same list, and this question, in which all "
+        f"pictures of a model have the same answer, can't tell that from attribution of a picture.{waiting}",
+        "",
+        "| method | tried | setting | mAP, choosing half | mAP, reporting half | recall@1 | recall@3 | recall@10 | "
+        "mAP less pixel similarity's, reporting half |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    rows: dict[str, tuple[str, dict[str, Tensor], int, int]] = {}
+    for method in tried:
+        settings: dict[str, list[dict[str, float] | None]] = {
+            setting: [concept["tried"][method][setting] for concept in done] for setting in done[0]["tried"][method]
+        }
+        usual = done[0]["settings"].get(method)
+        if usual is not None:
+            settings.setdefault(usual, [concept["methods"][method] for concept in done])
+        # A setting that fails on a model finds nothing there.
+        measured = {
+            setting: {
+                name: torch.tensor([0.0 if row is None else row[name] for row in rows_of])
+                for name in next(iter(done[0]["methods"].values()))
+            }
+            for setting, rows_of in settings.items()
+        }
+        best = max(measured, key=lambda setting: float(measured[setting]["average_precision"][first].mean()))
+        rows[method] = (best, measured[best], len(settings), sum(row is None for row in settings[best]))
+    for method, (setting, measures, count, failed) in sorted(
+        rows.items(), key=lambda item: -float(item[1][1]["average_precision"][second].mean())
+    ):
+        cells = [
+            shown(value_of(measures["average_precision"][first])),
+            shown(value_of(measures["average_precision"][second])),
+        ]
+        cells += [shown(value_of(value[second])) for name, value in measures.items() if name != "average_precision"]
+        less = measures["average_precision"] - rows["pixel_similarity"][1]["average_precision"]
+        cells.append("–" if method == "pixel_similarity" else difference(value_of(less[second])))
+        failure = f" (no such rise on {failed} models, where it counts 0)" * (failed > 0)
+        lines.append(f"| {LABELS[method]} | {count} | {setting}{failure} | {' | '.join(cells)} |")
     return lines
 
 

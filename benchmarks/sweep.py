@@ -69,7 +69,7 @@ class Measured:
 class Reduced:
     """How the losses become scores: the rule, the part of the schedule, and every how manyth view."""
 
-    rule: str = "difference"
+    rule: str = "ratio"
     start: int = 0
     end: int = TIMESTEPS
     stride: int = 1
@@ -106,7 +106,7 @@ UNLEARNED: dict[str, list[Unlearned]] = {
     ],
 }
 REDUCED: dict[str, list[Reduced]] = {
-    "score rule": [replace(PLAINLY, rule="ratio")],
+    "score rule": [replace(PLAINLY, rule="difference")],
     "part of the schedule": [
         *(replace(PLAINLY, start=start, end=start + 5) for start in (0, 5, 10, 15)),
         replace(PLAINLY, start=6),

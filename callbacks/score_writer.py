@@ -60,7 +60,7 @@ class ScoreWriter(Callback):
     def __init__(
         self,
         folder: str,
-        rule: Literal["difference", "ratio"] = "difference",
+        rule: Literal["difference", "ratio"] = "ratio",
         on_bad_sample: Literal["error", "skip"] = "error",
         flips: Literal["max", "mean"] = "max",
         keep_deviations: bool = False,

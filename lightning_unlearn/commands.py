@@ -64,7 +64,7 @@ def attribute(arguments: list[str]) -> None:
             "--output", type=str, default="attribution", help="Folder of the run: deltas, scores, report."
         )
         parser.add_argument(
-            "--rule", type=str, default="difference", help=f"How deviations become a score: {' or '.join(RULES)}."
+            "--rule", type=str, default="ratio", help=f"How deviations become a score: {' or '.join(RULES)}."
         )
         parser.add_argument(
             "--flips", type=str, default="max", help="Which of both flips is a score's: the larger (max) or the mean."

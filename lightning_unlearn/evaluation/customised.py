@@ -16,10 +16,11 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_unlearn.deltas import DeltaStore
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import seed_of
 from lightning_unlearn.objective import DenoisingObjective
-from lightning_unlearn.parameters import select_layers
+from lightning_unlearn.parameters import layer_parameters, select_layers
 from lightning_unlearn.samples import Sample, SampleBatch, ViewBatch, collate_samples
 from lightning_unlearn.sampling import generate, how_generated
 from lightning_unlearn.training import DiffusionModule
@@ -225,6 +226,36 @@ def customise(
         sum(module.losses[:part]) / part,
         sum(module.losses[-part:]) / part,
     )
+
+
+def undone(network: nn.Module, layers: Mapping[str, nn.Module], before: Mapping[str, Tensor]) -> DeltaStore:
+    """The delta that leads from a customised model back to the weights before.
+
+    With :func:`~lightning_unlearn.scoring.measure_losses` it gives the losses of any candidates as they were before
+    customising: a candidate whose loss rises by going back is one that the customised model learned. It is of the
+    model, not of a picture: all pictures that the model makes get the same scores.
+
+    Args:
+        network: The customised network.
+        layers: What customising changed.
+        before: The network's state before.
+
+    Returns:
+        Deltas of one target, ``before``.
+
+    Raises:
+        InputError: If ``before`` lacks a weight, has one of another shape, or differs beyond ``layers``.
+    """
+    parameters = layer_parameters(layers)
+    for name, now in network.state_dict().items():
+        if name not in before or before[name].shape != now.shape:
+            raise InputError(f"The weights before customising have no {name} of shape {tuple(now.shape)}.")
+        if name not in parameters and not torch.equal(before[name].to(now), now):
+            raise InputError(f"{name} was another before customising; choose layers that include all that changed.")
+    deltas = DeltaStore(parameters, ["before"])
+    for name, stacked in deltas.named().items():
+        stacked.detach()[0] = before[name].to(stacked) - parameters[name].detach()
+    return deltas
 
 
 def _made(exemplar: Sample, settings: Customising, seed: int) -> dict[str, Any]:

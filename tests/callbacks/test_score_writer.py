@@ -115,13 +115,13 @@ def test_run_file_tells_how_the_scores_came_about(folder: Path) -> None:
     run(folder, found)
     about = read_run(folder / "out")
     assert about is not None
-    assert about["rule"] == "difference"
+    assert about["rule"] == "ratio"
     assert about["views"] == found.views.settings()
     assert about["targets"]["query-00000"] == {"captions": ["caption 0 of 0"], "rise": 0.1}
     assert set(about["shards"]) == done_shards(folder / "out")
     sizes = {entry["url"]: (entry["samples"], entry["bytes"]) for entry in about["shards"].values()}
     assert sizes[str(shard(folder, 0))] == (SAMPLES_PER_SHARD, shard(folder, 0).stat().st_size)
-    own = {"rule": "difference", "flips": "max", "columns": "scores, errors", "precision": "32-true"}
+    own = {"rule": "ratio", "flips": "max", "columns": "scores, errors", "precision": "32-true"}
     assert about["fingerprints"] == {**found.fingerprints(), **own}
     assert about["timesteps"] == found.views.draw_timesteps(ToyObjective.num_timesteps).tolist()
     assert about["versions"]["torch"]
@@ -543,7 +543,7 @@ def test_really_full_disk_keeps_the_finished_shards(folder: Path) -> None:
             run(folder)
         done = done_shards(out)
         assert 0 < len(done) < SHARDS
-        assert json.loads((out / RUN_FILE).read_bytes())["rule"] == "difference"
+        assert json.loads((out / RUN_FILE).read_bytes())["rule"] == "ratio"
         assert len(read_scores(out, partial=True).keys) == SAMPLES_PER_SHARD * len(done)
         assert not list(out.rglob("*.tmp"))
         subprocess.run(["mount", "-o", "remount,size=10m", str(out)], check=True)

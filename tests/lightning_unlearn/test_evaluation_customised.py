@@ -14,12 +14,23 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from toys import DIM, TOKENS, tiny_unet
 
+from lightning_unlearn.deltas import DeltaStore, NetworkLoss
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.evaluation import Measuring
-from lightning_unlearn.evaluation.customised import Customisation, Customised, Customising, customise, empty_place
+from lightning_unlearn.evaluation.customised import (
+    Customisation,
+    Customised,
+    Customising,
+    customise,
+    empty_place,
+    undone,
+)
 from lightning_unlearn.objective import DenoisingObjective
-from lightning_unlearn.samples import Sample
+from lightning_unlearn.parameters import select_layers
+from lightning_unlearn.samples import Sample, collate_samples
 from lightning_unlearn.sampling import generate
+from lightning_unlearn.scoring import measure_losses
+from lightning_unlearn.views import Views
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(many workers|treespec|eval mode|epoch).*")
 
@@ -224,3 +235,36 @@ def test_the_new_tokens_place_is_the_first_empty_or_the_last(written: list[bool]
     states = torch.tensor([[0.0, -0.5] if one else [0.0, 0.0] for one in written])
     expected = written.index(False) if False in written else len(written) - 1
     assert empty_place(states) == expected
+
+
+def tuned(found: Customised) -> nn.Module:
+    network = base()
+    network.load_state_dict(dict(found.weights))
+    return network
+
+
+def test_customising_undone_gives_the_losses_of_the_model_before(found: Customised) -> None:
+    network, objective, cpu = tuned(found), DenoisingObjective(), torch.device("cpu")
+    layers = select_layers(network, "text_kv")
+    batch, views = collate_samples("candidates", [*exemplars(), *exemplars()]), Views(timesteps=3)
+    deltas = undone(network, layers, base().state_dict())
+    with torch.no_grad():
+        after, before = measure_losses(NetworkLoss(network, objective), layers, deltas, views, batch, cpu)
+        plain = [
+            measure_losses(NetworkLoss(one, objective), {}, DeltaStore({}, []), views, batch, cpu)[0]
+            for one in (tuned(found), base())
+        ]
+    torch.testing.assert_close(after, plain[0])
+    torch.testing.assert_close(before, plain[1], rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(after, before, rtol=1e-3)
+
+
+def test_customising_is_undone_as_a_whole_or_not_at_all(found: Customised) -> None:
+    network, before = tuned(found), base().state_dict()
+    values = [name for name in select_layers(network, "text_kv") if name.endswith("to_v")]
+    with pytest.raises(InputError, match=r"to_k\.weight was another before customising; .*\.$"):
+        undone(network, select_layers(network, values), before)
+    layers = select_layers(network, "text_kv")
+    for wrong in ({}, {**before, next(iter(before)): torch.zeros(1)}):
+        with pytest.raises(InputError, match=r"^The weights before customising have no .* of shape "):
+            undone(network, layers, wrong)
