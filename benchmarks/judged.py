@@ -224,6 +224,5 @@ def judge(bench: Bench) -> Page:
             "seed_models": len(plan.seeds) - len(study.missing(plan.seeds)),
             "missing": len(study.missing(asked)),
             "all": len(asked),
-            "seconds": study.typical_seconds(),
         },
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ class PackedStudy(Study):
 
     @functools.cached_property
     def packed(self) -> dict[str, dict[str, Any]]:
-        """A run's name to its seconds and to each measure of each query."""
+        """A run's name to each measure of each query."""
         path = self.folder / PACKED
         rows = pq.read_table(path).to_pylist() if path.is_file() else []
         return {row["run"]: row for row in rows}
@@ -41,17 +40,12 @@ class PackedStudy(Study):
         """A measure of finished runs on queries; see :meth:`Study.losses`."""
         rows = []
         for run in runs:
-            if run.name in self.packed and measure in KEPT:
-                values: Any = [self.packed[run.name][f"{measure}|{query}"] for query in queries]
+            if run.name in self.packed:
+                values: Any = [self.packed[run.name].get(f"{measure}|{query}", np.nan) for query in queries]
                 rows.append(np.array(values, dtype=np.float64)[None])
             else:
                 rows.append(super().losses([run], queries, measure))
         return np.concatenate(rows) if rows else super().losses([], queries, measure)
-
-    def typical_seconds(self) -> float | None:
-        """How long a model takes, of those that were trained alone; see :meth:`Study.typical_seconds`."""
-        times = [row["seconds"] for row in self.packed.values() if row["alone"]]
-        return statistics.median(times) if times else super().typical_seconds()
 
 
 def open_study(bench: Bench) -> PackedStudy:
@@ -78,7 +72,7 @@ def pack(bench: Bench) -> None:
     rows = dict(open_study(bench).packed)
     for path in files:
         content = json.loads(path.read_bytes())
-        row = {"run": path.stem, "seconds": content["seconds"], "alone": "stacked" not in content["about"]}
+        row = {"run": path.stem, "seconds": content["seconds"]}
         for query, outcome in content["outcomes"].items():
             row |= {f"{measure}|{query}": np.float32(outcome.get(measure, np.nan)) for measure in KEPT}
         rows[path.stem] = row
@@ -89,7 +83,7 @@ def pack(bench: Bench) -> None:
 
 
 def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    kinds = {"run": pa.string(), "seconds": pa.float32(), "alone": pa.bool_()}
+    kinds = {"run": pa.string(), "seconds": pa.float32()}
     table = pa.table({name: pa.array([row[name] for row in rows], kinds.get(name, pa.float32())) for name in rows[0]})
     waiting = path.with_suffix(".waiting")
     pq.write_table(table, waiting, compression="zstd")

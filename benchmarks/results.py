@@ -47,8 +47,7 @@ def text(page: Page) -> str:
         f"{facts['subset_models']} of {facts['asked_subset_models']} subset models are trained; scores are reported on "
         f"{facts['report_queries']} queries and {facts['report_models']} of them, settings were chosen on the others "
         "(eight a method and selection of weights, or what there is to choose). "
-        f"One model takes {facts['seconds']:.0f} s on one thread of a busy machine. Of all "
-        f"{facts['all']} models that the bench asks for, {facts['missing']} are not "
+        f"Of all {facts['all']} models that the bench asks for, {facts['missing']} are not "
         "trained yet.",
         "",
         "### Linear datamodelling score",
