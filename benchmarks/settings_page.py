@@ -48,7 +48,13 @@ def against_recipe(bench: Bench, ceiling: Value | None) -> list[str]:
     if not path.is_file():
         return []
     found = json.loads(path.read_text())
-    recipe, ours, whole, cheapest = (found[name] for name in ("recipe", "ours", "whole", "cheapest"))
+    recipe, cheapest = found["recipe"], found["cheapest"]
+    others = {
+        "ours": "ours",
+        "ours_difference": "ours, difference",
+        "whole": "ours, all weights",
+        "whole_difference": "ours, all weights, difference",
+    }
     lines = [
         "",
         "### Against the paper's recipe",
@@ -61,7 +67,8 @@ def against_recipe(bench: Bench, ceiling: Value | None) -> list[str]:
         "| | unlearning | views a sample | calls a query | LDS, choosing half | LDS, reporting half |",
         "|---|---|---|---|---|---|",
     ]
-    named = {"the paper's recipe, tuned": recipe, "ours": ours, "ours, all weights": whole, "our cheapest": cheapest}
+    named = {"the paper's recipe, tuned": recipe, **{label: found[name] for name, label in others.items()}}
+    named["our cheapest"] = cheapest
     for name, row in named.items():
         halves = f"{row['chosen_on'][0]:.3f} | {shown(Value(*row['reported_on']))}"
         lines.append(f"| {name} | {_unlearned(row['unlearned'])} | {row['views']} | {row['calls']:,.0f} | {halves} |")
@@ -70,10 +77,10 @@ def against_recipe(bench: Bench, ceiling: Value | None) -> list[str]:
     if ceiling is not None and wanted > ceiling.mean:
         beyond = f" That is above the noise ceiling, {ceiling.mean:.3f}, so that no method can have it."
     lines += ["", f"{found['times']:g} times the recipe's LDS is {wanted:.3f}.{beyond} What ours is above that:", ""]
-    for name, row in (("ours", ours), ("whole", whole)):
-        times = row["reported_on"][0] / recipe["reported_on"][0]
-        apart = Value(row["reported_on"][0] - wanted, *found[f"{name}_less_times_recipe"])
-        label = "ours" if name == "ours" else "ours with all weights"
+    for name, label in others.items():
+        reported = found[name]["reported_on"][0]
+        times = reported / recipe["reported_on"][0]
+        apart = Value(reported - wanted, *found["less_times_recipe"][name])
         lines.append(f"- {label} {difference(apart)}, {times:.2f} times the recipe's LDS;")
     as_good = Value(cheapest["reported_on"][0] - recipe["reported_on"][0], *found["cheapest_less_recipe"])
     lines += [

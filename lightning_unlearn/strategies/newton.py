@@ -42,7 +42,8 @@ class Newton(Strategy):
     steps.
     The size of the steps is given either as in the paper (``alpha`` and ``N``), or as the relative rise of the target's
     own loss after the last of them (``target_increase``), which, unlike α, carries over from one model to another:
-    after step ``s`` of ``S`` the rise is ``s/S`` of it.
+    after step ``s`` of ``S`` the rise is ``s/S`` of it. A target whose loss can't rise so far goes nearly as far as it
+    can, with a warning; the results say how far.
 
     Args:
         steps: Number of steps.
@@ -98,7 +99,8 @@ class Newton(Strategy):
         # To first order the loss rises by c gᵀF⁻¹g, and with the direction d = F⁻¹g that is c dᵀFd.
         slopes = problem.fisher.quadratic(directions).to(base) / base
         risen = problem.losses(before) / base - 1 if step > 1 else torch.zeros_like(base)
-        scales = find_scales(rises, slopes, self.target_increase * step / self.steps, problem.targets, risen)
+        wanted = self.target_increase * step / self.steps
+        scales = find_scales(rises, slopes, wanted, problem.targets, risen, short=True)
         for name, scaled in along(before, directions, scales).items():
             problem.deltas[name].detach().copy_(scaled)
 

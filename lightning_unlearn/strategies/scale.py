@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_unlearn.errors import InputError
@@ -17,6 +18,11 @@ TOLERANCE = 1e-6
 # about right; if it isn't, the loss jumps over it, or turns NaN before it.
 NARROW, ABOUT = 1e-9, 5e-3
 MAX_EVALUATIONS = 60
+# A loss that can't rise as wanted is raised to this share of the highest rise that was seen: where it levels off, the
+# highest lies at scales that tell more of the search than of the loss. Below the least share of the wanted rise there
+# is nothing to be had.
+SHARE, LEAST = 0.95, 0.01
+NAMED = 5  # so many targets a warning names
 
 
 def find_scales(
@@ -25,6 +31,8 @@ def find_scales(
     wanted: float | Tensor,
     targets: Sequence[str],
     risen: Tensor | None = None,
+    *,
+    short: bool = False,
 ) -> Tensor:
     """Scales at which all targets' losses have risen as wanted, by bracketing and regula falsi (Illinois).
 
@@ -36,12 +44,15 @@ def find_scales(
         wanted: The wanted rise, of all targets or ``(Q,)`` of each.
         targets: ``Q`` names, for messages.
         risen: ``(Q,)`` rise at scale 0, from earlier steps; none by default.
+        short: Whether a target whose wanted rise is out of reach goes nearly as far as it can, with a warning that
+            says how far, so that the others are not lost for it; an error by default.
 
     Returns:
         ``(Q,)`` float64.
 
     Raises:
-        InputError: If a target's loss does not depend on the weights, or a rise can't be reached.
+        InputError: If a target's loss does not depend on the weights, or a rise can't be reached (with ``short``, not
+            even a hundredth of it).
 
     Example:
         >>> scales = find_scales(lambda c: c + c**2, torch.tensor([1.0]), 2.0, ["toy"])
@@ -61,8 +72,10 @@ def find_scales(
     high, high_value = torch.full_like(scale, torch.inf), torch.full_like(scale, torch.nan)
     side = torch.zeros_like(scale)  # which end moved last: +1 the upper, -1 the lower
     done = torch.zeros_like(scale, dtype=torch.bool)
+    highest = low_value + rise
     for _ in range(MAX_EVALUATIONS):
         value = rises(scale).double() - rise
+        highest = torch.where(value <= 0, highest.maximum(value + rise), highest)
         narrow = high - low <= NARROW * scale
         done |= value.abs() <= torch.where(narrow, ABOUT, TOLERANCE) * rise
         if bool(done.all()):
@@ -80,10 +93,25 @@ def find_scales(
         between = (low * high_value - high * low_value) / (high_value - low_value)
         # As long as there is no upper end, go on to twice the scale.
         scale = torch.where(done, scale, torch.where(high.isinf(), 2 * scale, between))
-    missed = done.tolist().index(False)
-    raise InputError(
-        f"The loss of {targets[missed]!r} can't be raised by {float(rise[missed]):.3g} along its step; "
-        "choose a smaller target_increase, more draws or more weights."
+    start = torch.zeros_like(rise) if risen is None else risen.double()
+    fair = start + LEAST * (rise - start)
+    missed = [place for place, found in enumerate(done.tolist()) if not found]
+    hopeless = next((place for place in missed if not (short and highest[place] > fair[place])), None)
+    if hopeless is not None:
+        raise InputError(
+            f"The loss of {targets[hopeless]!r} can't be raised by {float(rise[hopeless]):.3g} along its step; "
+            "choose a smaller target_increase, more draws or more weights."
+        )
+    within = torch.where(done, rise, start + SHARE * (highest - start))
+    _warn([f"{targets[place]!r}: {float(within[place]):.3g} of {float(rise[place]):.3g}" for place in missed])
+    return find_scales(rises, slopes, within, targets, risen)
+
+
+def _warn(missed: list[str]) -> None:
+    named = ", ".join(missed[:NAMED]) + ", …" * (len(missed) > NAMED)
+    rank_zero_warn(
+        f"The loss of {len(missed)} target{'s' * (len(missed) > 1)} can't be raised as wanted along its step and is "
+        f"raised as far as it goes ({named}); choose a smaller target_increase, more draws or more weights."
     )
 
 

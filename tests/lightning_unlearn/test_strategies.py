@@ -317,12 +317,42 @@ def test_a_rise_that_cannot_be_reached_is_an_error_that_names_the_query(
         find_scales(rises, torch.tensor([reachable[1], 1.0]), wanted, ["another", "the hopeless one"])
 
 
+@settings(max_examples=100)
+@given(
+    reachable=CURVES, kind=st.sampled_from(["saturating", "nan"]), bend=st.floats(0.1, 10), share=st.floats(1.01, 50)
+)
+def test_a_rise_that_cannot_be_reached_may_be_had_nearly_as_far_as_it_goes(
+    reachable: tuple[str, float, float], kind: str, bend: float, share: float
+) -> None:
+    top = curve(kind, 1.0, bend)[1]
+    wanted = share * top
+    if curve(*reachable)[1] <= 1.01 * wanted:
+        reachable = ("power", 1.0, 1.0)
+    rises, names = rises_of([reachable, (kind, 1.0, bend)]), ["another", "the short one"]
+    with pytest.warns(UserWarning, match=r"1 target .* as far as it goes \('the short one': .* of "):
+        scales = find_scales(rises, torch.tensor([reachable[1], 1.0]), wanted, names, short=True)
+    found = rises(scales)
+    # The other is where it would be without it, and the short one is just below the top.
+    assert float(found[0]) == pytest.approx(wanted, rel=2e-6)
+    assert 0.85 * top <= float(found[1]) <= top
+
+
 def test_a_jump_over_the_wanted_rise_is_not_taken_for_it() -> None:
     def jump(scales: Tensor) -> Tensor:
         return torch.where(scales > 0.5, 3.0, 0.1 * scales)
 
     with pytest.raises(InputError, match="can't be raised"):
         find_scales(jump, torch.tensor([0.1]), 1.0, ["query"])
+    with pytest.warns(UserWarning, match="'query': 0.0475 of 1"):
+        assert float(find_scales(jump, torch.tensor([0.1]), 1.0, ["query"], short=True)) == pytest.approx(0.475)
+
+
+def test_a_loss_that_hardly_rises_is_an_error_all_the_same() -> None:
+    def flat(scales: Tensor) -> Tensor:
+        return 0.009 * torch.tanh(scales)
+
+    with pytest.raises(InputError, match="'query' can't be raised by 1"):
+        find_scales(flat, torch.tensor([0.009]), 1.0, ["query"], short=True)
 
 
 def test_rounding_of_float32_losses_does_not_stop_the_search() -> None:
