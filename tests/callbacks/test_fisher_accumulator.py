@@ -19,7 +19,7 @@ from processes import run_ranks
 from reference import per_sample_gradients, sums_of_squares
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from toys import ACCELERATOR, DIM, LATENT, TOKENS, ToyDenoiser, ToyObjective, tiny_unet
+from toys import DIM, LATENT, TOKENS, ToyDenoiser, ToyObjective, tiny_unet
 
 from lightning_unlearn.callbacks import FisherAccumulator
 from lightning_unlearn.errors import InputError
@@ -121,7 +121,7 @@ def trainer_for(tmp_path: Path, *callbacks: Callback, **settings: Any) -> Traine
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    one = {"accelerator": ACCELERATOR, "devices": 1, "max_epochs": 1, "default_root_dir": tmp_path}
+    one = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "default_root_dir": tmp_path}
     return Trainer(callbacks=list(callbacks), **{**one, **quiet, **settings})
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import yaml
-from toys import ACCELERATOR, DIM, LATENT, TOKENS, tiny_unet, toy_shards
+from toys import DIM, LATENT, TOKENS, tiny_unet, toy_shards
 
 from lightning_unlearn.cli import main
 from lightning_unlearn.objective import DenoisingObjective
@@ -91,7 +91,7 @@ def toy_config() -> dict[str, Any]:
                 "batch_size": 4,
             },
         },
-        "trainer": {"accelerator": ACCELERATOR, "devices": 1},
+        "trainer": {"accelerator": "cpu", "devices": 1},
     }
 
 

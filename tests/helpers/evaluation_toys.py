@@ -14,7 +14,7 @@ from command_toys import UNET
 from lightning.pytorch import LightningModule, Trainer
 from numpy.typing import NDArray
 from torch import nn
-from toys import ACCELERATOR, LATENT, ToyDenoiser, ToyObjective, toy_fields, toy_shards
+from toys import LATENT, ToyDenoiser, ToyObjective, toy_fields, toy_shards
 
 from lightning_unlearn.datamodules import TrainingDataModule
 from lightning_unlearn.evaluation import Outcome, Run, Study, Training
@@ -60,7 +60,7 @@ def toy_config(folder: Path) -> dict[str, Any]:
             "class_path": "TrainingDataModule",
             "init_args": {"shards": str(folder / "train"), "batch_size": 4, "samples_per_epoch": 12, "cache": True},
         },
-        "trainer": {"accelerator": ACCELERATOR, "devices": 1, "max_steps": 3},
+        "trainer": {"accelerator": "cpu", "devices": 1, "max_steps": 3},
     }
 
 
@@ -125,7 +125,7 @@ class Builder:
         self.shards = shards
         self.module = module
         off = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-        one = {"accelerator": ACCELERATOR, "devices": 1, "max_steps": 2, "enable_model_summary": False}
+        one = {"accelerator": "cpu", "devices": 1, "max_steps": 2, "enable_model_summary": False}
         self.trainer: dict[str, Any] = {**one, **off, **trainer}
         self.made: list[LightningModule] = []
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,6 @@ from lightning_unlearn.samples import ViewBatch
 from lightning_unlearn.scores import SCORES
 from lightning_unlearn.shards import encode_sample, write_shards
 
-# Where whatever runs in one process runs: `TEST_ACCELERATOR=gpu make suite` where there is one.
-ACCELERATOR = os.environ.get("TEST_ACCELERATOR", "cpu")
 LATENT = (3, 8, 8)
 TOKENS, DIM = 4, 6
 

@@ -18,7 +18,7 @@ from attribution_runs import grouped_fields
 from command_toys import SAMPLES, run, toy_config, toy_folder, write_config
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from toys import ACCELERATOR, ToyDenoiser, tiny_unet
+from toys import ToyDenoiser, tiny_unet
 
 from lightning_unlearn.callbacks import FisherAccumulator, ScoreWriter
 from lightning_unlearn.cli import main
@@ -67,7 +67,7 @@ def files(folder: Path) -> dict[str, tuple[int, bytes]]:
 def bare_trainer(*callbacks: Callback, **settings: Any) -> Trainer:
     """A Trainer that prints and saves nothing."""
     off = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return Trainer(accelerator=ACCELERATOR, devices=1, callbacks=list(callbacks), **{**off, **settings})
+    return Trainer(accelerator="cpu", devices=1, callbacks=list(callbacks), **{**off, **settings})
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:

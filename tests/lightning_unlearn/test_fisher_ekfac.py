@@ -25,7 +25,6 @@ from reference import (
 )
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from toys import ACCELERATOR
 
 import lightning_unlearn.fisher.kronecker as kronecker
 from lightning_unlearn.callbacks import FisherAccumulator
@@ -505,7 +504,7 @@ def accumulator(**settings: Any) -> FisherAccumulator:
 
 def trainer_for(folder: Path, *callbacks: Any, **settings: Any) -> Trainer:
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    one = {"accelerator": ACCELERATOR, "devices": 1, "default_root_dir": folder, "enable_checkpointing": False}
+    one = {"accelerator": "cpu", "devices": 1, "default_root_dir": folder, "enable_checkpointing": False}
     return Trainer(callbacks=list(callbacks), **{**quiet, **one, **settings})
 
 

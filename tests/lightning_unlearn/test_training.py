@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
-from toys import ACCELERATOR, DIM, TOKENS, ToyDenoiser, ToyObjective, tiny_unet, toy_fields, toy_shards
+from toys import DIM, TOKENS, ToyDenoiser, ToyObjective, tiny_unet, toy_fields, toy_shards
 
 from lightning_unlearn.datamodules import TrainingDataModule
 from lightning_unlearn.errors import InputError
@@ -16,7 +16,7 @@ from lightning_unlearn.samples import SampleBatch, ViewBatch, collate_samples, d
 from lightning_unlearn.training import DiffusionModule
 
 QUIET: dict[str, Any] = {
-    "accelerator": ACCELERATOR,
+    "accelerator": "cpu",
     "logger": False,
     "enable_checkpointing": False,
     "enable_progress_bar": False,
