@@ -44,7 +44,7 @@ from torch import Tensor
 
 from lightning_unlearn.shards import write_atomically
 
-DAMPINGS, RISES = (0.001, 0.01, 0.1, 1.0), (0.3, 1.0, 3.0)
+DAMPINGS, RISES = (0.001, 0.1, 1.0), (0.3, 1.0, 3.0)
 RECIPE = Unlearned(fisher="diagonal", parameters="text_kv", noise="per_sample")
 STRIDES = (1, 2, 4, 5, 10, 20)
 # Draws of a query to unlearn it with, and to search for the size of its step.
