@@ -168,8 +168,8 @@ WHY = """\
   method that looks into the model. 69 % of its first twenty are of the query's digit, 53 % of ours (58 % with all
   weights) and 54 % of D-TRAK's, though of the first six it is 92 % and more for all: behind the pictures of the
   query's own caption, methods that follow the text go on to other digits in the same style, and twenty look-alikes
-  leave no other way to draw the picture. What was tried: all weights (125 in place of 90, pixel similarity 146), other rules, weights of
-  timesteps, scores less their mean over queries; none closes it.
+  leave no other way to draw the picture. What was tried: all weights (125 in place of 90, pixel similarity 146), other
+  rules, weights of timesteps, scores less their mean over queries; none closes it.
 - **D-TRAK** is the rival to pass: level with the default by every measure here, and behind all weights with the
   difference by LDS. The mean of its standardised scores and ours (a row of the tables below) is ahead of both on the
   digits; as it needs both methods, it is no default.
