@@ -91,7 +91,7 @@ WHOLE = replace(CENTRE, parameters="all")
 # Factor to the values it takes; the centre's own are left out.
 UNLEARNED: dict[str, list[Unlearned]] = {
     "Fisher": [replace(CENTRE, fisher=fisher) for fisher in ("identity", "diagonal")],
-    "damping": [replace(CENTRE, damping=damping) for damping in (1e-05, 0.0001, 0.1, 1.0)],
+    "damping": [replace(CENTRE, damping=damping) for damping in (0.0001, 0.1, 1.0)],
     "rise of the query's loss": [replace(CENTRE, rise=rise) for rise in (0.1, 3.0)],
     "steps": [replace(CENTRE, steps=4)],
     "noise": [replace(CENTRE, noise="per_sample")],
