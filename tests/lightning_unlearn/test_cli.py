@@ -122,8 +122,8 @@ def test_every_command_has_help_a_config_and_prints_one(command: str, ends: Ends
     assert status == 0
     assert "lightning-unlearn" in out.splitlines()[0]
     assert all(option in out for option in ("--config", "--print_config"))
-    given = {"report": ["--top", "7"], "race": ["--top", "7"], "prepare": ["--output", "shards"]}.get(command, ["--config", config])
-    status, out, _ = ends(command, *given, "--print_config")
+    own = {"report": ["--top", "7"], "race": ["--top", "7"], "prepare": ["--output", "shards"]}
+    status, out, _ = ends(command, *own.get(command, ["--config", config]), "--print_config")
     assert status == 0
     printed = yaml.safe_load(out)
     wanted = {"report": ("top", 7), "prepare": ("output", "shards")}.get(command, ("seed_everything", 0))

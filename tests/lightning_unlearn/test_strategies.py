@@ -285,7 +285,7 @@ def rises_of(curves: list[tuple[str, float, float]]) -> Callable[[Tensor], Tenso
     return lambda scales: torch.stack([function(scale) for function, scale in zip(functions, scales, strict=True)])
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(curves=st.lists(CURVES, min_size=1, max_size=4), wanted=st.floats(1e-3, 2.0), misjudged=st.floats(0.01, 100))
 def test_scales_are_found_on_any_rising_function(
     curves: list[tuple[str, float, float]], wanted: float, misjudged: float
@@ -302,7 +302,7 @@ def test_scales_are_found_on_any_rising_function(
         assert torch.equal(alone, scales[place : place + 1])
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(
     reachable=CURVES, kind=st.sampled_from(["saturating", "nan"]), bend=st.floats(0.1, 10), share=st.floats(1.01, 50)
 )
@@ -317,7 +317,7 @@ def test_a_rise_that_cannot_be_reached_is_an_error_that_names_the_query(
         find_scales(rises, torch.tensor([reachable[1], 1.0]), wanted, ["another", "the hopeless one"])
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(
     reachable=CURVES, kind=st.sampled_from(["saturating", "nan"]), bend=st.floats(0.1, 10), share=st.floats(1.01, 50)
 )
