@@ -302,7 +302,7 @@ def test_scales_are_found_on_any_rising_function(
         assert torch.equal(alone, scales[place : place + 1])
 
 
-@settings(max_examples=50)
+@settings(max_examples=100)
 @given(
     reachable=CURVES, kind=st.sampled_from(["saturating", "nan"]), bend=st.floats(0.1, 10), share=st.floats(1.01, 50)
 )
@@ -317,7 +317,7 @@ def test_a_rise_that_cannot_be_reached_is_an_error_that_names_the_query(
         find_scales(rises, torch.tensor([reachable[1], 1.0]), wanted, ["another", "the hopeless one"])
 
 
-@settings(max_examples=50)
+@settings(max_examples=100)
 @given(
     reachable=CURVES, kind=st.sampled_from(["saturating", "nan"]), bend=st.floats(0.1, 10), share=st.floats(1.01, 50)
 )
