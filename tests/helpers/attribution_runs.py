@@ -165,7 +165,7 @@ def toy_model() -> Path:
 def toy_deltas() -> Path:
     """The deltas of :func:`toy_model`'s queries, unlearned in one process to a rise of a tenth."""
     folder = toy_model()
-    unlearn(toy_module(folder), toy_data(folder), folder / "deltas.ckpt")
+    unlearn(toy_module(folder), toy_data(folder, draws=31), folder / "deltas.ckpt")
     return folder / "deltas.ckpt"
 
 

@@ -95,22 +95,24 @@ class Script:
         return self.wait(60)
 
 
-def run_ranks(file: str, *arguments: str | Path, processes: int = 2, folder: Path | None = None) -> str:
-    """Run a file as a script in some processes, each told its rank as torchrun tells it; what they said.
+def run_ranks(file: str, *arguments: str | Path, processes: int = 2, nodes: int = 1, folder: Path | None = None) -> str:
+    """Run a file as a script in some processes a node, each told its rank as torchrun tells it; what they said.
 
     The first one that fails ends the others.
     """
+    world = nodes * processes
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "TORCHELASTIC_RUN_ID": "tests"}
-    shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "GROUP_RANK": "0"}
+    shared |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(processes), "GROUP_WORLD_SIZE": str(nodes)}
     with ExitStack() as stack:
-        scripts = [
-            stack.enter_context(Script(file, *arguments, folder=folder, RANK=str(rank), LOCAL_RANK=str(rank), **shared))
-            for rank in range(processes)
-        ]
+        scripts = []
+        for rank in range(world):
+            node, local = divmod(rank, processes)
+            own = {"RANK": str(rank), "LOCAL_RANK": str(local), "GROUP_RANK": str(node)}
+            scripts.append(stack.enter_context(Script(file, *arguments, folder=folder, **shared, **own)))
         deadline = time.monotonic() + 300
         while None in (found := [script.status for script in scripts]) and not any(found):
             assert time.monotonic() < deadline, f"{file} has not ended in time"
             time.sleep(0.05)
         said = "\n".join(script.said() for script in scripts)
-        assert found == [0] * processes, said[-8000:]
+        assert found == [0] * world, said[-8000:]
     return said

@@ -6,16 +6,13 @@ Starting processes is slow, so each number of them runs all its jobs in one go a
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from attribution_runs import SAMPLES_PER_SHARD, SCORED, ragged_fields, run_jobs, toy_deltas, toy_model
-from processes import free_port, run_ranks
+from processes import run_ranks
 from torch import Tensor
 from toys import done_shards
 
@@ -24,7 +21,7 @@ from lightning_unlearn.shards import write_shards
 
 SCRIPT = Path(__file__).parents[1] / "helpers" / "attribution_runs.py"
 SHARDS = -(-SCORED // SAMPLES_PER_SHARD)
-# 100 draws in batches of 7: neither two nor three ranks, nor batches, divide them.
+# 31 draws in batches of 7: neither two nor three ranks, nor batches, divide them.
 FITS: dict[str, dict[str, Any]] = {
     "alpha": {"strategy": {"alpha": 1.0, "N": 100}},
     "increase": {"strategy": {"target_increase": 0.1}},
@@ -68,10 +65,11 @@ def jobs(out: Path) -> list[dict[str, Any]]:
     found = []
     for name, settings in {**FITS, **PREDICTS}.items():
         (out / name).mkdir(parents=True)
-        kind = "fit" if name in FITS else "predict"
-        found.append(
-            {"kind": kind, "folder": str(folder), "out": str(out / name), "deltas": str(toy_deltas()), **settings}
-        )
+        job: dict[str, Any] = {"kind": "fit" if name in FITS else "predict", "folder": str(folder)}
+        job |= {"out": str(out / name), "deltas": str(toy_deltas()), **settings}
+        if name in FITS:
+            job["data"] = {"draws": 31, **job.get("data", {})}
+        found.append(job)
     return found
 
 
@@ -86,24 +84,6 @@ def data() -> Path:
     return folder
 
 
-def run_processes(commands: list[list[str]]) -> str:
-    """Run commands side by side to their end; what they say goes into the message if one fails."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for command in commands
-    ]
-    said = []
-    try:
-        for process in started:
-            said.append(process.communicate(timeout=300)[0])
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0] * len(started), "\n\n".join(said)[-8000:]
-    return "\n".join(said)
-
-
 @pytest.fixture(scope="module", params=sorted(RUNS))
 def spread(
     request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory
@@ -112,14 +92,8 @@ def spread(
     out = tmp_path_factory.mktemp("spread")
     settings = RUNS[request.param]
     (out / "jobs.json").write_text(json.dumps({"jobs": jobs(out), "trainer": settings}))
-    script = [str(SCRIPT), str(out / "jobs.json")]
     nodes = settings.get("num_nodes", 1)
-    if nodes == 1:
-        said = run_ranks(*script, processes=settings["devices"])
-    else:
-        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", "--nproc-per-node=1"]
-        launcher += ["--master-addr=127.0.0.1", f"--master-port={free_port()}"]
-        said = run_processes([[*launcher, f"--node-rank={node}", *script] for node in range(nodes)])
+    said = run_ranks(str(SCRIPT), out / "jobs.json", processes=settings["devices"], nodes=nodes)
     return out, nodes * settings["devices"], said
 
 

@@ -285,7 +285,7 @@ def rises_of(curves: list[tuple[str, float, float]]) -> Callable[[Tensor], Tenso
     return lambda scales: torch.stack([function(scale) for function, scale in zip(functions, scales, strict=True)])
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(curves=st.lists(CURVES, min_size=1, max_size=4), wanted=st.floats(1e-3, 2.0), misjudged=st.floats(0.01, 100))
 def test_scales_are_found_on_any_rising_function(
     curves: list[tuple[str, float, float]], wanted: float, misjudged: float
