@@ -68,6 +68,12 @@ class NetworkLoss(nn.Module):
         super().__init__()
         self.network = network
         self.objective = objective
+        # Looking for tied weights at every call takes about as long as a small network's forward; they don't change.
+        self._tied = self._members(remove_duplicate=False) > self._members(remove_duplicate=True)
+
+    def _members(self, *, remove_duplicate: bool) -> int:
+        found = (self.named_parameters, self.named_buffers)
+        return sum(1 for members in found for _ in members(remove_duplicate=remove_duplicate))
 
     def forward(self, batch: ViewBatch, timesteps: Tensor, noise: Tensor) -> Tensor:
         """The loss of each view: ``(B,)``; see :meth:`Objective.__call__`."""
@@ -86,7 +92,7 @@ class NetworkLoss(nn.Module):
             ``(B,)``.
         """
         named = {f"network.{name}": weight for name, weight in weights.items()}
-        losses: Tensor = functional_call(self, named, (batch, timesteps, noise))
+        losses: Tensor = functional_call(self, named, (batch, timesteps, noise), tie_weights=self._tied)
         return losses
 
 

@@ -5,7 +5,7 @@ import itertools
 import warnings
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ from reference_attribution import score as naive_score
 from torch import Tensor, nn
 from toys import ToyDenoiser, ToyObjective, tiny_unet, toy_shards
 
-from lightning_unlearn.deltas import DeltaStore
+from lightning_unlearn.deltas import DeltaStore, NetworkLoss
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import generator_for
 from lightning_unlearn.fisher import DiagonalFisher
@@ -163,6 +163,25 @@ def test_deviations_and_scores_are_those_of_the_plain_loop(
                 wanted = naive_score(losses[0], losses[1 + query], losses.shape[2], rule)
                 assert float(table.scores[row, query]) == pytest.approx(wanted, rel=1e-6, abs=1e-9)
             assert float(table.base_losses[row]) == pytest.approx(float(losses[0].mean()), rel=1e-6)
+
+
+class Tied(nn.Module):
+    """Two layers of one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+        self.second.weight = self.first.weight
+
+
+def test_loss_under_other_weights_keeps_them_tied() -> None:
+    def loss(network: Any, *_: Any) -> Tensor:
+        return (network.first.weight + 10 * network.second.weight).sum()[None]
+
+    other: Any = torch.ones(2, 2)
+    nothing: Any = None
+    found = NetworkLoss(Tied(), cast(Any, loss)).under({"first.weight": other}, nothing, nothing, nothing)
+    assert float(found) == 44
 
 
 def test_precision_64_true_sees_the_same_draws_as_a_network_in_float64(folder: Path, tmp_path: Path) -> None:
