@@ -14,6 +14,7 @@ import functools
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -95,7 +96,7 @@ UNLEARNED: dict[str, list[Unlearned]] = {
     "rise of the query's loss": [replace(CENTRE, rise=rise) for rise in (0.1, 3.0)],
     "steps": [replace(CENTRE, steps=4)],
     "noise": [replace(CENTRE, noise="per_sample")],
-    "draws to unlearn with": [replace(CENTRE, draws=draws, rise_draws=rise) for draws, rise in ((8, 2),)],
+    "draws to unlearn with": [replace(CENTRE, draws=draws, rise_draws=rise) for draws, rise in ((6, 2), (8, 2))],
     "weights": [replace(CENTRE, parameters=parameters) for parameters in ("attention",)],
     # Their rises are among the settings of methods.py, too.
     "all weights": [
@@ -143,7 +144,7 @@ def measured(bench: Bench, unlearned: Unlearned) -> Measured | str:
     """Unlearn all queries and score all samples, or the sentence of the error where that fails."""
     folder = bench.folder / "sweep"
     folder.mkdir(exist_ok=True)
-    path = folder / ("-".join(str(value) for value in asdict(unlearned).values()) + ".pt")
+    path = _path(bench, unlearned)
     if path.is_file():
         kept = torch.load(path, weights_only=True)
         return kept if isinstance(kept, str) else Measured(**kept)
@@ -172,6 +173,15 @@ def measured(bench: Bench, unlearned: Unlearned) -> Measured | str:
     found = Measured(values[:, :, 0, 0].float(), keys, calls / len(module.targets))
     torch.save(vars(found), path)
     return found
+
+
+def is_measured(bench: Bench, unlearned: Unlearned) -> bool:
+    """Whether a setting's losses are kept."""
+    return _path(bench, unlearned).is_file()
+
+
+def _path(bench: Bench, unlearned: Unlearned) -> Path:
+    return bench.folder / "sweep" / ("-".join(str(value) for value in asdict(unlearned).values()) + ".pt")
 
 
 def must_be_measured(bench: Bench, unlearned: Unlearned) -> Measured:
@@ -203,13 +213,18 @@ def judged_row(halves: tuple[Half, Half], scores: Tensor, centre: Tensor | None)
     return row
 
 
-def sweep(bench: Bench) -> list[dict[str, Any]]:
-    """All rows, with intervals, and beside each but the centre that of the difference from it."""
+def sweep(bench: Bench, *, unlearn: bool) -> list[dict[str, Any]]:
+    """All rows, with intervals, and beside each but the centre that of the difference from it.
+
+    Args:
+        bench: Which.
+        unlearn: Whether settings that are not measured yet are measured now.
+    """
     halves, keys = evidence(bench), bench.plan().keys
     centre: Tensor | None = None
     rows = []
     for factor, unlearned, reduced in variants():
-        found = measured(bench, unlearned)
+        found = measured(bench, unlearned) if unlearn or is_measured(bench, unlearned) else "not measured yet"
         row: dict[str, Any] = {"factor": factor, "value": changed(unlearned, reduced)}
         rows.append(row)
         if isinstance(found, str):
@@ -241,10 +256,14 @@ def _standardised(scores: Tensor) -> Tensor:
 
 def main() -> None:
     """Write a bench's sweep."""
-    bench = Bench(bench_parser(__doc__).parse_args().bench)
+    arguments = bench_parser(__doc__)
+    arguments.add_argument("--kept", action="store_true", help="leave out what is not measured yet")
+    options = arguments.parse_args()
+    bench = Bench(options.bench)
     quiet()
     torch.set_num_threads(1)
-    content = json.dumps({"centre": asdict(CENTRE) | asdict(PLAINLY), "rows": sweep(bench)}, indent=1)
+    rows = sweep(bench, unlearn=not options.kept)
+    content = json.dumps({"centre": asdict(CENTRE) | asdict(PLAINLY), "rows": rows}, indent=1)
     write_atomically(bench.folder / "sweep.json", content.encode() + b"\n")
 
 
