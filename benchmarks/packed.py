@@ -83,8 +83,9 @@ def pack(bench: Bench) -> None:
 
 
 def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    kinds = {"run": pa.string(), "seconds": pa.float32()}
-    table = pa.table({name: pa.array([row[name] for row in rows], kinds.get(name, pa.float32())) for name in rows[0]})
+    names = [name for name in rows[0] if all(name in row for row in rows)]
+    kinds = {"run": pa.string()}
+    table = pa.table({name: pa.array([row[name] for row in rows], kinds.get(name, pa.float32())) for name in names})
     waiting = path.with_suffix(".waiting")
     pq.write_table(table, waiting, compression="zstd")
     waiting.replace(path)
