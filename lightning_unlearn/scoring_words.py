@@ -25,6 +25,14 @@ class Announcer(Callback):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._left: list[ShardInfo] = []
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Look what is left, where all ranks have just met: a little later a fast one may have scored a shard."""
+        if stage == "predict":
+            shards: list[ShardInfo] = trainer.datamodule.shards  # type: ignore[attr-defined]
+            self._left = [shard for shard in shards if not is_scored(self.folder, shard_id(shard.url), shard.version)]
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -36,7 +44,7 @@ class Announcer(Callback):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what is scored already, and what is to be."""
         shards: list[ShardInfo] = trainer.datamodule.shards  # type: ignore[attr-defined]
-        left = [shard for shard in shards if not is_scored(self.folder, shard_id(shard.url), shard.version)]
+        left = self._left
         if len(left) < len(shards):
             say(f"{len(shards) - len(left)} of {many(len(shards), 'shard')} scored already, in {self.folder / SCORES}.")
         keys, bar = trainer.datamodule.keys, trainer.progress_bar_callback  # type: ignore[attr-defined]
@@ -46,7 +54,8 @@ class Announcer(Callback):
             if keys is not None:
                 samples = f"{many(len(keys), 'chosen sample')} among those of "
             say(f"Scoring {samples}{many(len(left), 'shard')} on {pl_module.device} …")
-        if bar is not None:
+        # Lightning keeps the bars of the other ranks off; theirs would fall into the middle of what this one says.
+        if bar is not None and trainer.is_global_zero:
             bar.enable() if left else bar.disable()
 
 
