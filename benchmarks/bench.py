@@ -196,7 +196,7 @@ def show(bench: Bench, pictures: Tensor, good: list[bool]) -> None:
 
 def retrain(bench: Bench, runs: Sequence[Run], share: Share, how: Any) -> None:
     """Train what is missing of this process's share, one after the other or many at once."""
-    from packed import is_packed, unpacked  # these know of benches
+    from packed import is_packed, open_study  # these know of benches
     from stacked import retrain_stacked
 
     cli = bench.cli()
@@ -208,7 +208,7 @@ def retrain(bench: Bench, runs: Sequence[Run], share: Share, how: Any) -> None:
         raise InputError(
             f"The models of {bench.folder} are of another recipe or other queries; remove its study first."
         )
-    left = unpacked(bench, share.of(runs))
+    left = open_study(bench).missing(share.of(runs))
     if how.together > 1:
         retrain_stacked(bench, cli, study, left, how)
     else:

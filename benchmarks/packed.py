@@ -60,11 +60,6 @@ def is_packed(bench: Bench) -> bool:
     return (bench.folder / "study" / PACKED).is_file()
 
 
-def unpacked(bench: Bench, runs: Sequence[Run]) -> list[Run]:
-    """The runs that are not finished."""
-    return open_study(bench).missing(runs)
-
-
 def pack(bench: Bench) -> None:
     """Take all finished models into the one file; their own files are removed."""
     folder = bench.folder / "study"
@@ -72,7 +67,7 @@ def pack(bench: Bench) -> None:
     rows = dict(open_study(bench).packed)
     for path in files:
         content = json.loads(path.read_bytes())
-        row = {"run": path.stem, "seconds": content["seconds"]}
+        row = {"run": path.stem}
         for query, outcome in content["outcomes"].items():
             row |= {f"{measure}|{query}": np.float32(outcome.get(measure, np.nan)) for measure in KEPT}
         rows[path.stem] = row

@@ -130,7 +130,8 @@ def train(
     assert isinstance(module, DiffusionModule)
     assert trainer.accumulate_grad_batches == 1
     assert trainer.gradient_clip_algorithm in (None, "norm")
-    average = [found for found in trainer.callbacks if isinstance(found, EMAWeightAveraging)]  # type: ignore[attr-defined]
+    average: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    assert all(type(callback) is EMAWeightAveraging for callback in average), "no other callback is known here"
     loss = _Loss(plain_attention(module.network).to(device), module.objective)
     names = dict(loss.named_parameters())
     assert not dict(loss.named_buffers())

@@ -97,7 +97,7 @@ UNLEARNED: dict[str, list[Unlearned]] = {
     "steps": [replace(CENTRE, steps=4)],
     "noise": [replace(CENTRE, noise="per_sample")],
     "draws to unlearn with": [replace(CENTRE, draws=draws, rise_draws=rise) for draws, rise in ((6, 2), (8, 2))],
-    "weights": [replace(CENTRE, parameters=parameters) for parameters in ("attention",)],
+    "weights": [replace(CENTRE, parameters="attention")],
     # Their rises are among the settings of methods.py, too.
     "all weights": [
         WHOLE,

@@ -7,7 +7,7 @@ before, so that batches, workers, ranks, the order of shards or a restart can't 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +126,7 @@ class RaceFolder:
         differing = [name for name, value in ours.items() if theirs.get(name) != value]
         if theirs.get("keys") != digest(*sorted(turn.keys)):
             differing.append("keys")
-        whole = {**self.views.settings(), "every": 1}
-        if views_of(run).settings() != Views(**whole).settings():
+        if views_of(run) != replace(self.views, every=1):
             differing.append("views")
         if differing:
             raise InputError(
@@ -148,7 +147,7 @@ class RaceFolder:
         Raises:
             InputError: If samples to be finished are missing, or the folder holds another run.
         """
-        tables = [read_scores(self.folder / name) for name in ROUNDS if (self.folder / name / "run.json").is_file()]
+        tables = [read_scores(self.folder / name) for name in ROUNDS if read_run(self.folder / name) is not None]
         rows = {key: row for row, key in enumerate(self.first.keys)}
         finished: Flags = np.zeros(len(rows), dtype=np.bool_)
         scores, losses = self.first.scores.copy(), self.first.base_losses.copy()
@@ -191,7 +190,7 @@ class RaceFolder:
         """``run.json`` of the table: that of the samples who were finished, and what the race was."""
         whole = tables[0].run
         columns = self.first.run["fingerprints"]["columns"].removesuffix(", deviations")
-        settings = {**self.race.settings(), "views": self.views.draws}
+        settings = self.race.settings()
         fingerprints = {name: value for name, value in whole["fingerprints"].items() if name not in ("keys", "columns")}
         fingerprints |= {"columns": columns, "race": settings_digest(settings)}
         return {

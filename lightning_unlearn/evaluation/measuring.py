@@ -125,17 +125,12 @@ class Measuring:
         try:
             with ExactFloat32():
                 pictures = self._generate(network, objective)
-                losses = self._losses(network, objective)
-                return {query.key: self._outcome(query, losses[query.key], pictures) for query in self.queries}
+                return {query.key: self._outcome(network, objective, query, pictures) for query in self.queries}
         finally:
             for part, mode in modes.items():
                 part.training = mode
 
-    def _losses(self, network: nn.Module, objective: Objective) -> dict[str, Tensor]:
-        """Each query's losses ``(draws,)``, in the order of timesteps."""
-        return {query.key: self._losses_of(network, objective, query) for query in self.queries}
-
-    def _losses_of(self, network: nn.Module, objective: Objective, query: Sample) -> Tensor:
+    def _outcome(self, network: nn.Module, objective: Objective, query: Sample, pictures: dict[str, Tensor]) -> Outcome:
         weight = next(network.parameters())
         losses = []
         for batch in draw_batches(query, 0, 0, self.draws, 0, 1, self.batch_size):
@@ -150,12 +145,10 @@ class Measuring:
             )
             views = ViewBatch(batch.latents, batch.text, batch.mask).to(weight.device, weight.dtype)
             losses.append(objective(network, views, timesteps.to(weight.device), noise.to(weight)).double().cpu())
-        return torch.cat(losses)
-
-    def _outcome(self, query: Sample, losses: Tensor, pictures: dict[str, Tensor]) -> Outcome:
-        parts = losses.reshape(PARTS, -1).mean(1)
+        values = torch.cat(losses)  # (draws,), in the order of timesteps
+        parts = values.reshape(PARTS, -1).mean(1)
         found = {name: rounded(value) for name, value in self._moved(query, pictures.get(query.key)).items()}
-        return Outcome(rounded(float(losses.mean())), [rounded(part) for part in parts.tolist()], **found)
+        return Outcome(rounded(float(values.mean())), [rounded(part) for part in parts.tolist()], **found)
 
     def _generate(self, network: nn.Module, objective: Objective) -> dict[str, Tensor]:
         """The queries once more, those that say how they were made and whose objective has a sampler."""

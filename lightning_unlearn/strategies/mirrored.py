@@ -18,10 +18,8 @@ from lightning_unlearn.strategies.optimizer import (
     layer_groups,
     optimizer_settings,
 )
+from lightning_unlearn.strategies.scale import some_of
 from lightning_unlearn.strategies.stopping import stop_at
-
-# So many targets are named in a warning.
-NAMED = 5
 
 
 class MirroredDescent(TargetOptimizers):
@@ -187,10 +185,9 @@ class Mirrored(Strategy):
         else:
             reached, what = rises, f"a rise of {self.target_increase:.3g}"
         short = [place for place, done in enumerate(finished) if not done]
-        named = [f"{problem.targets[place]!r}: {float(reached[place]):.3g}" for place in short[:NAMED]]
-        named += ["…"] if len(short) > NAMED else []
+        said = some_of([f"{problem.targets[place]!r}: {float(reached[place]):.3g}" for place in short])
         rank_zero_warn(
-            f"{len(short)} of {len(finished)} targets have not reached {what} in {step} steps ({', '.join(named)}) and "
+            f"{len(short)} of {len(finished)} targets have not reached {what} in {step} steps ({said}) and "
             "are kept as they are; take more steps or a larger learning rate."
         )
 

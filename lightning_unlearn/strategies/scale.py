@@ -61,7 +61,8 @@ def find_scales(
     slopes = slopes.double()
     rise = torch.as_tensor(wanted, dtype=torch.float64).expand_as(slopes)
     check_slopes(slopes, targets)
-    low_value = (torch.zeros_like(slopes) if risen is None else risen.double()) - rise
+    start = torch.zeros_like(slopes) if risen is None else risen.double()
+    low_value = start - rise
     beyond = [target for target, value in zip(targets, low_value.tolist(), strict=True) if value >= 0]
     if beyond:
         raise InputError(
@@ -72,7 +73,7 @@ def find_scales(
     high, high_value = torch.full_like(scale, torch.inf), torch.full_like(scale, torch.nan)
     side = torch.zeros_like(scale)  # which end moved last: +1 the upper, -1 the lower
     done = torch.zeros_like(scale, dtype=torch.bool)
-    highest = low_value + rise
+    highest = start
     for _ in range(MAX_EVALUATIONS):
         value = rises(scale).double() - rise
         highest = torch.where(value <= 0, highest.maximum(value + rise), highest)
@@ -93,7 +94,6 @@ def find_scales(
         between = (low * high_value - high * low_value) / (high_value - low_value)
         # As long as there is no upper end, go on to twice the scale.
         scale = torch.where(done, scale, torch.where(high.isinf(), 2 * scale, between))
-    start = torch.zeros_like(rise) if risen is None else risen.double()
     fair = start + LEAST * (rise - start)
     missed = [place for place, found in enumerate(done.tolist()) if not found]
     hopeless = next((place for place in missed if not (short and highest[place] > fair[place])), None)
@@ -103,16 +103,24 @@ def find_scales(
             "choose a smaller target_increase, more draws or more weights."
         )
     within = torch.where(done, rise, start + SHARE * (highest - start))
-    _warn([f"{targets[place]!r}: {float(within[place]):.3g} of {float(rise[place]):.3g}" for place in missed])
+    said = [f"{targets[place]!r}: {float(within[place]):.3g} of {float(rise[place]):.3g}" for place in missed]
+    rank_zero_warn(
+        f"The loss of {len(missed)} target{'s' * (len(missed) > 1)} can't be raised as wanted along its step and is "
+        f"raised as far as it goes ({some_of(said)}); choose a smaller target_increase, more draws or more weights."
+    )
     return find_scales(rises, slopes, within, targets, risen)
 
 
-def _warn(missed: list[str]) -> None:
-    named = ", ".join(missed[:NAMED]) + ", …" * (len(missed) > NAMED)
-    rank_zero_warn(
-        f"The loss of {len(missed)} target{'s' * (len(missed) > 1)} can't be raised as wanted along its step and is "
-        f"raised as far as it goes ({named}); choose a smaller target_increase, more draws or more weights."
-    )
+def some_of(said: Sequence[str]) -> str:
+    """What a warning says of some targets, the first of them where there are many.
+
+    Args:
+        said: Of each target.
+
+    Returns:
+        One line.
+    """
+    return ", ".join([*said[:NAMED], *(["…"] if len(said) > NAMED else [])])
 
 
 def check_slopes(slopes: Tensor, targets: Sequence[str]) -> None:
