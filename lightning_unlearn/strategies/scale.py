@@ -17,7 +17,7 @@ TOLERANCE = 1e-6
 # Where rounding doesn't let the loss come that near, the search ends when its bracket is this narrow, if the rise is
 # about right; if it isn't, the loss jumps over it, or turns NaN before it.
 NARROW, ABOUT = 1e-9, 5e-3
-MAX_EVALUATIONS = 60
+MAX_EVALUATIONS, MAX_HALVINGS = 60, 20
 # A loss that can't rise as wanted is raised to this share of the highest rise that was seen: where it levels off, the
 # highest lies at scales that tell more of the search than of the loss. Below the least share of the wanted rise there
 # is nothing to be had.
@@ -68,47 +68,120 @@ def find_scales(
         raise InputError(
             f"The loss of {beyond[0]!r} lies above what is wanted before the step; use fewer steps, or one."
         )
-    scale = -low_value / slopes
-    low = torch.zeros_like(scale)
-    high, high_value = torch.full_like(scale, torch.inf), torch.full_like(scale, torch.nan)
-    side = torch.zeros_like(scale)  # which end moved last: +1 the upper, -1 the lower
-    done = torch.zeros_like(scale, dtype=torch.bool)
-    highest = start
-    for _ in range(MAX_EVALUATIONS):
-        value = rises(scale).double() - rise
-        highest = torch.where(value <= 0, highest.maximum(value + rise), highest)
-        narrow = high - low <= NARROW * scale
-        done |= value.abs() <= torch.where(narrow, ABOUT, TOLERANCE) * rise
-        if bool(done.all()):
-            return scale
-        # A step so long that the loss is NaN went too far, however little we know of it; and a loss far above the
-        # wanted one says hardly more: taken as it is, it would keep the next scales near the lower end.
-        above = (value > 0) | value.isnan()
-        value = torch.where(value.isnan(), rise, value).clamp(max=rise)
-        # Illinois: when the same end moves twice, halve the value at the other, or it would never move.
-        low_value = torch.where(above & (side == 1), low_value / 2, low_value)
-        high_value = torch.where(~above & (side == -1), high_value / 2, high_value)
-        high, high_value = torch.where(above, scale, high), torch.where(above, value, high_value)
-        low, low_value = torch.where(above, low, scale), torch.where(above, low_value, value)
-        side = torch.where(above, 1.0, -1.0)
-        between = (low * high_value - high * low_value) / (high_value - low_value)
-        # As long as there is no upper end, go on to twice the scale.
-        scale = torch.where(done, scale, torch.where(high.isinf(), 2 * scale, between))
-    fair = start + LEAST * (rise - start)
+    search = _Search(rises, rise)
+    scale, done = search.run(-low_value / slopes, low_value)
     missed = [place for place, found in enumerate(done.tolist()) if not found]
-    hopeless = next((place for place in missed if not (short and highest[place] > fair[place])), None)
-    if hopeless is not None:
-        raise InputError(
-            f"The loss of {targets[hopeless]!r} can't be raised by {float(rise[hopeless]):.3g} along its step; "
-            "choose a smaller target_increase, more draws or more weights."
-        )
+    if not missed:
+        return scale
+    fair = start + LEAST * (rise - start)
+    highest = search.highest(start)
+    if short and not bool((done | (highest > fair)).all()):
+        search.look_nearer(done, start, fair)
+        highest = search.highest(start)
+    _refuse([place for place in missed if not (short and highest[place] > fair[place])], targets, rise)
     within = torch.where(done, rise, start + SHARE * (highest - start))
     said = [f"{targets[place]!r}: {float(within[place]):.3g} of {float(rise[place]):.3g}" for place in missed]
     rank_zero_warn(
         f"The loss of {len(missed)} target{'s' * (len(missed) > 1)} can't be raised as wanted along its step and is "
         f"raised as far as it goes ({some_of(said)}); choose a smaller target_increase, more draws or more weights."
     )
-    return find_scales(rises, slopes, within, targets, risen)
+    # From the nearest scale that was seen to be far enough: without it, a search would step over a loss that falls
+    # again behind it.
+    far_enough = [(seen >= within) & (seen <= rise) for seen in search.values]
+    near = torch.stack(
+        [tried.where(far, torch.inf) for tried, far in zip(search.scales, far_enough, strict=True)]
+    ).amin(0)
+    again = _Search(rises, within)
+    nearly, found = again.run(torch.where(done, scale, near), start - within)
+    _refuse([place for place in missed if not found[place]], targets, rise)
+    return torch.where(done, scale, nearly)
+
+
+class _Search:
+    """Scales of given rises, all targets at once.
+
+    Attributes:
+        scales: Those that were tried, each ``(Q,)``.
+        values: The rises there, each ``(Q,)``.
+    """
+
+    def __init__(self, rises: Callable[[Tensor], Tensor], rise: Tensor) -> None:
+        self.rises, self.rise = rises, rise
+        self.scales: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def run(self, scale: Tensor, low_value: Tensor) -> tuple[Tensor, Tensor]:
+        """Search from a first guess.
+
+        Args:
+            scale: ``(Q,)`` the guess.
+            low_value: ``(Q,)`` the rise at scale 0, less the wanted one.
+
+        Returns:
+            ``(Q,)`` scales, and ``(Q,)`` bool whether they are found.
+        """
+        low = torch.zeros_like(scale)
+        high, high_value = torch.full_like(scale, torch.inf), torch.full_like(scale, torch.nan)
+        side = torch.zeros_like(scale)  # which end moved last: +1 the upper, -1 the lower
+        done = torch.zeros_like(scale, dtype=torch.bool)
+        for _ in range(MAX_EVALUATIONS):
+            self.scales.append(scale)
+            self.values.append(self.rises(scale).double())
+            value = self.values[-1] - self.rise
+            narrow = high - low <= NARROW * scale
+            done |= value.abs() <= torch.where(narrow, ABOUT, TOLERANCE) * self.rise
+            if bool(done.all()):
+                break
+            # A step so long that the loss is NaN went too far, however little we know of it; and a loss far above the
+            # wanted one says hardly more: taken as it is, it would keep the next scales near the lower end.
+            above = (value > 0) | value.isnan()
+            value = torch.where(value.isnan(), self.rise, value).clamp(max=self.rise)
+            # Illinois: when the same end moves twice, halve the value at the other, or it would never move.
+            low_value = torch.where(above & (side == 1), low_value / 2, low_value)
+            high_value = torch.where(~above & (side == -1), high_value / 2, high_value)
+            high, high_value = torch.where(above, scale, high), torch.where(above, value, high_value)
+            low, low_value = torch.where(above, low, scale), torch.where(above, low_value, value)
+            side = torch.where(above, 1.0, -1.0)
+            between = (low * high_value - high * low_value) / (high_value - low_value)
+            # As long as there is no upper end, go on to twice the scale.
+            scale = torch.where(done, scale, torch.where(high.isinf(), 2 * scale, between))
+        return scale, done
+
+    def highest(self, start: Tensor) -> Tensor:
+        """The highest rise that is not too high: where the loss jumps over what is wanted, others are.
+
+        Args:
+            start: ``(Q,)`` the rise at scale 0.
+
+        Returns:
+            ``(Q,)``.
+        """
+        return torch.stack([value.where(value <= self.rise, start) for value in self.values]).amax(0)
+
+    def look_nearer(self, done: Tensor, start: Tensor, fair: Tensor) -> None:
+        """Halve the first guess until it is no longer beyond a loss that falls again.
+
+        Args:
+            done: ``(Q,)`` bool, who needs it not.
+            start: ``(Q,)`` the rise at scale 0.
+            fair: ``(Q,)`` a rise that is worth having.
+        """
+        scale = self.scales[0]
+        for _ in range(MAX_HALVINGS):
+            scale = scale / 2
+            highest = self.highest(start)
+            self.scales.append(scale)
+            self.values.append(self.rises(scale).double())
+            if bool((done | ((highest > fair) & (self.values[-1] < highest))).all()):
+                return
+
+
+def _refuse(hopeless: Sequence[int], targets: Sequence[str], rise: Tensor) -> None:
+    if hopeless:
+        raise InputError(
+            f"The loss of {targets[hopeless[0]]!r} can't be raised by {float(rise[hopeless[0]]):.3g} along its step; "
+            "choose a smaller target_increase, more draws or more weights."
+        )
 
 
 def some_of(said: Sequence[str]) -> str:

@@ -347,6 +347,22 @@ def test_a_jump_over_the_wanted_rise_is_not_taken_for_it() -> None:
         assert float(find_scales(jump, torch.tensor([0.1]), 1.0, ["query"], short=True)) == pytest.approx(0.475)
 
 
+@settings(max_examples=100)
+@given(top=st.floats(0.05, 0.99), at=st.floats(1e-3, 1e3), width=st.floats(0.05, 1.0), misjudged=st.floats(0.1, 10))
+def test_a_loss_that_falls_again_is_raised_nearly_as_far_as_it_was_seen_to_rise(
+    top: float, at: float, width: float, misjudged: float
+) -> None:
+    def hill(scales: Tensor) -> Tensor:
+        # Rises to its top, and falls again so steeply that doubled scales may step over it.
+        return torch.where(scales < at, scales / at, (1 - (scales / at - 1) / width).clamp(min=-0.5)) * top
+
+    slope = torch.tensor([misjudged * top / at], dtype=torch.float64)
+    with pytest.warns(UserWarning, match="as far as it goes"):
+        scales = find_scales(hill, slope, 1.0, ["query"], short=True)
+    assert 0.95 * 0.5 * top <= float(hill(scales)) <= 0.951 * top
+    assert float(scales) <= at
+
+
 def test_a_loss_that_hardly_rises_is_an_error_all_the_same() -> None:
     def flat(scales: Tensor) -> Tensor:
         return 0.009 * torch.tanh(scales)
