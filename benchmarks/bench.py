@@ -46,6 +46,8 @@ from lightning_unlearn.shards import encode_sample, write_shards
 
 BENCHES = Path(__file__).resolve().parent
 FISHER_FILES = {"diagonal": "fisher.safetensors", "ekfac": "ekfac.safetensors"}
+# Of targets drawn from the model, in place of the data's.
+TRUE_FISHER_FILES = {"ekfac_true": "sweep/ekfac-true.safetensors"}
 T = TypeVar("T")
 CHOSEN = "text_kv"  # the weights that are unlearned, as in each attribute.yaml
 
@@ -152,7 +154,7 @@ def make_base(bench: Bench) -> None:
 
 def fisher_file(bench: Bench, kind: str, parameters: str = CHOSEN) -> Path:
     """The file of a kind of Fisher of the trained model, which is taken if it is not there."""
-    path = bench.folder / FISHER_FILES[kind]
+    path = bench.folder / (FISHER_FILES | TRUE_FISHER_FILES)[kind]
     if parameters != CHOSEN:
         path = bench.folder / "sweep" / f"{parameters}-{path.name}"
     if not path.is_file():
@@ -162,7 +164,8 @@ def fisher_file(bench: Bench, kind: str, parameters: str = CHOSEN) -> Path:
 
 def take_fisher(bench: Bench, path: Path, kind: str, parameters: str = CHOSEN) -> None:
     """The Fisher of the trained model, by passes over all pictures."""
-    how = ["--passes", str(bench.settings["fisher_passes"]), "--kind", kind]
+    how = ["--passes", str(bench.settings["fisher_passes"]), "--kind", kind.removesuffix("_true")]
+    how += ["--targets", "model"] * (kind in TRUE_FISHER_FILES)
     how += ["--model.init_args.parameters", parameters]
     fisher(["--config", str(bench.folder / "attribute.yaml"), *how, "--output", str(path)])
 

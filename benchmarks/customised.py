@@ -41,7 +41,6 @@ from methods import (
 
 from lightning_unlearn import rules
 from lightning_unlearn.baselines import Subject
-from lightning_unlearn.errors import InputError
 from lightning_unlearn.evaluation.customised import Customising, customise, undone
 from lightning_unlearn.fisher import load_fisher
 from lightning_unlearn.metrics import exemplar_retrieval
@@ -56,7 +55,7 @@ from lightning_unlearn.strategies import Newton
 TOP = (1, 3, 10)
 # Which methods are tried under which settings of their own here.
 TRIED: dict[str, list[str]] = {
-    "unlearning_ekfac": [f"rise {rise}, {rule}" for rise in ("300%", "600%") for rule in rules.RULES],
+    "unlearning_ekfac": [f"rise {rise}, {rule}" for rise in ("100%", "300%", "600%", "1200%") for rule in rules.RULES],
     UNDONE: list(rules.RULES),
     **{method: list(BASELINE_SETTINGS[method]) for method in ("pixel_similarity", "d_trak")},
 }
@@ -175,11 +174,7 @@ def judge(
         for method, chosen_from in tried.items():
             found["tried"][method] = {}
             for setting in chosen_from:
-                try:
-                    found["tried"][method][setting] = measured(scores_of(method, setting))
-                except InputError as error:  # a rise that this query's step does not reach
-                    print(f"{concept}, {method}, {setting}: {error}")
-                    found["tried"][method][setting] = None
+                found["tried"][method][setting] = measured(scores_of(method, setting))
     return found
 
 
@@ -201,14 +196,15 @@ def main() -> None:
         path = bench.folder / "customised" / f"{concept}.json"
         known = json.loads(path.read_text()) if path.is_file() else {"settings": {}, "methods": {}}
         tried = known.get("tried", {})
-        untried = {method: names for method, names in TRIED.items() if set(names) - set(tried.get(method, {}))}
+        left = {method: [n for n in names if tried.get(method, {}).get(n) is None] for method, names in TRIED.items()}
+        untried = {method: names for method, names in left.items() if names}
         # A method that came in later, or was chosen another setting since.
         missing = {method: setting for method, setting in settings.items() if known["settings"].get(method) != setting}
         if missing or untried:
             with quiet(steps=True):
                 found = judge(bench, concept, concepts, missing, untried)
             found["methods"] = {**known["methods"], **found["methods"]}
-            found["tried"] = {**tried, **found["tried"]}
+            found["tried"] = tried | {name: tried.get(name, {}) | more for name, more in found["tried"].items()}
             write_atomically(path, json.dumps({"settings": settings, **found}).encode() + b"\n")
             print(concept, found["exemplar_nearest"], found["methods"], found["tried"], flush=True)
 

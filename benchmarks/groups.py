@@ -24,7 +24,8 @@ from lightning_unlearn.fingerprints import seed_of
 from lightning_unlearn.objective import DenoisingObjective
 from lightning_unlearn.samples import Sample
 from lightning_unlearn.sampling import generate, how_generated
-from lightning_unlearn.scores import ScoreTable, read_scores
+from lightning_unlearn.score_table import ScoreTable
+from lightning_unlearn.scores import read_scores
 from lightning_unlearn.shards import encode_sample, write_shards
 
 FIELD = "subcategory"

@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from bench import BENCHES, CHOSEN, FISHER_FILES, Bench, bench_parser, fisher_file, take_fisher
+from bench import BENCHES, CHOSEN, FISHER_FILES, TRUE_FISHER_FILES, Bench, bench_parser, fisher_file, take_fisher
 from common import ACCELERATOR, PLAIN, quiet
 from lightning.pytorch import Trainer
 from torch import Tensor
@@ -50,7 +50,7 @@ from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher import load_fisher
 from lightning_unlearn.module import UnlearningModule
 from lightning_unlearn.precision import ExactFloat32
-from lightning_unlearn.scores import ScoreTable
+from lightning_unlearn.score_table import ScoreTable
 from lightning_unlearn.scoring import Deviations
 from lightning_unlearn.shards import write_atomically
 from lightning_unlearn.strategies import Newton
@@ -135,7 +135,7 @@ def config(bench: Bench, **settings: Any) -> tuple[UnlearningModule, Attribution
 
 def fisher_source(bench: Bench, kind: str, parameters: str = CHOSEN) -> str:
     """What an attribution config takes as Fisher: a file, or ``identity``."""
-    return str(fisher_file(bench, kind, parameters)) if kind in FISHER_FILES else kind
+    return str(fisher_file(bench, kind, parameters)) if kind in FISHER_FILES | TRUE_FISHER_FILES else kind
 
 
 def fit_and_predict(module: UnlearningModule, data: AttributionDataModule) -> list[Deviations]:

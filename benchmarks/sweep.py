@@ -31,7 +31,7 @@ from lightning_unlearn.errors import InputError
 from lightning_unlearn.evaluation.judging import scores_of as kept_scores
 from lightning_unlearn.evaluation.results import Value
 from lightning_unlearn.shards import write_atomically
-from lightning_unlearn.strategies import Newton
+from lightning_unlearn.strategies import Mirrored, Newton, Penalised, Strategy
 from lightning_unlearn.views import Views
 
 TIMESTEPS = 20
@@ -49,6 +49,7 @@ class Unlearned:
     noise: Literal["shared", "per_sample"] = "shared"
     draws: int = 128
     rise_draws: int = 64
+    strategy: str = "newton"
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,16 @@ CENTRE, PLAINLY = Unlearned(), Reduced()
 WHOLE = replace(CENTRE, parameters="all")
 # Factor to the values it takes; the centre's own are left out.
 UNLEARNED: dict[str, list[Unlearned]] = {
-    "Fisher": [replace(CENTRE, fisher=fisher) for fisher in ("identity", "diagonal")],
+    "Fisher": [replace(CENTRE, fisher=fisher) for fisher in ("identity", "diagonal", "ekfac_true")],
     "damping": [replace(CENTRE, damping=damping) for damping in (0.0001, 0.1, 1.0)],
     "rise of the query's loss": [replace(CENTRE, rise=rise) for rise in (0.1, 3.0)],
     "steps": [replace(CENTRE, steps=4)],
+    "strategy": [
+        replace(CENTRE, strategy="penalised"),
+        # Many steps of few fresh draws each, in place of one of many.
+        replace(CENTRE, strategy="mirrored", draws=16),
+        replace(CENTRE, strategy="mirrored", draws=16, fisher="identity", parameters="feed_forward"),
+    ],
     "noise": [replace(CENTRE, noise="per_sample")],
     "draws to unlearn with": [replace(CENTRE, draws=draws, rise_draws=rise) for draws, rise in ((6, 2), (8, 2))],
     "weights": [replace(CENTRE, parameters="attention")],
@@ -133,8 +140,10 @@ def changed(unlearned: Unlearned, reduced: Reduced) -> str:
             return f"{part}, {reduced.count} views"
         return f"{reduced.count}" if reduced.stride != 1 else reduced.rule
     names = [name for name, value in asdict(unlearned).items() if value != getattr(CENTRE, name)]
-    # A selection of weights, a Fisher and a noise say by themselves what they are.
-    spoken = ("fisher", "parameters", "noise")
+    if unlearned.strategy == "mirrored":  # has no Fisher
+        names = [name for name in names if name != "fisher"]
+    # A selection of weights, a Fisher, a noise and a strategy say by themselves what they are.
+    spoken = ("fisher", "parameters", "noise", "strategy")
     words = ["" if name in spoken else name.replace("_", " ") + " " for name in names]
     return ", ".join(word + str(getattr(unlearned, name)) for word, name in zip(words, names, strict=True))
 
@@ -150,7 +159,7 @@ def measured(bench: Bench, unlearned: Unlearned) -> Measured | str:
         return kept if isinstance(kept, str) else Measured(**kept)
     settings = {name: getattr(unlearned, name) for name in ("parameters", "damping", "rise_draws")}
     module, data = config(bench, fisher=fisher_source(bench, unlearned.fisher, unlearned.parameters), **settings)
-    module.strategy = Newton(steps=unlearned.steps, target_increase=unlearned.rise)
+    module.strategy = strategy(bench, unlearned)
     module.views = Views(timesteps=TIMESTEPS, noise=unlearned.noise)
     data.draws = unlearned.draws
     calls = 0
@@ -175,13 +184,30 @@ def measured(bench: Bench, unlearned: Unlearned) -> Measured | str:
     return found
 
 
+def strategy(bench: Bench, unlearned: Unlearned) -> Strategy:
+    """How the deltas are found; all strategies stop at the same rise of the query's loss."""
+    match unlearned.strategy:
+        case "newton":
+            return Newton(steps=unlearned.steps, target_increase=unlearned.rise)
+        case "penalised":
+            strength = float(bench.settings["penalty_strength"])
+            return Penalised(N=strength, steps=60, lr=0.3, target_increase=unlearned.rise)
+        case "mirrored":
+            # The learning rate is some tenth of the training's, as in the paper.
+            return Mirrored(steps=60, lr=3e-4, target_increase=unlearned.rise)
+        case other:
+            raise ValueError(f"there is no strategy {other!r}")
+
+
 def is_measured(bench: Bench, unlearned: Unlearned) -> bool:
     """Whether a setting's losses are kept."""
     return _path(bench, unlearned).is_file()
 
 
 def _path(bench: Bench, unlearned: Unlearned) -> Path:
-    return bench.folder / "sweep" / ("-".join(str(value) for value in asdict(unlearned).values()) + ".pt")
+    # Newton, the centre's, is not in the name.
+    words = [str(value) for value in asdict(unlearned).values() if value != CENTRE.strategy]
+    return bench.folder / "sweep" / ("-".join(words) + ".pt")
 
 
 def must_be_measured(bench: Bench, unlearned: Unlearned) -> Measured:

@@ -24,7 +24,8 @@ from lightning_unlearn.objective import Objective
 from lightning_unlearn.quiet import quiet
 from lightning_unlearn.retraining_cli import RetrainingCLI, study_of
 from lightning_unlearn.samples import Sample
-from lightning_unlearn.scores import ScoreTable, read_scores
+from lightning_unlearn.score_table import ScoreTable
+from lightning_unlearn.scores import read_scores
 from lightning_unlearn.shards import write_atomically
 from lightning_unlearn.trainer_cli import one_sentence
 

@@ -20,7 +20,7 @@ from lightning_unlearn.errors import InputError
 from lightning_unlearn.figures import Floats, Picture, histogram, picture_of, power_of_ten
 from lightning_unlearn.race_folder import outcome
 from lightning_unlearn.samples import Sample
-from lightning_unlearn.scores import ScoreTable
+from lightning_unlearn.score_table import ScoreTable
 from lightning_unlearn.shards import write_atomically
 
 if TYPE_CHECKING:

@@ -17,7 +17,10 @@ TOLERANCE = 1e-6
 # Where rounding doesn't let the loss come that near, the search ends when its bracket is this narrow, if the rise is
 # about right; if it isn't, the loss jumps over it, or turns NaN before it.
 NARROW, ABOUT = 1e-9, 5e-3
-MAX_EVALUATIONS, MAX_HALVINGS = 60, 20
+MAX_EVALUATIONS = 60
+# A loss that has not risen as wanted after so many doublings of the first guess won't: what it does at weights so large
+# is rounding. And so often the first guess is halved where the loss is lower behind it than before.
+MAX_DOUBLINGS, MAX_HALVINGS = 24, 20
 # A loss that can't rise as wanted is raised to this share of the highest rise that was seen: where it levels off, the
 # highest lies at scales that tell more of the search than of the loss. Below the least share of the wanted rise there
 # is nothing to be had.
@@ -73,11 +76,10 @@ def find_scales(
     missed = [place for place, found in enumerate(done.tolist()) if not found]
     if not missed:
         return scale
+    if short:
+        search.look_nearer(done, start)
     fair = start + LEAST * (rise - start)
     highest = search.highest(start)
-    if short and not bool((done | (highest > fair)).all()):
-        search.look_nearer(done, start, fair)
-        highest = search.highest(start)
     _refuse([place for place in missed if not (short and highest[place] > fair[place])], targets, rise)
     within = torch.where(done, rise, start + SHARE * (highest - start))
     said = [f"{targets[place]!r}: {float(within[place]):.3g} of {float(rise[place]):.3g}" for place in missed]
@@ -93,8 +95,8 @@ def find_scales(
     ).amin(0)
     again = _Search(rises, within)
     nearly, found = again.run(torch.where(done, scale, near), start - within)
-    _refuse([place for place in missed if not found[place]], targets, rise)
-    return torch.where(done, scale, nearly)
+    # Where the loss jumps over it, too, the nearest scale will do: there it rises by more, but not by the highest.
+    return torch.where(done, scale, torch.where(found, nearly, near))
 
 
 class _Search:
@@ -124,13 +126,16 @@ class _Search:
         high, high_value = torch.full_like(scale, torch.inf), torch.full_like(scale, torch.nan)
         side = torch.zeros_like(scale)  # which end moved last: +1 the upper, -1 the lower
         done = torch.zeros_like(scale, dtype=torch.bool)
-        for _ in range(MAX_EVALUATIONS):
+        lost = torch.zeros_like(done)
+        for number in range(MAX_EVALUATIONS):
             self.scales.append(scale)
             self.values.append(self.rises(scale).double())
             value = self.values[-1] - self.rise
             narrow = high - low <= NARROW * scale
             done |= value.abs() <= torch.where(narrow, ABOUT, TOLERANCE) * self.rise
-            if bool(done.all()):
+            if number == MAX_DOUBLINGS:
+                lost = ~done & high.isinf() & (value < 0)
+            if bool((done | lost).all()):
                 break
             # A step so long that the loss is NaN went too far, however little we know of it; and a loss far above the
             # wanted one says hardly more: taken as it is, it would keep the next scales near the lower end.
@@ -144,7 +149,7 @@ class _Search:
             side = torch.where(above, 1.0, -1.0)
             between = (low * high_value - high * low_value) / (high_value - low_value)
             # As long as there is no upper end, go on to twice the scale.
-            scale = torch.where(done, scale, torch.where(high.isinf(), 2 * scale, between))
+            scale = torch.where(done | lost, scale, torch.where(high.isinf(), 2 * scale, between))
         return scale, done
 
     def highest(self, start: Tensor) -> Tensor:
@@ -158,21 +163,22 @@ class _Search:
         """
         return torch.stack([value.where(value <= self.rise, start) for value in self.values]).amax(0)
 
-    def look_nearer(self, done: Tensor, start: Tensor, fair: Tensor) -> None:
-        """Halve the first guess until it is no longer beyond a loss that falls again.
+    def look_nearer(self, done: Tensor, start: Tensor) -> None:
+        """Halve the first guess until the rise is lower for it: it may lie beyond a loss that falls again.
 
         Args:
             done: ``(Q,)`` bool, who needs it not.
             start: ``(Q,)`` the rise at scale 0.
-            fair: ``(Q,)`` a rise that is worth having.
         """
         scale = self.scales[0]
         for _ in range(MAX_HALVINGS):
             scale = scale / 2
-            highest = self.highest(start)
+            # What is seen of a target is the same, whoever is searched with it.
+            value = self.rises(scale).double().where(~done, torch.nan)
+            done = done | (value < self.highest(start))
             self.scales.append(scale)
-            self.values.append(self.rises(scale).double())
-            if bool((done | ((highest > fair) & (self.values[-1] < highest))).all()):
+            self.values.append(value)
+            if bool(done.all()):
                 return
 
 

@@ -23,7 +23,8 @@ from lightning_unlearn.loading import load_network
 from lightning_unlearn.objective import DenoisingObjective
 from lightning_unlearn.parameters import select_layers
 from lightning_unlearn.samples import collate_samples
-from lightning_unlearn.scores import ScoreTable, read_scores
+from lightning_unlearn.score_table import ScoreTable
+from lightning_unlearn.scores import read_scores
 from lightning_unlearn.shards import write_shards
 from lightning_unlearn.views import Views
 

@@ -27,7 +27,8 @@ from lightning_unlearn.fisher import load_fisher
 from lightning_unlearn.loading import load_network
 from lightning_unlearn.module import UnlearningModule
 from lightning_unlearn.objective import DenoisingObjective
-from lightning_unlearn.scores import ScoreTable, read_scores
+from lightning_unlearn.score_table import ScoreTable
+from lightning_unlearn.scores import read_scores
 from lightning_unlearn.shards import write_shards
 from lightning_unlearn.training import FisherPass
 from lightning_unlearn.views import Views

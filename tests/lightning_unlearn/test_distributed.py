@@ -16,7 +16,8 @@ from processes import run_ranks
 from torch import Tensor
 from toys import done_shards
 
-from lightning_unlearn.scores import FAILED, ScoreTable, read_scores
+from lightning_unlearn.score_table import ScoreTable
+from lightning_unlearn.scores import FAILED, read_scores
 from lightning_unlearn.shards import write_shards
 
 SCRIPT = Path(__file__).parents[1] / "helpers" / "attribution_runs.py"

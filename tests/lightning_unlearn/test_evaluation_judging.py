@@ -23,7 +23,7 @@ from lightning_unlearn.evaluation.floors import Floors
 from lightning_unlearn.evaluation.judging import judge, kept_samples, scores_of
 from lightning_unlearn.evaluation.plan import Design, Plan, plan
 from lightning_unlearn.evaluation.results import INSIDE, Judged, Removal, Results, Value
-from lightning_unlearn.scores import ScoreTable
+from lightning_unlearn.score_table import ScoreTable
 
 Table = NDArray[np.float64]
 K = 2

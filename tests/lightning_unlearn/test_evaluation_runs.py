@@ -21,7 +21,7 @@ from lightning_unlearn.evaluation.runs import (
     subset_runs,
     without,
 )
-from lightning_unlearn.scores import ScoreTable
+from lightning_unlearn.score_table import ScoreTable
 
 some_keys = st.lists(st.text("ab", max_size=2), max_size=4)
 

@@ -30,7 +30,8 @@ from lightning.pytorch import Callback
 from processes import Script
 from toys import done_shards
 
-from lightning_unlearn.scores import ScoreTable, read_scores, shard_path
+from lightning_unlearn.score_table import ScoreTable
+from lightning_unlearn.scores import read_scores, shard_path
 from lightning_unlearn.shards import MANIFEST, write_shards
 from lightning_unlearn.views import Views
 

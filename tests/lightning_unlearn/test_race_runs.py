@@ -18,7 +18,8 @@ from lightning_unlearn.cli import main
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.race_folder import FIRST, RaceFolder, outcome
 from lightning_unlearn.racing import Race
-from lightning_unlearn.scores import ScoreTable, read_scores
+from lightning_unlearn.score_table import ScoreTable
+from lightning_unlearn.scores import read_scores
 from lightning_unlearn.shards import write_shards
 from lightning_unlearn.views import Views
 

@@ -22,7 +22,7 @@ from PIL import Image
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.report import MEMBERS, _duration, _number, shown_queries, write_report
 from lightning_unlearn.samples import Sample
-from lightning_unlearn.scores import ScoreTable
+from lightning_unlearn.score_table import ScoreTable
 
 EVIL = [
     "<script>alert(1)</script>",

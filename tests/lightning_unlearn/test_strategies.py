@@ -335,6 +335,9 @@ def test_a_rise_that_cannot_be_reached_may_be_had_nearly_as_far_as_it_goes(
     # The other is where it would be without it, and the short one is just below the top.
     assert float(found[0]) == pytest.approx(wanted, rel=2e-6)
     assert 0.85 * top <= float(found[1]) <= top
+    with pytest.warns(UserWarning, match="as far as it goes"):
+        alone = find_scales(rises_of([(kind, 1.0, bend)]), torch.tensor([1.0]), wanted, names[1:], short=True)
+    assert torch.equal(alone, scales[1:])
 
 
 def test_a_jump_over_the_wanted_rise_is_not_taken_for_it() -> None:
@@ -356,11 +359,14 @@ def test_a_loss_that_falls_again_is_raised_nearly_as_far_as_it_was_seen_to_rise(
         # Rises to its top, and falls again so steeply that doubled scales may step over it.
         return torch.where(scales < at, scales / at, (1 - (scales / at - 1) / width).clamp(min=-0.5)) * top
 
-    slope = torch.tensor([misjudged * top / at], dtype=torch.float64)
+    slopes = torch.tensor([misjudged * top / at, 50 * top / at], dtype=torch.float64)
     with pytest.warns(UserWarning, match="as far as it goes"):
-        scales = find_scales(hill, slope, 1.0, ["query"], short=True)
+        scales = find_scales(hill, slopes[:1], 1.0, ["query"], short=True)
     assert 0.95 * 0.5 * top <= float(hill(scales)) <= 0.951 * top
     assert float(scales) <= at
+    with pytest.warns(UserWarning, match="as far as it goes"):
+        together = find_scales(hill, slopes, 1.0, ["query", "another"], short=True)
+    assert torch.equal(together[:1], scales)
 
 
 def test_a_loss_that_hardly_rises_is_an_error_all_the_same() -> None:
