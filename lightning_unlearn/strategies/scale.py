@@ -71,76 +71,95 @@ def find_scales(
         raise InputError(
             f"The loss of {beyond[0]!r} lies above what is wanted before the step; use fewer steps, or one."
         )
-    search = _Search(rises, rise)
-    scale, done = search.run(-low_value / slopes, low_value)
+    search = _Search(rises, start)
+    scale, done = search.run(rise, -low_value / slopes, torch.ones_like(slopes, dtype=torch.bool))
+    if bool(done.all()):
+        return scale
+    search.look_nearer(~done)
+    passed = search.nearest(rise, torch.full_like(rise, torch.inf))
+    scale, done = _taken(search, rise, passed, ~done & passed.isfinite(), scale, done)
     missed = [place for place, found in enumerate(done.tolist()) if not found]
     if not missed:
         return scale
-    if short:
-        search.look_nearer(done, start)
     fair = start + LEAST * (rise - start)
-    highest = search.highest(start)
-    _refuse([place for place in missed if not (short and highest[place] > fair[place])], targets, rise)
-    within = torch.where(done, rise, start + SHARE * (highest - start))
+    highest = search.highest(rise)
+    hopeless = next((place for place in missed if not (short and highest[place] > fair[place])), None)
+    if hopeless is not None:
+        raise InputError(
+            f"The loss of {targets[hopeless]!r} can't be raised by {float(rise[hopeless]):.3g} along its step; "
+            "choose a smaller target_increase, more draws or more weights."
+        )
+    within = start + SHARE * (highest - start)
     said = [f"{targets[place]!r}: {float(within[place]):.3g} of {float(rise[place]):.3g}" for place in missed]
     rank_zero_warn(
         f"The loss of {len(missed)} target{'s' * (len(missed) > 1)} can't be raised as wanted along its step and is "
         f"raised as far as it goes ({some_of(said)}); choose a smaller target_increase, more draws or more weights."
     )
-    # From the nearest scale that was seen to be far enough: without it, a search would step over a loss that falls
-    # again behind it.
-    far_enough = [(seen >= within) & (seen <= rise) for seen in search.values]
-    near = torch.stack(
-        [tried.where(far, torch.inf) for tried, far in zip(search.scales, far_enough, strict=True)]
-    ).amin(0)
-    again = _Search(rises, within)
-    nearly, found = again.run(torch.where(done, scale, near), start - within)
+    near = search.nearest(within, rise)
+    nearly, found = _taken(search, within, near, ~done, scale, done)
     # Where the loss jumps over it, too, the nearest scale will do: there it rises by more, but not by the highest.
-    return torch.where(done, scale, torch.where(found, nearly, near))
+    return torch.where(found, nearly, near)
+
+
+def _taken(
+    search: _Search, rise: Tensor, high: Tensor, active: Tensor, scale: Tensor, done: Tensor
+) -> tuple[Tensor, Tensor]:
+    # Once more for some targets, from scales that were seen to be far enough; the others keep what they have. Without
+    # them, a search would step over a loss that falls again behind them.
+    if not bool(active.any()):
+        return scale, done
+    again, found = search.run(rise, torch.where(active, high, scale), active)
+    return torch.where(found, again, scale), done | found
 
 
 class _Search:
-    """Scales of given rises, all targets at once.
+    """Searches for scales of given rises, all targets at once; what is seen of one does not depend on the others.
 
-    Attributes:
-        scales: Those that were tried, each ``(Q,)``.
-        values: The rises there, each ``(Q,)``.
+    Args:
+        rises: Relative rises ``(Q,)`` at given scales ``(Q,)``.
+        start: ``(Q,)`` rise at scale 0.
     """
 
-    def __init__(self, rises: Callable[[Tensor], Tensor], rise: Tensor) -> None:
-        self.rises, self.rise = rises, rise
-        self.scales: list[Tensor] = []
-        self.values: list[Tensor] = []
+    def __init__(self, rises: Callable[[Tensor], Tensor], start: Tensor) -> None:
+        self.rises, self.start = rises, start
+        # All scales that were tried, and the rises there, NaN for targets that were not searched then.
+        self._scales: list[Tensor] = []
+        self._values: list[Tensor] = []
 
-    def run(self, scale: Tensor, low_value: Tensor) -> tuple[Tensor, Tensor]:
-        """Search from a first guess.
+    def _measured(self, scale: Tensor, active: Tensor) -> Tensor:
+        value = self.rises(scale).double().where(active, torch.nan)
+        self._scales.append(scale)
+        self._values.append(value)
+        return value
+
+    def run(self, rise: Tensor, scale: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+        """Search from a first guess, or from a scale that is known to be far enough.
 
         Args:
-            scale: ``(Q,)`` the guess.
-            low_value: ``(Q,)`` the rise at scale 0, less the wanted one.
+            rise: ``(Q,)`` the wanted rise.
+            scale: ``(Q,)`` where to begin.
+            active: ``(Q,)`` bool, which targets are searched.
 
         Returns:
             ``(Q,)`` scales, and ``(Q,)`` bool whether they are found.
         """
-        low = torch.zeros_like(scale)
+        low, low_value = torch.zeros_like(scale), self.start - rise
         high, high_value = torch.full_like(scale, torch.inf), torch.full_like(scale, torch.nan)
         side = torch.zeros_like(scale)  # which end moved last: +1 the upper, -1 the lower
-        done = torch.zeros_like(scale, dtype=torch.bool)
-        lost = torch.zeros_like(done)
+        found, lost = torch.zeros_like(active), ~active
         for number in range(MAX_EVALUATIONS):
-            self.scales.append(scale)
-            self.values.append(self.rises(scale).double())
-            value = self.values[-1] - self.rise
+            value = self._measured(scale, ~(found | lost)) - rise
             narrow = high - low <= NARROW * scale
-            done |= value.abs() <= torch.where(narrow, ABOUT, TOLERANCE) * self.rise
+            found |= value.abs() <= torch.where(narrow, ABOUT, TOLERANCE) * rise
             if number == MAX_DOUBLINGS:
-                lost = ~done & high.isinf() & (value < 0)
-            if bool((done | lost).all()):
+                lost |= ~found & high.isinf() & (value < 0)
+            settled = found | lost
+            if bool(settled.all()):
                 break
             # A step so long that the loss is NaN went too far, however little we know of it; and a loss far above the
             # wanted one says hardly more: taken as it is, it would keep the next scales near the lower end.
             above = (value > 0) | value.isnan()
-            value = torch.where(value.isnan(), self.rise, value).clamp(max=self.rise)
+            value = torch.where(value.isnan(), rise, value).clamp(max=rise)
             # Illinois: when the same end moves twice, halve the value at the other, or it would never move.
             low_value = torch.where(above & (side == 1), low_value / 2, low_value)
             high_value = torch.where(~above & (side == -1), high_value / 2, high_value)
@@ -149,45 +168,46 @@ class _Search:
             side = torch.where(above, 1.0, -1.0)
             between = (low * high_value - high * low_value) / (high_value - low_value)
             # As long as there is no upper end, go on to twice the scale.
-            scale = torch.where(done | lost, scale, torch.where(high.isinf(), 2 * scale, between))
-        return scale, done
+            scale = torch.where(settled, scale, torch.where(high.isinf(), 2 * scale, between))
+        return scale, found
 
-    def highest(self, start: Tensor) -> Tensor:
-        """The highest rise that is not too high: where the loss jumps over what is wanted, others are.
+    def look_nearer(self, active: Tensor) -> None:
+        """Halve the first guess until the rise is lower for it: it may lie beyond a loss that falls again.
 
         Args:
-            start: ``(Q,)`` the rise at scale 0.
+            active: ``(Q,)`` bool, for which targets.
+        """
+        scale = self._scales[0]
+        for _ in range(MAX_HALVINGS):
+            highest = self.highest(torch.full_like(self.start, torch.inf))
+            scale = scale / 2
+            active = active & ~(self._measured(scale, active) < highest)
+            if not bool(active.any()):
+                return
+
+    def highest(self, most: Tensor) -> Tensor:
+        """The highest rise seen that is not too high: where the loss jumps over what is wanted, others are.
+
+        Args:
+            most: ``(Q,)``.
 
         Returns:
             ``(Q,)``.
         """
-        return torch.stack([value.where(value <= self.rise, start) for value in self.values]).amax(0)
+        return torch.stack([value.where(value <= most, self.start) for value in self._values]).amax(0)
 
-    def look_nearer(self, done: Tensor, start: Tensor) -> None:
-        """Halve the first guess until the rise is lower for it: it may lie beyond a loss that falls again.
+    def nearest(self, least: Tensor, most: Tensor) -> Tensor:
+        """The nearest scale seen whose rise lies within bounds.
 
         Args:
-            done: ``(Q,)`` bool, who needs it not.
-            start: ``(Q,)`` the rise at scale 0.
+            least: ``(Q,)``.
+            most: ``(Q,)``.
+
+        Returns:
+            ``(Q,)``, infinite where none does.
         """
-        scale = self.scales[0]
-        for _ in range(MAX_HALVINGS):
-            scale = scale / 2
-            # What is seen of a target is the same, whoever is searched with it.
-            value = self.rises(scale).double().where(~done, torch.nan)
-            done = done | (value < self.highest(start))
-            self.scales.append(scale)
-            self.values.append(value)
-            if bool(done.all()):
-                return
-
-
-def _refuse(hopeless: Sequence[int], targets: Sequence[str], rise: Tensor) -> None:
-    if hopeless:
-        raise InputError(
-            f"The loss of {targets[hopeless[0]]!r} can't be raised by {float(rise[hopeless[0]]):.3g} along its step; "
-            "choose a smaller target_increase, more draws or more weights."
-        )
+        scales, values = torch.stack(self._scales), torch.stack(self._values)
+        return scales.where((values >= least) & (values <= most), torch.inf).amin(0)
 
 
 def some_of(said: Sequence[str]) -> str:

@@ -369,6 +369,15 @@ def test_a_loss_that_falls_again_is_raised_nearly_as_far_as_it_was_seen_to_rise(
     assert torch.equal(together[:1], scales)
 
 
+@pytest.mark.parametrize("short", [False, True])
+def test_a_wanted_rise_that_the_first_guess_stepped_over_is_found(short: bool) -> None:
+    def hump(scales: Tensor) -> Tensor:
+        return (scales + 100 * scales**2) * (-((scales / 0.2) ** 2)).exp()
+
+    scales = find_scales(hump, torch.tensor([1.0, 0.5]), 1.0, ["query", "another"], short=short)
+    torch.testing.assert_close(hump(scales), torch.ones(2, dtype=torch.float64), rtol=2e-6, atol=0)
+
+
 def test_a_loss_that_hardly_rises_is_an_error_all_the_same() -> None:
     def flat(scales: Tensor) -> Tensor:
         return 0.009 * torch.tanh(scales)
