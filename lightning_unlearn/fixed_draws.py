@@ -123,19 +123,28 @@ class FixedDraws:
         total = sum(self._sum(self.loss, batch, weights, "others") / batch.total for batch in self.others)
         return torch.tensor([total], dtype=torch.float64)
 
-    def changes(self, deltas: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def data_loss(self) -> float:
+        """The mean loss of the real samples under θ₀.
+
+        Returns:
+            A number.
+        """
+        return float(self.other_losses(None)[0])
+
+    def changes(self, deltas: Mapping[str, Tensor], *, others: bool) -> dict[str, Tensor]:
         """What deltas do to losses.
 
         Args:
             deltas: Parameter name to ``(Q, *parameter)``.
+            others: Whether to the real samples' losses, too.
 
         Returns:
-            ``loss_before``, ``loss_after`` and ``rise`` (relative) of the targets; with real samples ``others_before``
-            and ``others_after``, their mean loss; each ``(Q,)``.
+            ``loss_before``, ``loss_after`` and ``rise`` (relative) of the targets; with ``others`` ``others_before``
+            and ``others_after``, the mean loss of the real samples; each ``(Q,)``.
         """
         before, after = self.target_losses(None), self.target_losses(deltas)
         found = {"loss_before": before, "loss_after": after, "rise": after / before - 1}
-        if self.others:
+        if others:
             found |= {"others_before": self.other_losses(None), "others_after": self.other_losses(deltas)}
         return found
 

@@ -69,8 +69,11 @@ def check_needs(strategy: Strategy, fisher: object, datamodule: Any) -> None:
             "Unlearning needs a Fisher: train with FisherAccumulator or run `lightning-unlearn fisher`, and "
             "pass its file as fisher."
         )
-    if strategy.real_draws and not hasattr(datamodule, "real_samples"):
+    if strategy.needs_samples and not hasattr(datamodule, "real_samples"):
+        why, remedy = ("also trains on real samples", "")
+        if not strategy.real_draws:
+            why, remedy = ("measures its step by the mean loss of samples", ", or give it a target_increase")
         raise InputError(
-            f"{type(strategy).__name__} also trains on real samples, but {type(datamodule).__name__} has no "
-            "real_samples; use AttributionDataModule with the training shards."
+            f"{type(strategy).__name__} {why}, but {type(datamodule).__name__} has no real_samples; use "
+            f"AttributionDataModule with the training shards{remedy}."
         )

@@ -24,6 +24,9 @@ from lightning_unlearn.samples import Sample
 from lightning_unlearn.strategies import Problem, Strategy
 from lightning_unlearn.targets import Target, members_of, targets_of
 
+# Of the samples to score, where a strategy asks for their mean loss; once a run, however many queries there are.
+DATA_DRAWS = 64
+
 
 class Unlearning(FrozenModule):
     """The half of :class:`~lightning_unlearn.module.UnlearningModule` that ``fit`` runs.
@@ -148,6 +151,7 @@ class Unlearning(FrozenModule):
             targets=self.targets,
             members=[[query.key for query in target.members] for target in self._fixed.targets],
             losses=self._fixed.target_losses,
+            data_loss=self._fixed.data_loss,
             untrained=self._fixed.untrained_losses,
         )
 
@@ -155,8 +159,9 @@ class Unlearning(FrozenModule):
         data, ranks = self._datamodule, (self.trainer.global_rank, self.trainer.world_size)
         size = getattr(data, "draw_batch_size", self.rise_draws)
         others: list[DrawBatch] = []
-        if self.strategy.real_draws:
-            samples = data.real_samples("others", self.seed).take(0, self.rise_draws)
+        if self.strategy.needs_samples:
+            count = DATA_DRAWS if self.strategy.needs_data_loss else self.rise_draws
+            samples = data.real_samples("others", self.seed).take(0, count)
             others = real_batches("others", self.seed, samples, 0, *ranks, size)
         weights = layer_parameters(self.layers)
         return FixedDraws(self.loss, weights, self._targets(), others, self.seed, self.rise_draws, size, self.trainer)
@@ -257,7 +262,7 @@ class Unlearning(FrozenModule):
         """
         problem, fixed = self._ready(), self._fixed
         assert fixed is not None
-        found = fixed.changes(problem.deltas)
+        found = fixed.changes(problem.deltas, others=self.strategy.real_draws > 0)
         if problem.given_fisher is not None:
             found["penalty"] = 0.5 * problem.given_fisher.quadratic(problem.deltas)
         for number, target in enumerate(self.targets):
@@ -304,4 +309,4 @@ class Unlearning(FrozenModule):
         Returns:
             32 hexadecimal characters.
         """
-        return unlearning_digest(self.unlearning_settings(), datamodule, real=self.strategy.real_draws > 0)
+        return unlearning_digest(self.unlearning_settings(), datamodule, real=self.strategy.needs_samples)

@@ -27,6 +27,8 @@ class Problem:
         members: The keys of the queries in each of them.
         losses: The targets' mean losses ``(Q,)`` float64 over the fixed draws of the stream "rise", summed over
             ranks, under given deltas (``None``: under θ₀). Every rank must call it.
+        data_loss: The mean loss of the samples to score under θ₀, over fixed draws of the stream "others", summed over
+            ranks; for strategies that need it. Every rank must call it.
         untrained: Each query's mean loss over the same draws, by its key, under a newly initialised network of the same
             kind. Every rank must call it.
     """
@@ -37,6 +39,7 @@ class Problem:
     targets: list[str]
     members: list[list[str]]
     losses: Callable[[Deltas | None], Tensor]
+    data_loss: Callable[[], float]
     untrained: Callable[[], dict[str, float]]
 
     @property
@@ -54,13 +57,20 @@ class Strategy(ABC):
         fresh_draws: Whether each step has draws of its own; in a strategy that minimises one function, all steps have
             the same.
         needs_fisher: Whether it can't do without a Fisher.
+        needs_data_loss: Whether it asks for the mean loss of the samples to score.
         real_draws: Draws of training samples that each step of each target takes too; none by default.
     """
 
     steps: int
     fresh_draws: bool = True
     needs_fisher: bool = True
+    needs_data_loss: bool = False
     real_draws: int = 0
+
+    @property
+    def needs_samples(self) -> bool:
+        """Whether it needs samples besides the queries."""
+        return self.needs_data_loss or self.real_draws > 0
 
     @abstractmethod
     def configure_optimizer(self, problem: Problem) -> torch.optim.Optimizer:

@@ -12,7 +12,10 @@ from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher import Fisher
 from lightning_unlearn.strategies.base import Deltas, Problem, Strategy
 from lightning_unlearn.strategies.optimizer import DeltaOptimizer, layer_groups, preconditioned
-from lightning_unlearn.strategies.scale import along, find_scales
+from lightning_unlearn.strategies.scale import along, find_scales, positive
+
+# The default rise, by the benches (benchmarks/RESULTS.md).
+HALF = 0.5
 
 
 class NaturalGradient(DeltaOptimizer):
@@ -40,33 +43,50 @@ class Newton(Strategy):
 
     Wang et al. (arXiv 2406.09408, Eq. 5 and Appendix A). As there, the term :math:`N F (θ - θ_0)` is left out of later
     steps.
-    The size of the steps is given either as in the paper (``alpha`` and ``N``), or as the relative rise of the target's
-    own loss after the last of them (``target_increase``), which, unlike α, carries over from one model to another:
-    after step ``s`` of ``S`` the rise is ``s/S`` of it. A target whose loss can't rise so far goes nearly as far as it
-    can, with a warning; the results say how far.
+    The size of the steps is given as in the paper (``alpha`` and ``N``), as the relative rise of the target's own loss
+    after the last of them (``target_increase``), or, by default, as that rise in units of the model's mean loss of the
+    training samples (``data_increase``): half of it, so that whatever the model knew of the picture, it knows little
+    better than an average one. Unlike α, both rises carry over from one model to another, and the last one also to
+    pictures that a model knows much better than others, as a customised one its own. After step ``s`` of ``S`` the
+    rise is ``s/S`` of it. A target whose loss can't rise so far goes nearly as far as it can, with a warning; the
+    results say how far.
 
     Args:
         steps: Number of steps.
-        target_increase: Wanted relative rise of each target's loss: 1 doubles it. Ignored if ``alpha`` is given.
+        target_increase: Wanted relative rise of each target's loss: 1 doubles it.
         alpha: α of the paper.
         N: Number of training images, with ``alpha``.
+        data_increase: Wanted rise of each query's loss, as a share of the mean loss of the samples to score, over
+            64 draws; a set's loss, a sum, rises by as many times that as it has queries. By default 0.5.
 
     Raises:
-        InputError: If a number is out of range, or only one of ``alpha`` and ``N`` is given.
+        InputError: If a number is out of range, only one of ``alpha`` and ``N`` is given, or sizes of two kinds.
     """
 
     def __init__(
-        self, steps: int = 1, target_increase: float = 1.0, alpha: float | None = None, N: int | None = None
+        self,
+        steps: int = 1,
+        target_increase: float | None = None,
+        alpha: float | None = None,
+        N: int | None = None,
+        data_increase: float | None = None,
     ) -> None:
         if (alpha is None) != (N is None):
-            raise InputError("alpha and N belong together: the step is α/N; give both, or neither and target_increase.")
-        size_is_fine = 0 < target_increase < math.inf and (alpha is None or 0 < alpha < math.inf)
-        if steps < 1 or not size_is_fine or (N is not None and N < 1):
-            raise InputError("Newton needs at least one step, and finite target_increase, alpha and N above 0.")
+            raise InputError("alpha and N belong together: the step is α/N; give both, or none and a rise.")
+        sizes = {"target_increase": target_increase, "alpha": alpha, "data_increase": data_increase}
+        given = {name: float(size) for name, size in sizes.items() if size is not None} or {"data_increase": HALF}
+        if steps < 1 or not all(0 < size < math.inf for size in given.values()) or (N is not None and N < 1):
+            raise InputError(
+                "Newton needs at least one step, and finite target_increase, data_increase, alpha and N above 0."
+            )
+        if len(given) > 1:
+            raise InputError(f"{' and '.join(given)} both say how large the step is; give only one of them.")
         self.steps = steps
-        self.target_increase = target_increase
         self.alpha = alpha
         self.N = N
+        self.target_increase = target_increase
+        self.data_increase = given.get("data_increase")
+        self.needs_data_loss = self.data_increase is not None
 
     def configure_optimizer(self, problem: Problem) -> NaturalGradient:
         """The natural gradient with the step size α/N, or 1 where the scale is found after the step.
@@ -91,7 +111,7 @@ class Newton(Strategy):
         if self.alpha is not None:
             return
         directions = {name: delta.detach() - before[name] for name, delta in problem.deltas.items()}
-        base = problem.losses(None)  # (Q,)
+        base = positive(problem.losses(None), problem.targets)  # (Q,)
 
         def rises(scales: Tensor) -> Tensor:
             return problem.losses(along(before, directions, scales)) / base - 1
@@ -99,10 +119,24 @@ class Newton(Strategy):
         # To first order the loss rises by c gᵀF⁻¹g, and with the direction d = F⁻¹g that is c dᵀFd.
         slopes = problem.fisher.quadratic(directions).to(base) / base
         risen = problem.losses(before) / base - 1 if step > 1 else torch.zeros_like(base)
-        wanted = self.target_increase * step / self.steps
+        wanted = self._wanted(problem, base) * step / self.steps
         scales = find_scales(rises, slopes, wanted, problem.targets, risen, short=True)
         for name, scaled in along(before, directions, scales).items():
             problem.deltas[name].detach().copy_(scaled)
+
+    def _wanted(self, problem: Problem, base: Tensor) -> Tensor:
+        """``(Q,)`` relative rises after the last step."""
+        if self.data_increase is None:
+            assert self.target_increase is not None
+            return torch.full_like(base, self.target_increase)
+        level = problem.data_loss()
+        if not 0 < level < math.inf:
+            raise InputError(
+                f"The mean loss of the samples is {level:.3g}, which is no measure for data_increase; check the model "
+                "and the shards, or give a target_increase."
+            )
+        queries = torch.tensor([len(keys) for keys in problem.members]).to(base)
+        return self.data_increase * level * queries / base
 
     def settings(self) -> dict[str, Any]:
         """The strategy as JSON.
@@ -110,5 +144,11 @@ class Newton(Strategy):
         Returns:
             Its arguments.
         """
-        size = {"target_increase": self.target_increase} if self.alpha is None else {"alpha": self.alpha, "N": self.N}
+        sizes = {
+            "target_increase": self.target_increase,
+            "alpha": self.alpha,
+            "N": self.N,
+            "data_increase": self.data_increase,
+        }
+        size = {name: value for name, value in sizes.items() if value is not None}
         return {"strategy": "newton", "steps": self.steps, **size}

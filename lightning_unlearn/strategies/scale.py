@@ -222,6 +222,28 @@ def some_of(said: Sequence[str]) -> str:
     return ", ".join([*said[:NAMED], *(["…"] if len(said) > NAMED else [])])
 
 
+def positive(losses: Tensor, targets: Sequence[str]) -> Tensor:
+    """Refuse losses that a rise can't be relative to; those that are NaN are told of after the step.
+
+    Args:
+        losses: ``(Q,)`` under θ₀.
+        targets: ``Q`` names, for the message.
+
+    Returns:
+        The losses.
+
+    Raises:
+        InputError: If one of them is zero or below.
+    """
+    for target, loss in zip(targets, losses.tolist(), strict=True):
+        if loss <= 0:
+            raise InputError(
+                f"The loss of {target!r} is {loss:.3g}, and how far it rises is told relative to it; give Newton's "
+                "alpha and N instead, or an objective whose loss is above 0."
+            )
+    return losses
+
+
 def check_slopes(slopes: Tensor, targets: Sequence[str]) -> None:
     """Refuse targets whose loss does not rise along their natural gradient.
 

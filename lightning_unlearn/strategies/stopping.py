@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.strategies.base import Deltas, Problem
-from lightning_unlearn.strategies.scale import along, find_scales
+from lightning_unlearn.strategies.scale import along, find_scales, positive
 
 
 def stop_at(problem: Problem, before: Deltas, wanted: Tensor, finished: list[bool]) -> Tensor:
@@ -22,10 +22,10 @@ def stop_at(problem: Problem, before: Deltas, wanted: Tensor, finished: list[boo
         ``(Q,)`` float64: the rises after the step, before it was shortened.
 
     Raises:
-        InputError: If there is no place on the step's way where the loss is as wanted.
+        InputError: If a loss is not above 0, or there is no place on the step's way where the loss is as wanted.
     """
     wanted = wanted.double()
-    base = problem.losses(None)  # (Q,)
+    base = positive(problem.losses(None), problem.targets)  # (Q,)
     rises = problem.losses(problem.deltas) / base - 1
     # A step after which the loss is NaN went too far.
     above = [

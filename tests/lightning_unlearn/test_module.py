@@ -448,8 +448,9 @@ def test_checkpoint_holds_the_deltas_and_no_network_and_loads_without_pickle(che
     assert all(value.shape[0] == 2 for value in content["state_dict"].values())
     about = content["unlearning"]
     assert about["targets"] == ["query-00000", "query-00001"]
-    assert about["results"]["query-00000"]["rise"] == pytest.approx(1.0, rel=1e-4)
+    assert about["results"]["query-00000"]["rise"] > 0.1
     assert about["settings"]["damping"] == 0.001
+    assert about["settings"]["data_increase"] == 0.5
     assert set(about["fingerprints"]) == {"weights", "fisher", "unlearning"}
     assert "hyper_parameters" not in content  # LightningCLI would let them override the command line
 
@@ -608,13 +609,13 @@ def test_rise_that_cannot_be_reached_is_had_as_far_as_it_goes_with_a_warning(fol
         assert 0.9 * (1 / result["loss_before"] - 1) < rise < 1 / result["loss_before"] - 1
 
 
-@pytest.mark.parametrize("strategy", [Newton(), Newton(alpha=1.0, N=20)])
-def test_nan_in_the_weights_is_an_error_that_names_a_query(folder: Path, strategy: Newton) -> None:
+@pytest.mark.parametrize("strategy", [Newton(), Newton(target_increase=1.0), Newton(alpha=1.0, N=20)])
+def test_nan_in_the_weights_is_an_error_that_says_so(folder: Path, strategy: Newton) -> None:
     network = ToyDenoiser()
     fisher = random_fisher(network, "all")
     with torch.no_grad():
         network.conv_out.bias[0] = torch.nan
-    with pytest.raises(InputError, match=r"loss of 'query-00000' (has no finite gradient|is nan)"):
+    with pytest.raises(InputError, match=r"loss of ('query-00000'|the samples) (has no finite gradient|is nan)"):
         unlearned(folder, module(network, fisher=fisher, strategy=strategy))
 
 

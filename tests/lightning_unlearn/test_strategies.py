@@ -26,10 +26,11 @@ from toys import ToyDenoiser, ToyObjective, tiny_unet, toy_shards
 
 from lightning_unlearn.draws import Stream, draw_for_target
 from lightning_unlearn.errors import InputError
+from lightning_unlearn.fingerprints import seed_of
 from lightning_unlearn.fisher import DiagonalFisher
 from lightning_unlearn.module import UnlearningModule
 from lightning_unlearn.objective import DenoisingObjective, Objective
-from lightning_unlearn.samples import Sample
+from lightning_unlearn.samples import Sample, ViewBatch
 from lightning_unlearn.strategies import STRATEGIES, NaturalGradient, Newton
 from lightning_unlearn.strategies.scale import find_scales
 
@@ -158,6 +159,43 @@ def test_the_wanted_rise_is_reached_after_the_last_step(steps: int, target_incre
         assert result["rise"] == pytest.approx(target_increase, rel=1e-5)
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_loss_rises_by_a_share_of_the_mean_loss_of_the_samples(steps: int, folder: Path) -> None:
+    problem = toy()
+    module, queries = problem.unlearn(folder, Newton(steps, data_increase=0.2))
+    data, length = toy_data(folder), problem.objective.num_timesteps
+    data.setup("fit")
+    naive, losses = problem.naive(), []
+    for number, sample in enumerate(data.real_samples("others", 0).take(0, 64)):
+        [timestep], [noise] = draw_for_target("others", 0, "", [number], 64, length, sample.latent.shape)
+        text = sample.text[seed_of("others", "caption", 0, number) % len(sample.text)]
+        losses.append(
+            problem.by_hand(naive.network, sample.latent.double(), text.double(), int(timestep), noise.double())
+        )
+    mean = float(torch.stack(losses).mean().detach())
+    for query in queries:
+        result = module.results[query.key]
+        assert result["loss_after"] - result["loss_before"] == pytest.approx(0.2 * mean, rel=1e-5)
+    assert float(torch.tensor([module.results[query.key]["rise"] for query in queries]).std()) > 1e-3
+
+
+def test_half_of_the_mean_loss_of_the_samples_is_the_default(folder: Path) -> None:
+    by_default, said = (toy().unlearn(folder, strategy)[0] for strategy in (Newton(), Newton(data_increase=0.5)))
+    assert by_default.results == said.results
+
+
+@pytest.mark.parametrize("loss", [0.0, -1.0])
+def test_a_loss_that_is_not_above_zero_is_an_error_that_names_the_query(loss: float, folder: Path) -> None:
+    class Shifted(ToyObjective):
+        def __call__(self, network: nn.Module, batch: ViewBatch, timesteps: Tensor, noise: Tensor) -> Tensor:
+            losses = super().__call__(network, batch, timesteps, noise)
+            return losses - losses.detach() + loss
+
+    for strategy in (Newton(), Newton(target_increase=0.1)):
+        with pytest.raises(InputError, match=r"The loss of 'query-00000' is .*; give Newton's alpha and N instead"):
+            Problem(ToyDenoiser(), Shifted(), toy_loss, [".*"]).unlearn(folder, strategy)
+
+
 def test_the_rise_grows_step_by_step(folder: Path) -> None:
     problem, rises = toy(), []
 
@@ -243,6 +281,8 @@ def test_optimizer_has_one_group_a_layer(folder: Path) -> None:
         {"target_increase": math.nan},
         {"alpha": math.nan, "N": 10},
         {"alpha": math.inf, "N": 10},
+        {"data_increase": 0.0},
+        {"data_increase": math.inf},
     ],
 )
 def test_newton_refuses_numbers_out_of_range(wrong: dict[str, Any]) -> None:
@@ -250,9 +290,24 @@ def test_newton_refuses_numbers_out_of_range(wrong: dict[str, Any]) -> None:
         Newton(**wrong)
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"target_increase": 0.1, "data_increase": 0.1},
+        {"target_increase": 0.1, "alpha": 1.0, "N": 10},
+        {"alpha": 1.0, "N": 10, "data_increase": 0.5},
+    ],
+)
+def test_newton_refuses_two_sizes_of_one_step(sizes: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="both say how large the step is; give only one of them"):
+        Newton(**sizes)
+
+
 def test_settings_tell_strategies_apart_and_name_one_that_is_registered() -> None:
-    found = [Newton(), Newton(2), Newton(target_increase=0.2), Newton(alpha=1.0, N=2), Newton(alpha=1.0, N=3)]
-    assert len({str(one.settings()) for one in found}) == 5
+    found = [Newton(), Newton(2), Newton(target_increase=0.5), Newton(alpha=1.0, N=2), Newton(alpha=1.0, N=3)]
+    found.append(Newton(data_increase=0.1))
+    assert len({str(one.settings()) for one in found}) == 6
+    assert Newton().settings() == Newton(data_increase=0.5).settings()
     assert {STRATEGIES[one.settings()["strategy"]] for one in found} == {Newton}
 
 
