@@ -33,10 +33,12 @@ from methods import (
     DEFAULT_OF,
     UNDONE,
     UNLEARNING,
+    WITH_FISHER,
     baseline_of,
     config,
     fisher_source,
     fit_and_predict,
+    newton,
 )
 
 from lightning_unlearn import rules
@@ -50,12 +52,15 @@ from lightning_unlearn.quiet import quiet
 from lightning_unlearn.samples import Sample, collate_samples
 from lightning_unlearn.scoring import measure_losses
 from lightning_unlearn.shards import encode_sample, write_atomically, write_shards
-from lightning_unlearn.strategies import Newton
 
 TOP = (1, 3, 10)
 # Which methods are tried under which settings of their own here.
 TRIED: dict[str, list[str]] = {
-    "unlearning_ekfac": [f"rise {rise}, {rule}" for rise in ("100%", "300%", "600%", "1200%") for rule in rules.RULES],
+    "unlearning_ekfac": [
+        f"{size}, {rule}"
+        for size in ("rise 100%", "rise 300%", "rise 600%", "rise 1200%", "halfway")
+        for rule in rules.RULES
+    ],
     UNDONE: list(rules.RULES),
     **{method: list(BASELINE_SETTINGS[method]) for method in ("pixel_similarity", "d_trak")},
 }
@@ -80,10 +85,10 @@ def nearest(picture: Sample, candidates: list[Sample]) -> str:
 
 
 def unlearn(bench: Bench, fisher: str, size: str, weights: Any, folder: Path) -> dict[str, torch.Tensor]:
-    """Scores of unlearning by a rise, by rule; by Lightning's fit and predict."""
+    """Scores of unlearning by a size of the step, by rule; by Lightning's fit and predict."""
     module, data = config(bench, fisher=fisher_source(bench, fisher), damping=DAMPING[fisher])
     module.network.load_state_dict(weights)
-    module.strategy = Newton(target_increase=float(size.removeprefix("rise ").removesuffix("%")) / 100)
+    module.strategy = newton(size)
     data.shard_patterns, data.query_patterns = str(folder / "candidates"), str(folder / "queries")
     predicted = fit_and_predict(module, data)
     return {
@@ -144,6 +149,7 @@ def judge(
         fisher=load_fisher(fisher_file(bench, "diagonal")),
         keep=True,
     )
+    ekfac = replace(subject, fisher=load_fisher(fisher_file(bench, "ekfac")))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for part, chosen in (("candidates", candidates), ("queries", made.queries)):
@@ -161,7 +167,8 @@ def judge(
                     by_rule = unlearn(bench, UNLEARNING[kind], size, made.weights, folder)
                     known.update({(kind, f"{size}, {rule}"): scores for rule, scores in by_rule.items()})
                 else:
-                    known[kind, setting] = baseline_of(method, setting).scores(subject)
+                    of = ekfac if WITH_FISHER.get(method) == "ekfac" else subject
+                    known[kind, setting] = baseline_of(method, setting).scores(of)
             return known[kind, setting]
 
         def measured(scores: torch.Tensor) -> dict[str, float]:

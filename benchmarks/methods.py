@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,6 @@ from lightning_unlearn.baselines import (
     TextSimilarity,
 )
 from lightning_unlearn.datamodules import AttributionDataModule
-from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher import load_fisher
 from lightning_unlearn.module import UnlearningModule
 from lightning_unlearn.precision import ExactFloat32
@@ -57,7 +57,8 @@ from lightning_unlearn.strategies import Newton
 from lightning_unlearn.trainer_cli import TrainerCLI
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0)
-RISES = (0.1, 0.3, 1.0, 3.0)
+# Sizes of a step: how far the query's loss rises, relative to itself or on the way to the training pictures' mean loss.
+SIZES = ("rise 30%", "rise 100%", "rise 300%", "halfway")
 # Whatever works with weights is tried on both selections; what stands after a setting's name.
 SELECTIONS = {CHOSEN: "", "all": ", all weights"}
 
@@ -84,7 +85,7 @@ UNLEARNING = {"unlearning_ekfac": "ekfac", "unlearning": "diagonal", "gradient_a
 DAMPING = {"ekfac": 0.001, "diagonal": 0.1, "identity": 0.1}
 METHODS = (*UNLEARNING, *BASELINE_SETTINGS)
 # The package's defaults: a method of one setting, for which nothing is chosen.
-DEFAULT, DEFAULT_OF, DEFAULT_SETTING = "default", "unlearning_ekfac", "rise 100%, ratio"
+DEFAULT, DEFAULT_OF, DEFAULT_SETTING = "default", "unlearning_ekfac", "halfway, ratio"
 # Of customised models alone: the losses before customising, in the place of those after unlearning a query.
 UNDONE = "undone"
 WITHOUT_WEIGHTS = ("random", "pixel_similarity", "text_similarity")
@@ -146,25 +147,30 @@ def fit_and_predict(module: UnlearningModule, data: AttributionDataModule) -> li
     return list(predictions)
 
 
-def unlearning_scores(bench: Bench, fisher: str, parameters: str, queries: int | None) -> tuple[Scores, list[str], int]:
-    """Scores of unlearning under all of its settings; base losses and views are the same in all."""
+def newton(size: str, steps: int = 1) -> Newton:
+    """The strategy with one of the sizes of a step."""
+    if size == "halfway":
+        return Newton(steps, toward_data=0.5)
+    return Newton(steps, target_increase=float(size.removeprefix("rise ").removesuffix("%")) / 100)
+
+
+def unlearning_scores(
+    bench: Bench, fisher: str, parameters: str, queries: int | None, sizes: Sequence[str]
+) -> tuple[Scores, list[str], int]:
+    """Scores of unlearning by some sizes of the step and all rules; base losses and views are the same in all."""
     scores: Scores = {}
     keys: list[str] = []
-    for rise in RISES:
+    for size in sizes:
         source = fisher_source(bench, fisher, parameters)
         module, data = config(bench, fisher=source, parameters=parameters, damping=DAMPING[fisher])
-        module.strategy = Newton(target_increase=rise)
+        module.strategy = newton(size)
         if queries is not None:
             data.query_keys = [f"query-{number:02d}" for number in range(queries)]
-        try:
-            predictions = fit_and_predict(module, data)
-        except InputError as error:  # so great a rise can't be reached by every query of every Fisher
-            print(f"rise {rise:.0%}{SELECTIONS[parameters]}: {error}")
-            continue
+        predictions = fit_and_predict(module, data)
         keys = [key for prediction in predictions for key in prediction.batch.keys]
         for rule in rules.RULES:
             rows = [rules.score(rule, prediction.base, prediction.unlearned).cpu() for prediction in predictions]
-            scores[f"rise {rise:.0%}, {rule}{SELECTIONS[parameters]}"] = torch.cat(rows)
+            scores[f"{size}, {rule}{SELECTIONS[parameters]}"] = torch.cat(rows)
     return scores, keys, 0
 
 
@@ -203,10 +209,12 @@ def baseline_of(method: str, setting: str) -> Baseline:
     return BASELINE_SETTINGS[method][setting]
 
 
-def score(bench: Bench, method: str, parameters: str, queries: int | None = None) -> tuple[Scores, list[str], int]:
+def score(
+    bench: Bench, method: str, parameters: str, queries: int | None = None, sizes: Sequence[str] = SIZES
+) -> tuple[Scores, list[str], int]:
     """A method's scores, the keys of their rows, and the bytes it keeps for later queries."""
     if method in UNLEARNING:
-        return unlearning_scores(bench, UNLEARNING[method], parameters, queries)
+        return unlearning_scores(bench, UNLEARNING[method], parameters, queries, sizes)
     return baseline_scores(bench, method, parameters, queries)
 
 
@@ -228,18 +236,30 @@ def ready(bench: Bench, method: str, parameters: str) -> None:
 
 
 def keep_scores(bench: Bench, method: str, parameters: str) -> None:
-    """Score all queries under all settings."""
+    """Score all queries under all settings; of unlearning, under those that are not there yet."""
     ready(bench, method, parameters)
-    scores, keys, _ = score(bench, method, parameters)
+    path = files(bench, method)[parameters]
+    kept = pq.read_table(path) if method in UNLEARNING and path.is_file() else None
+    names = [] if kept is None else [name for name in kept.column_names[1:] if name.startswith(SIZES)]
+    scores, keys, _ = score(bench, method, parameters, sizes=missing_sizes(bench, method, parameters))
     columns: dict[str, Any] = {"key": pa.array(keys, pa.string())}
+    if kept is not None:
+        assert kept.column("key").to_pylist() == keys
+        columns |= {name: kept.column(name) for name in names}
     for setting, values in scores.items():
         for number in range(values.shape[1]):
             columns[f"{setting}|query-{number:02d}"] = pa.array(values[:, number].float().contiguous().numpy())
-    path = files(bench, method)[parameters]
     path.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         pq.write_table(pa.table(columns), Path(folder) / path.name, compression="zstd")
         (Path(folder) / path.name).replace(path)
+
+
+def missing_sizes(bench: Bench, method: str, parameters: str) -> list[str]:
+    """The sizes of a step that unlearning has no scores with."""
+    path = files(bench, method)[parameters]
+    names = pq.read_schema(path).names if path.is_file() else []
+    return [size for size in SIZES if not any(name.startswith(f"{size},") for name in names)]
 
 
 def keep_costs(bench: Bench, method: str, parameters: str) -> None:
@@ -252,8 +272,8 @@ def keep_costs(bench: Bench, method: str, parameters: str) -> None:
     once = score(bench, method, parameters, COSTED)[2]
     together = time.process_time() - started
     each = max(0.0, (together - alone) / (COSTED - 1))
-    # Settings of a baseline share what takes long; unlearning is done anew for each rise.
-    anew = len(RISES) if method in UNLEARNING else 1
+    # Settings of a baseline share what takes long; unlearning is done anew for each size of the step.
+    anew = len(SIZES) if method in UNLEARNING else 1
     before = max(0.0, alone - each) / anew
     if method in WITH_FISHER:
         before += fisher_seconds(bench, WITH_FISHER[method], parameters)
@@ -333,7 +353,9 @@ def main() -> None:
     work = keep_costs if arguments.costs else keep_scores
     for method in arguments.methods or METHODS:
         for selection, path in files(bench, method).items():
-            is_there = path.stem in all_costs(bench) if arguments.costs else path.is_file()
+            is_there = path.is_file() and not (method in UNLEARNING and missing_sizes(bench, method, selection))
+            if arguments.costs:
+                is_there = path.stem in all_costs(bench)
             if arguments.here == selection:
                 work(bench, method, selection)
             elif not arguments.here and (arguments.methods or not is_there):

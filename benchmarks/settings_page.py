@@ -103,9 +103,11 @@ def against_recipe(bench: Bench, ceiling: Value | None) -> list[str]:
 
 def _unlearned(settings: dict[str, Any]) -> str:
     names = ("fisher", "parameters", "noise")
+    toward = settings.get("toward_data")
+    size = f"rise {settings['rise']:g}" if toward is None else f"{toward:.0%} of the way to the data's loss"
     return (
         ", ".join(str(settings[name]) for name in names)
-        + f", damping {settings['damping']:g}, rise {settings['rise']:g}, {settings['draws']} draws"
+        + f", damping {settings['damping']:g}, {size}, {settings['draws']} draws"
     )
 
 

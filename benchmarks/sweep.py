@@ -50,6 +50,7 @@ class Unlearned:
     draws: int = 128
     rise_draws: int = 64
     strategy: str = "newton"
+    toward_data: float | None = None  # in the place of the rise
 
 
 @dataclass(frozen=True)
@@ -87,14 +88,16 @@ class Reduced:
         return len(range(TIMESTEPS)[self.views])
 
 
-# The package's defaults, and the same with all weights.
+# The package's defaults but for the size of the step, which doubles a query's loss here; and the same with all weights.
 CENTRE, PLAINLY = Unlearned(), Reduced()
+HALFWAY = 0.5  # the default size
 WHOLE = replace(CENTRE, parameters="all")
 # Factor to the values it takes; the centre's own are left out.
 UNLEARNED: dict[str, list[Unlearned]] = {
     "Fisher": [replace(CENTRE, fisher=fisher) for fisher in ("identity", "diagonal", "ekfac_true")],
     "damping": [replace(CENTRE, damping=damping) for damping in (0.0001, 0.1, 1.0)],
     "rise of the query's loss": [replace(CENTRE, rise=rise) for rise in (0.1, 3.0)],
+    "share of the way to the data's loss": [replace(CENTRE, toward_data=rise) for rise in (0.25, 0.5, 1.0)],
     "steps": [replace(CENTRE, steps=4)],
     "strategy": [
         replace(CENTRE, strategy="penalised"),
@@ -111,6 +114,7 @@ UNLEARNED: dict[str, list[Unlearned]] = {
         replace(WHOLE, fisher="identity"),
         replace(WHOLE, damping=1.0),
         replace(WHOLE, steps=4),
+        replace(WHOLE, toward_data=HALFWAY),
     ],
 }
 REDUCED: dict[str, list[Reduced]] = {
@@ -188,7 +192,9 @@ def strategy(bench: Bench, unlearned: Unlearned) -> Strategy:
     """How the deltas are found; all strategies stop at the same rise of the query's loss."""
     match unlearned.strategy:
         case "newton":
-            return Newton(steps=unlearned.steps, target_increase=unlearned.rise)
+            if unlearned.toward_data is not None:
+                return Newton(unlearned.steps, toward_data=unlearned.toward_data)
+            return Newton(unlearned.steps, unlearned.rise)
         case "penalised":
             strength = float(bench.settings["penalty_strength"])
             return Penalised(N=strength, steps=60, lr=0.3, target_increase=unlearned.rise)
@@ -205,8 +211,8 @@ def is_measured(bench: Bench, unlearned: Unlearned) -> bool:
 
 
 def _path(bench: Bench, unlearned: Unlearned) -> Path:
-    # Newton, the centre's, is not in the name.
-    words = [str(value) for value in asdict(unlearned).values() if value != CENTRE.strategy]
+    # What came in later is not in the name where it is the centre's.
+    words = [str(value) for value in asdict(unlearned).values() if value not in (CENTRE.strategy, CENTRE.toward_data)]
     return bench.folder / "sweep" / ("-".join(words) + ".pt")
 
 

@@ -14,8 +14,8 @@ from lightning_unlearn.strategies.base import Deltas, Problem, Strategy
 from lightning_unlearn.strategies.optimizer import DeltaOptimizer, layer_groups, preconditioned
 from lightning_unlearn.strategies.scale import along, find_scales, positive
 
-# The default rise, by the benches (benchmarks/RESULTS.md).
-HALF = 0.5
+# The default size of a step, by the benches (benchmarks/RESULTS.md), and the least rise where the way is short.
+HALF, LEAST_RISE = 0.5, 0.1
 
 
 class NaturalGradient(DeltaOptimizer):
@@ -44,20 +44,20 @@ class Newton(Strategy):
     Wang et al. (arXiv 2406.09408, Eq. 5 and Appendix A). As there, the term :math:`N F (θ - θ_0)` is left out of later
     steps.
     The size of the steps is given as in the paper (``alpha`` and ``N``), as the relative rise of the target's own loss
-    after the last of them (``target_increase``), or, by default, as that rise in units of the model's mean loss of the
-    training samples (``data_increase``): half of it, so that whatever the model knew of the picture, it knows little
-    better than an average one. Unlike α, both rises carry over from one model to another, and the last one also to
-    pictures that a model knows much better than others, as a customised one its own. After step ``s`` of ``S`` the
-    rise is ``s/S`` of it. A target whose loss can't rise so far goes nearly as far as it can, with a warning; the
-    results say how far.
+    after the last of them (``target_increase``), or, by default, as a share of the way from that loss to the model's
+    mean loss of the training samples (``toward_data``): halfway. Unlike α, both rises carry over from one model to
+    another, and the last one also to pictures that a model knows far better than others, as a customised one its own.
+    After step ``s`` of ``S`` the rise is ``s/S`` of it. A target whose loss can't rise so far goes nearly as far as it
+    can, with a warning; the results say how far.
 
     Args:
         steps: Number of steps.
         target_increase: Wanted relative rise of each target's loss: 1 doubles it.
         alpha: α of the paper.
         N: Number of training images, with ``alpha``.
-        data_increase: Wanted rise of each query's loss, as a share of the mean loss of the samples to score, over
-            64 draws; a set's loss, a sum, rises by as many times that as it has queries. By default 0.5.
+        toward_data: Wanted share of the way from each query's loss to the mean loss of the samples that are scored
+            (over 64 draws; a set's loss is a sum, of as many as it has queries). By default 0.5. A loss that lies near
+            or above theirs rises by a tenth of itself.
 
     Raises:
         InputError: If a number is out of range, only one of ``alpha`` and ``N`` is given, or sizes of two kinds.
@@ -69,15 +69,15 @@ class Newton(Strategy):
         target_increase: float | None = None,
         alpha: float | None = None,
         N: int | None = None,
-        data_increase: float | None = None,
+        toward_data: float | None = None,
     ) -> None:
         if (alpha is None) != (N is None):
             raise InputError("alpha and N belong together: the step is α/N; give both, or none and a rise.")
-        sizes = {"target_increase": target_increase, "alpha": alpha, "data_increase": data_increase}
-        given = {name: float(size) for name, size in sizes.items() if size is not None} or {"data_increase": HALF}
+        sizes = {"target_increase": target_increase, "alpha": alpha, "toward_data": toward_data}
+        given = {name: float(size) for name, size in sizes.items() if size is not None} or {"toward_data": HALF}
         if steps < 1 or not all(0 < size < math.inf for size in given.values()) or (N is not None and N < 1):
             raise InputError(
-                "Newton needs at least one step, and finite target_increase, data_increase, alpha and N above 0."
+                "Newton needs at least one step, and finite target_increase, toward_data, alpha and N above 0."
             )
         if len(given) > 1:
             raise InputError(f"{' and '.join(given)} both say how large the step is; give only one of them.")
@@ -85,8 +85,8 @@ class Newton(Strategy):
         self.alpha = alpha
         self.N = N
         self.target_increase = target_increase
-        self.data_increase = given.get("data_increase")
-        self.needs_data_loss = self.data_increase is not None
+        self.toward_data = given.get("toward_data")
+        self.needs_data_loss = self.toward_data is not None
 
     def configure_optimizer(self, problem: Problem) -> NaturalGradient:
         """The natural gradient with the step size α/N, or 1 where the scale is found after the step.
@@ -126,17 +126,17 @@ class Newton(Strategy):
 
     def _wanted(self, problem: Problem, base: Tensor) -> Tensor:
         """``(Q,)`` relative rises after the last step."""
-        if self.data_increase is None:
+        if self.toward_data is None:
             assert self.target_increase is not None
             return torch.full_like(base, self.target_increase)
         level = problem.data_loss()
         if not 0 < level < math.inf:
             raise InputError(
-                f"The mean loss of the samples is {level:.3g}, which is no measure for data_increase; check the model "
-                "and the shards, or give a target_increase."
+                f"The mean loss of the samples is {level:.3g}, and no query's loss can be brought toward_data; check "
+                "the model and the shards, or give a target_increase."
             )
         queries = torch.tensor([len(keys) for keys in problem.members]).to(base)
-        return self.data_increase * level * queries / base
+        return (self.toward_data * (level * queries / base - 1)).clamp(min=LEAST_RISE)
 
     def settings(self) -> dict[str, Any]:
         """The strategy as JSON.
@@ -148,7 +148,7 @@ class Newton(Strategy):
             "target_increase": self.target_increase,
             "alpha": self.alpha,
             "N": self.N,
-            "data_increase": self.data_increase,
+            "toward_data": self.toward_data,
         }
         size = {name: value for name, value in sizes.items() if value is not None}
         return {"strategy": "newton", "steps": self.steps, **size}

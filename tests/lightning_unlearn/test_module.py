@@ -450,7 +450,7 @@ def test_checkpoint_holds_the_deltas_and_no_network_and_loads_without_pickle(che
     assert about["targets"] == ["query-00000", "query-00001"]
     assert about["results"]["query-00000"]["rise"] > 0.1
     assert about["settings"]["damping"] == 0.001
-    assert about["settings"]["data_increase"] == 0.5
+    assert about["settings"]["toward_data"] == 0.5
     assert set(about["fingerprints"]) == {"weights", "fisher", "unlearning"}
     assert "hyper_parameters" not in content  # LightningCLI would let them override the command line
 
