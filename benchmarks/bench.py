@@ -17,6 +17,7 @@ import argparse
 import functools
 import json
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -204,13 +205,17 @@ def retrain(bench: Bench, runs: Sequence[Run], share: Share, how: Any) -> None:
 
     cli = bench.cli()
     keys = [sample.key for sample in bench.samples("shards")]
+    queries = bench.samples("queries")
     before = read_settings(bench.folder / "study")
-    study, measure = study_of(cli, bench.folder / "study", bench.samples("queries"), **measuring(bench))
-    # A study knows of its own files only.
-    if before is not None and is_packed(bench) and differences(json.loads(json.dumps(study.settings)), before):
-        raise InputError(
-            f"The models of {bench.folder} are of another recipe or other queries; remove its study first."
-        )
+    if before is not None and is_packed(bench):
+        # A study knows of its own files only, and writes its settings where it finds none: ask one in another folder.
+        with tempfile.TemporaryDirectory() as folder:
+            settings = study_of(cli, Path(folder), queries, **measuring(bench))[0].settings
+        if differences(json.loads(json.dumps(settings)), before):
+            raise InputError(
+                f"The models of {bench.folder} are of another recipe or other queries; remove its study first."
+            )
+    study, measure = study_of(cli, bench.folder / "study", queries, **measuring(bench))
     left = open_study(bench).missing(share.of(runs))
     if how.together > 1:
         retrain_stacked(bench, cli, study, left, how)

@@ -174,8 +174,10 @@ def unlearning_scores(
     return scores, keys, 0
 
 
-def baseline_scores(bench: Bench, name: str, parameters: str, queries: int | None) -> tuple[Scores, list[str], int]:
-    """Scores of a rival under all of its settings; gradients are computed once."""
+def baseline_scores(
+    bench: Bench, name: str, parameters: str, queries: int | None, settings: Sequence[str]
+) -> tuple[Scores, list[str], int]:
+    """Scores of a rival under some of its settings; gradients are computed once."""
     module, data = config(bench, parameters=parameters)
     data.setup("predict")
     if ACCELERATOR != "cpu":
@@ -192,8 +194,7 @@ def baseline_scores(bench: Bench, name: str, parameters: str, queries: int | Non
     )
     with ExactFloat32():
         scores = {
-            setting + SELECTIONS[parameters]: method.scores(subject)
-            for setting, method in BASELINE_SETTINGS[name].items()
+            setting + SELECTIONS[parameters]: BASELINE_SETTINGS[name][setting].scores(subject) for setting in settings
         }
     keys = [key for batch in subject.batches() for key in batch.keys]
     # What a method keeps of the training images for later queries: their gradients, if it takes any.
@@ -210,12 +211,15 @@ def baseline_of(method: str, setting: str) -> Baseline:
 
 
 def score(
-    bench: Bench, method: str, parameters: str, queries: int | None = None, sizes: Sequence[str] = SIZES
+    bench: Bench, method: str, parameters: str, settings: Sequence[str], queries: int | None = None
 ) -> tuple[Scores, list[str], int]:
-    """A method's scores, the keys of their rows, and the bytes it keeps for later queries."""
+    """A method's scores by some settings, the keys of their rows, and the bytes it keeps for later queries.
+
+    The settings of unlearning are sizes of the step, each with all rules.
+    """
     if method in UNLEARNING:
-        return unlearning_scores(bench, UNLEARNING[method], parameters, queries, sizes)
-    return baseline_scores(bench, method, parameters, queries)
+        return unlearning_scores(bench, UNLEARNING[method], parameters, queries, settings)
+    return baseline_scores(bench, method, parameters, queries, settings)
 
 
 def fisher_seconds(bench: Bench, kind: str, parameters: str) -> float:
@@ -241,7 +245,8 @@ def keep_scores(bench: Bench, method: str, parameters: str) -> None:
     path = files(bench, method)[parameters]
     kept = pq.read_table(path) if method in UNLEARNING and path.is_file() else None
     names = [] if kept is None else [name for name in kept.column_names[1:] if name.startswith(SIZES)]
-    scores, keys, _ = score(bench, method, parameters, sizes=missing_sizes(bench, method, parameters))
+    wanted = missing_sizes(bench, method, parameters) if method in UNLEARNING else list(BASELINE_SETTINGS[method])
+    scores, keys, _ = score(bench, method, parameters, wanted)
     columns: dict[str, Any] = {"key": pa.array(keys, pa.string())}
     if kept is not None:
         assert kept.column("key").to_pylist() == keys
@@ -263,23 +268,22 @@ def missing_sizes(bench: Bench, method: str, parameters: str) -> list[str]:
 
 
 def keep_costs(bench: Bench, method: str, parameters: str) -> None:
-    """Score some queries, and one alone to tell what each costs from what is done once."""
+    """Score some queries by one setting, and one query alone to tell what each costs from what is done once."""
     ready(bench, method, parameters)
+    setting = ["halfway"] if method in UNLEARNING else list(BASELINE_SETTINGS[method])[:1]
     started = time.process_time()
-    score(bench, method, parameters, 1)
+    score(bench, method, parameters, setting, 1)
     alone = time.process_time() - started
     started = time.process_time()
-    once = score(bench, method, parameters, COSTED)[2]
+    once = score(bench, method, parameters, setting, COSTED)[2]
     together = time.process_time() - started
     each = max(0.0, (together - alone) / (COSTED - 1))
-    # Settings of a baseline share what takes long; unlearning is done anew for each size of the step.
-    anew = len(SIZES) if method in UNLEARNING else 1
-    before = max(0.0, alone - each) / anew
+    before = max(0.0, alone - each)
     if method in WITH_FISHER:
         before += fisher_seconds(bench, WITH_FISHER[method], parameters)
         once += fisher_file(bench, WITH_FISHER[method], parameters).stat().st_size
     costs = {
-        "seconds_a_query": each / anew,
+        "seconds_a_query": each,
         "seconds_once": before,
         "bytes_once": once,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

@@ -90,13 +90,17 @@ def point(name: str, unlearned: Unlearned, reduced: Reduced, found: Measured, ke
 def best_recipe(bench: Bench, choosing: Half, keys: list[str]) -> Unlearned:
     """The recipe's damping and step, by the half that chooses."""
     values = {}
-    sizes: list[dict[str, float]] = [*({"rise": rise} for rise in RISES), {"toward_data": HALFWAY}]
-    for damping, size in product(DAMPINGS, sizes):
-        unlearned = replace(RECIPE, damping=damping, **size)
+
+    def value(unlearned: Unlearned) -> None:
         found = measured(bench, unlearned)
         if isinstance(found, Measured):
             values[unlearned] = choosing.mean(scores_of(found, keys, Reduced(rule="difference")))
-        print(f"damping {damping:g}, {size}: {values.get(unlearned, found)}", flush=True)
+        print(f"{unlearned}: {values.get(unlearned, found)}", flush=True)
+
+    for damping, rise in product(DAMPINGS, RISES):
+        value(replace(RECIPE, damping=damping, rise=rise))
+    # With the best damping the default size of ours, too.
+    value(replace(max(values, key=values.__getitem__), rise=CENTRE.rise, toward_data=HALFWAY))
     return max(values, key=values.__getitem__)
 
 

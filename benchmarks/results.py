@@ -257,10 +257,10 @@ INTRODUCTION = """\
 Made by `python benchmarks/results.py` from the numbers of finished models and the scores in this folder; see
 [README.md](README.md) for how to make those again. Intervals are 95 % bootstrap intervals: over queries and models for
 the linear datamodelling score (LDS), over queries (and random repeats) for leave-K-out. The floors' intervals are those
-of their means, too: a single random removal or seed lies outside more often. With eight or ten queries such intervals
-are a little short: they cover some 90 %. Differences whose interval holds 0 are within noise.
+of their means, too: a single random removal or seed lies outside more often. Differences whose interval holds 0 are
+within noise.
 
-Changes are measured against models on all pictures with the seeds 1 to 5 (the model that made the queries, with seed 0,
+Changes are measured against models on all pictures with other seeds (the model that made the queries, with seed 0,
 knows its own pictures too well). The error of that reference is in no interval, but cancels where a method is compared
 with random removals. Removals have seed 0.
 

@@ -11,6 +11,7 @@ on one, and reported on the other.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -30,6 +31,7 @@ from lightning_unlearn import rules
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.evaluation.judging import scores_of as kept_scores
 from lightning_unlearn.evaluation.results import Value
+from lightning_unlearn.fingerprints import digest
 from lightning_unlearn.shards import write_atomically
 from lightning_unlearn.strategies import Mirrored, Newton, Penalised, Strategy
 from lightning_unlearn.views import Views
@@ -160,6 +162,8 @@ def measured(bench: Bench, unlearned: Unlearned) -> Measured | str:
     path = _path(bench, unlearned)
     if path.is_file():
         kept = torch.load(path, weights_only=True)
+        if isinstance(kept, dict) and kept.pop("of", _made(bench)) != _made(bench):
+            raise InputError(f"{path} is of another model or other queries; remove the sweep folder of {bench.name}.")
         return kept if isinstance(kept, str) else Measured(**kept)
     settings = {name: getattr(unlearned, name) for name in ("parameters", "damping", "rise_draws")}
     module, data = config(bench, fisher=fisher_source(bench, unlearned.fisher, unlearned.parameters), **settings)
@@ -184,8 +188,14 @@ def measured(bench: Bench, unlearned: Unlearned) -> Measured | str:
     values = torch.cat([torch.cat([found.base[None], found.unlearned]).cpu() for found in predictions], 1)
     # One flip, one caption.
     found = Measured(values[:, :, 0, 0].float(), keys, calls / len(module.targets))
-    torch.save(vars(found), path)
+    torch.save({**vars(found), "of": _made(bench)}, path)
     return found
+
+
+def _made(bench: Bench) -> str:
+    """What losses are of: the model and its queries."""
+    files = [bench.folder / "model.safetensors", *sorted((bench.folder / "queries").glob("*.tar"))]
+    return digest(*(hashlib.sha256(file.read_bytes()).hexdigest() for file in files))
 
 
 def strategy(bench: Bench, unlearned: Unlearned) -> Strategy:

@@ -397,21 +397,24 @@ def test_a_datamodule_without_real_samples_gets_one_sentence(folder: Path) -> No
 
     with pytest.raises(InputError, match=r"^Mirrored also trains on real samples, but Bare has no real_samples; use "):
         check_needs(mirrored(), None, Bare())
-    check_needs(Newton(), "fisher.safetensors", Bare())
+    with pytest.raises(InputError, match=r"^Newton measures its step by .* has no real_samples; .* a target_increase"):
+        check_needs(Newton(), "fisher.safetensors", Bare())
+    check_needs(Newton(target_increase=0.1), "fisher.safetensors", Bare())
 
 
-def test_other_strategies_draw_no_real_samples_and_know_nothing_of_the_shards(folder: Path, tmp_path: Path) -> None:
+def test_only_strategies_that_look_at_samples_know_of_the_shards(folder: Path, tmp_path: Path) -> None:
     toy_shards(tmp_path / "train", 3, 3)
     (tmp_path / "queries").symlink_to(folder / "queries")
-    prints: dict[str, set[str]] = {"Newton": set(), "Mirrored": set()}
+    strategies = {"a rise": Newton(target_increase=1.0), "toward data": Newton(), "Mirrored": mirrored()}
+    prints: dict[str, set[str]] = {name: set() for name in strategies}
     for place in (folder, tmp_path):
         data = toy_data(place, draws=DRAWS, draw_batch_size=DRAWS)
         data.setup("fit")
         assert len(data.train_dataloader()) == len(data.queries)
-        for strategy in (Newton(), mirrored()):
+        for name, strategy in strategies.items():
             module = UnlearningModule(ToyDenoiser(), ToyObjective(), None, LAYERS, strategy)
-            prints[type(strategy).__name__].add(module.unlearning_fingerprint(data))
-    assert {name: len(found) for name, found in prints.items()} == {"Newton": 1, "Mirrored": 2}
+            prints[name].add(module.unlearning_fingerprint(data))
+    assert {name: len(found) for name, found in prints.items()} == {"a rise": 1, "toward data": 2, "Mirrored": 2}
 
 
 @pytest.mark.parametrize(
