@@ -24,8 +24,9 @@ score lies above its own :math:`u_i`, which for K samples together happens with 
 promise; for ``Q`` of them together take :math:`1 - (1 - c)/Q` as the confidence.
 
 A ``share`` caps how many samples are finished: those nearest to :math:`τ`, in units of their own reach, are. The
-promise holds if the cap left nobody behind who could reach :math:`τ`, and else is withdrawn. Below four views there is
-too little scatter to judge by: the share of the samples that lead for any query is finished, and nothing is promised.
+promise holds if the cap left nobody behind who could reach :math:`τ`, and no chosen sample was left out for a loss that
+is not finite; else it is withdrawn. Below four views there is too little scatter to judge by: the share of the samples
+that lead for any query is finished, and nothing is promised.
 """
 
 from __future__ import annotations
