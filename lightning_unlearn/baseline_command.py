@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lightning_unlearn.baselines import Baseline, Subject
+from lightning_unlearn.baselines.gradients import check_query_views
 from lightning_unlearn.command_parts import BARE, make_folder, say
 from lightning_unlearn.commands import attribution_parts
 from lightning_unlearn.datamodules import AttributionDataModule
@@ -96,8 +97,8 @@ class BaselineRun:
         """Score all samples and write the table.
 
         Raises:
-            InputError: If the folder is another run's, a shard can't be read, queries form sets or have masks, or
-                scores are not finite.
+            InputError: If the folder is another run's, a shard can't be read, queries form sets, have masks or lack
+                flips, or scores are not finite.
         """
         started = time.monotonic()
         self.data.setup("predict")
@@ -130,7 +131,7 @@ class BaselineRun:
         say(f"{len(keys)} samples scored into {shard_path(self.folder, '*').parent}.")
 
     def _check_queries(self) -> None:
-        """Refuse sets and regions, of which methods know nothing."""
+        """Refuse sets and regions, of which methods know nothing, and queries without the views that they need."""
         if self.data.targets_by is not None:
             raise InputError("A baseline scores each query by itself, not sets of them; leave targets_by out.")
         masked = [query.key for query in self.data.queries if query.mask is not None]
@@ -138,6 +139,8 @@ class BaselineRun:
             raise InputError(
                 f"A baseline looks at whole pictures, but the query {masked[0]!r} has a mask; leave the mask out."
             )
+        if self.method.needs_query_views:
+            check_query_views(self.data.queries, self.module.views)
 
     def _subject(self) -> Subject:
         fisher = self.module.checked_fisher() if self.method.needs_fisher else None

@@ -7,6 +7,7 @@ before, so that batches, workers, ranks, the order of shards or a restart can't 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from lightning_unlearn.firmness import upper_ends
 from lightning_unlearn.racing import Flags, Numbers, Race, contenders, in_reach, leaders, thresholds
 from lightning_unlearn.rules import Reduced
 from lightning_unlearn.run_record import earlier_run, write_run
+from lightning_unlearn.score_table import ScoreTable
 from lightning_unlearn.scores import (
-    ScoreTable,
     is_scored,
     read_deviations,
     read_run,
@@ -100,20 +101,22 @@ class RaceFolder:
         Raises:
             InputError: If a round's table is of another race.
         """
+        return next((turn for turn in self._turns() if not self._is_finished(turn)), None)
+
+    def _turns(self) -> Iterator[Turn]:
+        """The rounds that have samples; one that comes after another is known once that other is finished."""
         scores = self.first.scores.astype(np.float64)
         chosen = leaders(self.race, scores)
         for name in ROUNDS:
-            turn = Turn(name, [key for key, wanted in zip(self.first.keys, chosen, strict=True) if wanted])
-            if not turn.keys:
-                return None
-            if not self._is_finished(turn):
-                return turn
+            keys = [key for key, wanted in zip(self.first.keys, chosen, strict=True) if wanted]
+            if not keys:
+                return
+            yield Turn(name, keys)
             if name == ROUNDS[-1] or self._uppers is None:
-                return None
+                return
             finished = read_scores(self.folder / name)
             least = thresholds(self.race, finished.scores.astype(np.float64))
             chosen = contenders(self.race, scores, self._uppers, chosen, least)
-        return None
 
     def _is_finished(self, turn: Turn) -> bool:
         """Whether a round's table is whole; that it is of this race, too."""
@@ -129,14 +132,28 @@ class RaceFolder:
         if views_of(run) != replace(self.views, every=1):
             differing.append("views")
         if differing:
-            raise InputError(
-                f"{folder} holds scores of another race (other {', '.join(differing)}); race in another folder, or "
-                "remove it."
-            )
+            raise _of_another_race(folder, differing)
         return all(is_scored(folder, shard, info.get("version", "")) for shard, info in run["shards"].items())
+
+    def _finished_turns(self) -> list[Turn]:
+        """All rounds of a race that is over."""
+        turns = []
+        for turn in self._turns():
+            if not self._is_finished(turn):
+                raise InputError(
+                    f"{self.folder / turn.name} lacks scores of the {len(turn.keys)} samples that are to be scored by "
+                    "all views; score them before the table is written."
+                )
+            turns.append(turn)
+        for name in ROUNDS[len(turns) :]:
+            if read_run(self.folder / name) is not None:  # a round that this race has not
+                raise _of_another_race(self.folder / name, ["keys"])
+        return turns
 
     def write(self, output: Path) -> ScoreTable:
         """Write the table of a finished race: all samples, those who were finished with their scores by all views.
+
+        Bad samples that a round left out keep their scores by the few views, and the promise is not given.
 
         Args:
             output: The folder of the table.
@@ -145,9 +162,10 @@ class RaceFolder:
             The table.
 
         Raises:
-            InputError: If samples to be finished are missing, or the folder holds another run.
+            InputError: If a round is missing or of another race, or the folder holds another run.
         """
-        tables = [read_scores(self.folder / name) for name in ROUNDS if read_run(self.folder / name) is not None]
+        turns = self._finished_turns()
+        tables = [read_scores(self.folder / turn.name) for turn in turns]
         rows = {key: row for row, key in enumerate(self.first.keys)}
         finished: Flags = np.zeros(len(rows), dtype=np.bool_)
         scores, losses = self.first.scores.copy(), self.first.base_losses.copy()
@@ -158,7 +176,9 @@ class RaceFolder:
             scores[at], losses[at] = table.scores, table.base_losses
             if errors is not None and table.errors is not None:
                 errors[at] = table.errors
-        run = self._run(tables, scores, finished)
+        due: Flags = np.zeros(len(rows), dtype=np.bool_)
+        due[[rows[key] for turn in turns for key in turn.keys]] = True
+        run = self._run(tables, scores, finished, due & ~finished)
         earlier = earlier_run(output, run["fingerprints"])
         done = all(is_scored(output, shard, info["version"]) for shard, info in run["shards"].items())
         if not earlier or not done:
@@ -186,7 +206,9 @@ class RaceFolder:
         digested = run_digest(run["fingerprints"])
         write_shard_scores(output, shard, keys, reduced, self.first.queries, digested, version, finished[at])
 
-    def _run(self, tables: list[ScoreTable], scores: NDArray[np.float32], finished: Flags) -> dict[str, Any]:
+    def _run(
+        self, tables: list[ScoreTable], scores: NDArray[np.float32], finished: Flags, missing: Flags
+    ) -> dict[str, Any]:
         """``run.json`` of the table: that of the samples who were finished, and what the race was."""
         whole = tables[0].run
         columns = self.first.run["fingerprints"]["columns"].removesuffix(", deviations")
@@ -197,20 +219,31 @@ class RaceFolder:
             **whole,
             "fingerprints": fingerprints,
             "seconds": sum(table.run["seconds"] for table in (self.first, *tables)),
-            "race": settings | {"all_views": len(whole["timesteps"])} | self._outcome(scores, finished),
+            "race": settings | {"all_views": len(whole["timesteps"])} | self._outcome(scores, finished, missing),
         }
 
-    def _outcome(self, scores: NDArray[np.float32], finished: Flags) -> dict[str, Any]:
-        """Who was finished, who else could have been among the best, and whether the upper ends held."""
-        outcome: dict[str, Any] = {"samples": len(finished), "finished": int(finished.sum())}
+    def _outcome(self, scores: NDArray[np.float32], finished: Flags, missing: Flags) -> dict[str, Any]:
+        """Who was finished or could not be, who else could be among the best, and whether the upper ends held."""
+        outcome: dict[str, Any] = {
+            "samples": len(finished),
+            "finished": int(finished.sum()),
+            "missing": int(missing.sum()),
+        }
         if self._uppers is None:
             return outcome | {"left_in_reach": None, "beyond": None}
         by_all = scores[finished].astype(np.float64)
         least = thresholds(self.race, by_all)
         return outcome | {
-            "left_in_reach": int(in_reach(self._uppers[~finished], least).sum()),
+            # Where a sample that has no score by all views would have been, its few views can't say.
+            "left_in_reach": int(((in_reach(self._uppers, least) | missing) & ~finished).sum()),
             "beyond": float((by_all > self._uppers[finished]).mean()),
         }
+
+
+def _of_another_race(folder: Path, differing: list[str]) -> InputError:
+    return InputError(
+        f"{folder} holds scores of another race (other {', '.join(differing)}); race in another folder, or remove it."
+    )
 
 
 def views_of(run: dict[str, Any]) -> Views:
@@ -241,13 +274,18 @@ def outcome(race: dict[str, Any], one: str = "query") -> str:
         f"{race['finished']:,} of them on all; only these ranks are final."
     )
     best = f"the {race['top']} best of each {one} by all draws"
+    missing = race.get("missing", 0)  # not in older tables
+    if missing:
+        said += f" {missing:,} more should have been, but got no finite score there."
     if race["left_in_reach"] is None:
         return f"{said} So few draws do not tell how far scores scatter: nothing is promised of {best}."
-    if race["left_in_reach"]:
+    if race["left_in_reach"] > missing:
         return (
-            f"{said} {race['left_in_reach']:,} more could be among {best}, but were beyond the cap "
+            f"{said} {race['left_in_reach'] - missing:,} more could be among {best}, but were beyond the cap "
             f"of {race['share']:.0%}: nothing is promised; raise the share or the number of views."
         )
+    if missing:
+        return f"{said} What is missing could be among {best}: nothing is promised; check the samples and the model."
     if race["beyond"] > 1 - race["confidence"]:
         return (
             f"{said} But {race['beyond']:.1%} of the finished scores lie beyond the upper end that the few draws gave "

@@ -24,8 +24,9 @@ score lies above its own :math:`u_i`, which for K samples together happens with 
 promise; for ``Q`` of them together take :math:`1 - (1 - c)/Q` as the confidence.
 
 A ``share`` caps how many samples are finished: those nearest to :math:`τ`, in units of their own reach, are. The
-promise holds if the cap left nobody behind who could reach :math:`τ`, and else is withdrawn. Below four views there is
-too little scatter to judge by: the share of the samples that lead for any query is finished, and nothing is promised.
+promise holds if the cap left nobody behind who could reach :math:`τ`, and no chosen sample was left out for a loss that
+is not finite; else it is withdrawn. Below four views there is too little scatter to judge by: the share of the samples
+that lead for any query is finished, and nothing is promised.
 """
 
 from __future__ import annotations
@@ -165,13 +166,14 @@ def in_reach(uppers: Numbers, least: Numbers) -> Flags:
     """Who could be among the best of any query.
 
     Args:
-        uppers: ``(N, Q)`` how high the scores could be.
+        uppers: ``(N, Q)`` how high the scores could be; NaN where nobody knows.
         least: ``(Q,)`` the scores to reach.
 
     Returns:
-        ``(N,)``.
+        ``(N,)``, true where it is not known.
     """
-    return np.asarray((uppers >= least).any(1), dtype=np.bool_)
+    # Only whoever is known to lie below is out: the promise is of all others.
+    return np.asarray(~(uppers < least).all(1), dtype=np.bool_)
 
 
 def contenders(race: Race, scores: Numbers, uppers: Numbers, leading: Flags, least: Numbers) -> Flags:
@@ -180,7 +182,7 @@ def contenders(race: Race, scores: Numbers, uppers: Numbers, leading: Flags, lea
     Args:
         race: The race.
         scores: ``(N, Q)`` by the few views, samples in the order of their keys.
-        uppers: ``(N, Q)`` how high they could be by all views.
+        uppers: ``(N, Q)`` how high they could be by all views; NaN where nobody knows.
         leading: ``(N,)`` who is finished already.
         least: ``(Q,)`` the scores to reach.
 
@@ -193,6 +195,7 @@ def contenders(race: Race, scores: Numbers, uppers: Numbers, leading: Flags, lea
         # How far each is from the score to reach, in units of its own reach; the smallest over its queries counts.
         with np.errstate(over="ignore"):  # some have no reach
             distances = ((least - scores) / np.maximum(uppers - scores, np.finfo(np.float64).tiny)).min(1)
+        distances[np.isnan(distances)] = -np.inf  # whose reach is not known comes first
         rows = np.flatnonzero(chosen)
         chosen[rows[np.argsort(distances[rows], kind="stable")[room:]]] = False
     return chosen

@@ -38,16 +38,20 @@ def difference(base: Tensor, unlearned: Tensor) -> Tensor:
 def ratio(base: Tensor, unlearned: Tensor) -> Tensor:
     """The rise relative to the loss: ``(L_u - L_0) / (L_u + L_0)``.
 
-    As in mirrored unlearning for attribution (MUCS, arXiv 2605.17938).
+    As in mirrored unlearning for attribution (MUCS, arXiv 2605.17938), but without the 1e-3 that is added to the
+    denominator there: it would count for more the smaller losses are, so that scores would depend on the loss's unit.
+    What it guards against, a view whose loss is 0 before and after, did not rise: its value is 0.
 
     Args:
-        base: ``(B, flips, captions, draws)``.
+        base: ``(B, flips, captions, draws)``, NaN where a sample has no such view.
         unlearned: ``(Q, B, flips, captions, draws)``.
 
     Returns:
-        ``(Q, B, flips, captions, draws)``.
+        ``(Q, B, flips, captions, draws)``, NaN where a sample has no such view.
     """
-    return (unlearned - base) / (unlearned + base)
+    # 0 / 0 would pass for a view that the sample lacks, which means over views leave out.
+    nothing = (base == 0) & (unlearned == 0)
+    return ((unlearned - base) / (unlearned + base)).masked_fill(nothing, 0.0)
 
 
 RULES: dict[str, Rule] = {"difference": difference, "ratio": ratio}

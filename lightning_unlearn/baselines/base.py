@@ -51,10 +51,12 @@ class Baseline(ABC):
     Attributes:
         name: As it is called in configs and tables.
         needs_fisher: Whether scores depend on the subject's Fisher.
+        needs_query_views: Whether queries are looked at on the views, flips among them, that samples are.
     """
 
     name: ClassVar[str]
     needs_fisher: ClassVar[bool] = False
+    needs_query_views: ClassVar[bool] = False
 
     @abstractmethod
     def scores(self, subject: Subject) -> Tensor:

@@ -34,6 +34,7 @@ class GradientSimilarity(Baseline):
     """
 
     name: ClassVar[str] = "gradient_similarity"
+    needs_query_views: ClassVar[bool] = True
 
     def __init__(self, similarity: Literal["dot", "cosine"] = "dot", per_timestep: bool = False) -> None:
         if similarity not in SIMILARITIES:

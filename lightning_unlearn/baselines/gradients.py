@@ -5,12 +5,13 @@ Queries are looked at on views of the same definition as samples: with shared no
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from lightning_unlearn.baselines.base import Subject
 from lightning_unlearn.baselines.per_sample import Gradients, Output, join, mean_gradients
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.samples import SampleBatch, collate_samples
+from lightning_unlearn.samples import Sample, SampleBatch, collate_samples
+from lightning_unlearn.views import Views
 
 # Queries that are looked at together.
 QUERIES_AT_ONCE = 32
@@ -60,9 +61,13 @@ def query_gradients(subject: Subject, output: Output, *, per_timestep: bool = Fa
 
     Returns:
         Of all ``Q`` queries, in their order.
+
+    Raises:
+        InputError: If flips are scored and a query has none.
     """
     key = ("queries", output, per_timestep)
     if key not in subject.cache:
+        check_query_views(subject.queries, subject.views)
         parts = [
             subject.queries[start : start + QUERIES_AT_ONCE]
             for start in range(0, len(subject.queries), QUERIES_AT_ONCE)
@@ -73,6 +78,24 @@ def query_gradients(subject: Subject, output: Output, *, per_timestep: bool = Fa
         )
     found: Gradients = subject.cache[key]
     return found
+
+
+def check_query_views(queries: Sequence[Sample], views: Views) -> None:
+    """Refuse queries that lack some of the views, before samples are looked at.
+
+    Args:
+        queries: The queries.
+        views: On which they will be looked at.
+
+    Raises:
+        InputError: If flips are scored and a query has none.
+    """
+    lacking = [query.key for query in queries if query.latent_flip is None]
+    if views.flips and lacking:
+        raise InputError(
+            f"Flips are scored, but the query {lacking[0]!r} has no latent_flip.npy; prepare the queries with flips, "
+            "or set flips to false."
+        )
 
 
 def batch_gradients(subject: Subject, batch: SampleBatch, output: Output, *, per_timestep: bool = False) -> Gradients:

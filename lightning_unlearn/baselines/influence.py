@@ -34,6 +34,7 @@ class Influence(Baseline):
 
     name: ClassVar[str] = "influence"
     needs_fisher: ClassVar[bool] = True
+    needs_query_views: ClassVar[bool] = True
 
     def __init__(self, damping: float = 0.1) -> None:
         if not 0 <= damping < float("inf"):

@@ -48,6 +48,7 @@ class JourneyTRAK(TRAK):
     """
 
     name: ClassVar[str] = "journey_trak"
+    needs_query_views: ClassVar[bool] = False  # but on their trajectory
 
     def __init__(self, ridge: float = 0.1, noises: int = 1, projection: int | None = None, seed: int = 0) -> None:
         super().__init__(ridge, projection, seed)

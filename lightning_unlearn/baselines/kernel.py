@@ -115,6 +115,7 @@ class RidgeBaseline(Baseline):
     """
 
     output: ClassVar[Output] = "loss"
+    needs_query_views: ClassVar[bool] = True
 
     def __init__(self, ridge: float = 0.1, projection: int | None = None, seed: int = 0) -> None:
         if not 0 < ridge < float("inf"):

@@ -16,6 +16,7 @@ from lightning_unlearn.metrics import counterfactual_change, paired_bootstrap
 
 # The measures of an outcome, and whether they rise as a query is lost.
 MEASURES = {"loss": True, "mse": True, "ssim": False, "cosine": False}
+ONE_QUERY = "not held against the noise floor: one query shows no scatter; give removal_queries 2 or more"
 
 
 class Floors:
@@ -89,16 +90,18 @@ class Floors:
 
         Returns:
             Changes, and whether they lie beyond the floors: whether the 95 % intervals of the difference to random
-            removals, and to other seeds, are on the side of loss.
+            removals, and to other seeds, are on the side of loss. Of a single query nothing is called beyond: its
+            intervals over queries are points.
         """
         changes, beyond = {}, {}
+        scatter = len(self.queries) > 1
         for measure in self.measured():
             own = self.changes(removed, measure)
             changes[measure] = value_of(own)
             sign = 1.0 if MEASURES[measure] else -1.0
             floors = (self.random_changes(size, measure), self.seed_changes(measure))
-            beyond[measure] = all(paired_bootstrap(sign * (own - floor)).low > 0 for floor in floors)
-        return Removal(changes, beyond)
+            beyond[measure] = scatter and all(paired_bootstrap(sign * (own - floor)).low > 0 for floor in floors)
+        return Removal(changes, beyond, "" if scatter else ONE_QUERY)
 
     def _outcomes(self, runs: Sequence[Run], measure: str) -> Tensor:
         return torch.from_numpy(self.study.losses(runs, self.queries, measure))

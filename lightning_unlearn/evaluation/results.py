@@ -51,10 +51,12 @@ class Removal:
         changes: Measure to its mean change against models on all samples.
         beyond_floor: Measure to whether the change lies beyond those of random removals and of another seed alone, both
             with a 95 % interval.
+        undecided: Why nothing can be called beyond the floor, in words; empty where it can.
     """
 
     changes: Mapping[str, Value]
     beyond_floor: Mapping[str, bool]
+    undecided: str = ""
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,8 @@ class Results:
                     removal = judged.removals[size]
                     inside = [measure for measure, beyond in removal.beyond_floor.items() if not beyond]
                     changes = _cells(removal.changes[measure] for measure in floor)
-                    lines.append(f"{name:{width}}  {changes}{_note(inside, floor)}".rstrip())
+                    note = f"  {removal.undecided}" if removal.undecided else _note(inside, floor)
+                    lines.append(f"{name:{width}}  {changes}{note}".rstrip())
             lines.append(f"{'random':{width}}  {_cells(floor.values())}".rstrip())
             lines.append(f"{'another seed':{width}}  {_cells(self.seeds[measure] for measure in floor)}".rstrip())
         return "\n".join(lines)

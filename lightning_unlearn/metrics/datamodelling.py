@@ -13,11 +13,18 @@ from lightning_unlearn.errors import InputError
 from lightning_unlearn.metrics.inputs import same_shape, table
 from lightning_unlearn.metrics.ranks import rank_correlation
 
+# Sums that differ by less than this share of the sum of all scores' sizes, about 1e-12, are equal but for rounding.
+RESOLUTION = 2.0**-40
+# The smallest and the largest sum of sizes that units are made for.
+SIZES = (2.0**-970, torch.finfo(torch.float64).max)
+
 
 def subset_predictions(scores: Tensor, kept: Tensor) -> Tensor:
     """What the scores foretell for models trained on subsets: the sum of the scores of the samples kept.
 
-    An additive datamodel, Park et al. (arXiv 2303.14186, Sec. 2).
+    An additive datamodel, Park et al. (arXiv 2303.14186, Sec. 2). Predictions are only ranked, so sums that are equal
+    must be equal to the last bit, in whatever order a library adds them up: they are summed as whole numbers, and
+    rounded to about 1e-12 of the sum of the sizes of all scores.
 
     Args:
         scores: ``(N, Q)``; high means influential.
@@ -35,7 +42,12 @@ def subset_predictions(scores: Tensor, kept: Tensor) -> Tensor:
             f"The kept samples are {kept.dtype} of shape {tuple(kept.shape)}; give a bool for each model and each of "
             f"the {len(scores)} samples that have scores."
         )
-    return kept.to(torch.float64) @ scores
+    total = scores.abs().sum(0).clamp(*SIZES)  # (Q,)
+    # A power of two. In this unit all scores together are less than 2^52, which float64 counts without rounding.
+    unit = total / torch.frexp(total).mantissa * 2.0**-52
+    sums = kept.to(torch.float64) @ (scores / unit).round()
+    coarse = RESOLUTION * 2.0**52
+    return (sums / coarse).round() * coarse * unit
 
 
 def linear_datamodelling_score(scores: Tensor, kept: Tensor, outcomes: Tensor) -> Tensor:

@@ -245,10 +245,12 @@ def race(
     deltas: Path,
     settings: Mapping[str, Any],
     *callbacks: Callback,
+    writer: Mapping[str, Any] | None = None,
     **of_trainer: Any,
 ) -> None:
     """Run a race of these settings."""
-    found = trainer(data_folder(data), ScoreWriter(str(out)), Announcer(out), *callbacks, **of_trainer)
+    score_writer = ScoreWriter(str(out), **(writer or {}))
+    found = trainer(data_folder(data), score_writer, Announcer(out), *callbacks, **of_trainer)
     RaceRun(Race(**settings), module, data, found, out, deltas).run()
 
 

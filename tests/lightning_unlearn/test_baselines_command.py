@@ -314,6 +314,24 @@ def test_sets_and_regions_are_one_sentence(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("method", "fine"), [("TRAK", False), ("PixelSimilarity", True)])
+def test_query_without_a_flip_is_one_sentence_before_samples_are_measured_where_it_is_needed(
+    method: str, fine: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_shards([toy_fields(number, flip=True) for number in range(3)], tmp_path / "train")
+    write_shards([toy_fields(9, prefix="query")], tmp_path / "queries")
+    config = toy_config()
+    config["data"]["init_args"] |= {"shards": str(tmp_path / "train"), "queries": str(tmp_path / "queries")}
+    path = write_config(tmp_path / "toy.yaml", config)
+    words = ["--config", path, "--method", method, "--model.init_args.views.flips", "true"]
+    if fine:
+        assert len(score(path, tmp_path / "run", *words[2:]).keys) == 3
+    else:
+        said = refused(capsys, *words, "--output", tmp_path / "run")
+        assert "the query 'query-00009' has no latent_flip.npy; prepare the queries with flips" in said
+        assert not (tmp_path / "run").exists()
+
+
 def test_bar_counts_samples(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("baseline", "--config", config, "--output", tmp_path / "run", "--method", "PixelSimilarity")
     out = capsys.readouterr().out

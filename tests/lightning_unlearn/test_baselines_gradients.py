@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,14 +13,14 @@ from reference_baselines import cosine, feature, influence, residual
 from torch import Tensor, nn
 from toys import ToyDenoiser, ToyObjective, tiny_unet
 
-from lightning_unlearn.baselines import GradientSimilarity, Influence, Subject
+from lightning_unlearn.baselines import TRAK, Baseline, GradientSimilarity, Influence, Subject
 from lightning_unlearn.baselines.gradients import batch_gradients, query_gradients, training_gradients
 from lightning_unlearn.baselines.per_sample import Gradients, Output, join
 from lightning_unlearn.capture import GradientCapture
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher import FISHERS, Fisher
 from lightning_unlearn.parameters import layer_specs
-from lightning_unlearn.samples import Sample, collate_samples
+from lightning_unlearn.samples import Sample, SampleBatch, collate_samples
 from lightning_unlearn.views import Views
 
 VIEWS = Views(timesteps=2, noises=2, seed=3)
@@ -227,6 +228,18 @@ def test_a_gradient_that_is_not_finite_is_named() -> None:
     bad[2].latent[0, 0, 0] = float("inf")
     with pytest.raises(InputError, match="The gradient of 'sample-00002' is not finite"):
         list(training_gradients(subject(bad, QUERIES), "loss"))
+
+
+@pytest.mark.parametrize("method", [GradientSimilarity(), Influence(), TRAK()], ids=lambda method: method.name)
+def test_query_without_the_flip_that_is_scored_is_named_before_any_sample_is_looked_at(method: Baseline) -> None:
+    def batches() -> list[SampleBatch]:
+        raise AssertionError
+
+    toy = subject(TRAINING, [*QUERIES, *samples(4, prefix="query")[3:]], Views(timesteps=2, flips=True))
+    toy = replace(toy, batches=batches, fisher=taken(FISHERS["diagonal"], toy))
+    assert method.needs_query_views
+    with pytest.raises(InputError, match=r"the query 'query-01003' has no latent_flip\.npy; prepare the queries"):
+        method.scores(toy)
 
 
 def test_nothing_to_score_is_refused() -> None:

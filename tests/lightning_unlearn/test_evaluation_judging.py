@@ -263,6 +263,23 @@ def test_a_change_must_lie_beyond_both_floors(floor: str, tmp_path: Path) -> Non
     assert not rewritten(study, needed, removed, 2.0).beyond_floor["loss"]
 
 
+def test_of_one_query_nothing_is_beyond_the_floor_and_the_table_says_why(tmp_path: Path) -> None:
+    design = Design(subsets=0, subsets_twice=0, seeds=2, k=[K], removal_queries=1, random_repeats=1)
+    tables = {"one": table_of(np.arange(36.0).reshape(12, 3))}
+    needed = plan(design, KEYS, QUERIES, tables)
+    study = Study(tmp_path, {})
+    for number, run in enumerate(needed.runs()):
+        finish(study, run, [1 + 1e-3 * number] * 3, mse=[1 + 1e-3 * number] * 3)
+    for run in needed.removals["one"][K]:
+        finish(study, run, [9.0] * 3, mse=[9.0] * 3)
+    results = judge(study, needed, tables, QUERIES)
+    assert results.methods["one"].removals[K].beyond_floor == {"loss": False, "mse": False}
+    (line,) = (line for line in results.to_text().splitlines() if line.startswith("one"))
+    assert line.endswith("one query shows no scatter; give removal_queries 2 or more")
+    assert INSIDE not in line  # nor is that known
+    assert "removal_queries" in json.dumps(results.to_json()["methods"]["one"]["removals"])
+
+
 def test_only_what_is_inside_is_named_where_the_rest_is_not() -> None:
     value, low = Value(1.0, 0.5, 1.5), Value(0.1, -0.5, 0.5)
     removal = Removal({"loss": value, "mse": value}, {"loss": True, "mse": False})

@@ -178,6 +178,45 @@ def test_constant_predictions_or_losses_score_zero() -> None:
     assert linear_datamodelling_score(scores, kept, torch.ones_like(outcomes)).tolist() == [0, 0, 0]
 
 
+@settings(max_examples=60)
+@given(
+    st.integers(2, 300),
+    st.integers(2, 12),
+    st.floats(-1e6, 1e6).filter(bool) | st.sampled_from([0.1, 1e-40, -1e300, 5e-324]),
+    st.integers(0, 1000),
+)
+def test_equal_sums_are_equal_to_the_last_bit_in_whatever_order_they_are_added(
+    samples: int, models: int, constant: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.rand(models, samples, generator=generator).argsort(1).argsort(1)
+    kept, outcomes = order < samples // 2, torch.randn(models, 2, generator=generator)
+    # Subsets of equal size: of constant scores there is nothing to rank, and of a score and its negative neither.
+    scores = torch.full((samples, 2), constant, dtype=torch.float64)
+    assert linear_datamodelling_score(scores, kept, outcomes).tolist() == [0, 0]
+    signs = torch.randn(samples, 2, generator=generator, dtype=torch.float64)
+    both, twice = torch.cat([signs, -signs]), torch.cat([kept, kept], 1)
+    assert linear_datamodelling_score(both, twice, outcomes).tolist() == [0, 0]
+    # A model's samples in another order, and in another place of the table.
+    moved = torch.randperm(samples, generator=generator)
+    single = torch.cat([subset_predictions(signs, kept[model : model + 1]) for model in range(models)])
+    assert torch.equal(subset_predictions(signs[moved], kept[:, moved]), subset_predictions(signs, kept))
+    assert torch.equal(single, subset_predictions(signs, kept))
+
+
+@settings(max_examples=40)
+@given(st.integers(1, 400), st.integers(2, 12), st.integers(0, 1000), st.sampled_from([1e-280, 1e-20, 1.0, 1e30]))
+def test_sums_of_ordinary_scores_are_the_plain_sums(samples: int, models: int, seed: int, scale: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = scale * torch.randn(samples, 3, generator=generator, dtype=torch.float64)
+    kept = torch.rand(models, samples, generator=generator) < 0.5
+    found, plain = subset_predictions(scores, kept), kept.double() @ scores
+    sizes = scores.abs().sum(0)
+    assert ((found - plain).abs() <= 1e-12 * sizes).all()
+    far = (plain[:, None] - plain).abs() > 4e-12 * sizes  # the others are equal sets, or nearly so
+    assert torch.equal((found[:, None] > found)[far], (plain[:, None] > plain)[far])
+
+
 def test_metric_over_batches_is_the_function_and_forgets_when_reset() -> None:
     scores, kept, outcomes = trial(15, 9, 4, seed=2)
     predictions = subset_predictions(scores, kept)

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from attribution_runs import partly_used_module, race, ragged_fields, score, strategy_of, toy_data, unlearn
+import torch
+from attribution_runs import decoded, partly_used_module, race, ragged_fields, score, strategy_of, toy_data, unlearn
 from command_toys import run, write_config
 from lightning.pytorch import Callback
 from processes import run_ranks
+from torch import Tensor
+from toys import ToyObjective
 
 from lightning_unlearn.cli import main
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.race_folder import FIRST, RaceFolder, outcome
 from lightning_unlearn.racing import Race
+from lightning_unlearn.samples import ViewBatch
 from lightning_unlearn.score_table import ScoreTable
 from lightning_unlearn.scores import read_scores
 from lightning_unlearn.shards import write_shards
@@ -130,7 +135,68 @@ def test_broken_promise_is_seen(toys: Path, alone: ScoreTable) -> None:
     # Scores by the few views that say nothing of those by all: their upper ends don't hold.
     found = RaceFolder(toys / "alone" / "race", Race(**RACE))
     found._uppers = np.full_like(alone.scores, alone.scores.min(), dtype=np.float64)
-    assert found._outcome(alone.scores, alone.finished)["beyond"] > 0.9
+    missing = np.zeros_like(alone.finished)
+    assert found._outcome(alone.scores, alone.finished, missing)["beyond"] > 0.9
+    # Nobody else could be among the best, but for a sample that should have been finished and is not.
+    missing[np.flatnonzero(~alone.finished)[0]] = True
+    of_missing = found._outcome(alone.scores, alone.finished, missing)
+    assert (of_missing["missing"], of_missing["left_in_reach"]) == (1, 1)
+    said = outcome({**about, **of_missing, "share": None})
+    assert "1 more should have been, but got no finite score there. What is missing could be among" in said
+    assert "beyond the cap" not in said
+    assert "2 more could be among" in outcome({**about, **of_missing, "left_in_reach": 3})
+
+
+def test_leader_that_is_bad_on_all_draws_only_is_left_out_and_the_promise_with_it(
+    toys: Path, alone: ScoreTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = RaceFolder(toys / "alone" / "race", Race(**RACE)).first.top(alone.queries[0], 1)[0][0]
+    (latent,) = (decoded(fields).latent for fields in ragged_fields(range(24)) if fields["__key__"] == key)
+    module, loss = partly_used_module(views=Views(**VIEWS)), ToyObjective.__call__
+
+    def bad_on_all_draws(self: Any, network: Any, batch: ViewBatch, timesteps: Tensor, noise: Tensor) -> Tensor:
+        bad = (batch.latents == latent).flatten(1).all(1) & (module.views.every == 1)
+        return loss(self, network, batch, timesteps, noise).masked_fill(bad, torch.nan)
+
+    monkeypatch.setattr(ToyObjective, "__call__", bad_on_all_draws)
+    settings = {**RACE, "share": None}
+    race(module, toy_data(toys, draws=10), tmp_path, toys / "deltas", settings, writer={"on_bad_sample": "skip"})
+    table = read_scores(tmp_path)
+    assert table.finished is not None
+    assert not table.finished[table.keys.index(key)]
+    assert table.run["race"]["missing"] == table.run["race"]["left_in_reach"] == 1
+    assert "nothing is promised; check the samples and the model" in outcome(table.run["race"])
+
+
+@pytest.fixture
+def stages(toys: Path, alone: ScoreTable, tmp_path: Path) -> Path:
+    """A copy of the stages of :func:`alone`."""
+    return Path(shutil.copytree(toys / "alone" / "race", tmp_path / "race"))
+
+
+def test_table_of_another_race_is_not_taken_in(stages: Path, toys: Path, plain: ScoreTable, tmp_path: Path) -> None:
+    assert plain.finished is None  # all samples, whoever contends
+    shutil.rmtree(stages / "contenders", ignore_errors=True)
+    shutil.copytree(toys / "plain", stages / "contenders")
+    with pytest.raises(InputError, match=r"race/contenders holds scores of another race \(other keys\)"):
+        RaceFolder(stages, Race(**RACE)).write(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_round_that_the_race_has_not_is_not_taken_in(stages: Path, toys: Path, tmp_path: Path) -> None:
+    found = RaceFolder(stages, Race(**RACE))
+    found._uppers = np.full_like(found.first.scores, -np.inf, dtype=np.float64)  # so that nobody contends
+    shutil.rmtree(stages / "contenders", ignore_errors=True)
+    assert found.write(tmp_path / "out").run["race"]["left_in_reach"] == 0
+    shutil.copytree(toys / "plain", stages / "contenders")
+    with pytest.raises(InputError, match=r"race/contenders holds scores of another race \(other keys\)"):
+        found.write(tmp_path / "other")
+
+
+def test_table_is_not_written_before_all_rounds_are_scored(stages: Path, tmp_path: Path) -> None:
+    shutil.rmtree(stages / "leaders")
+    with pytest.raises(InputError, match=r"race/leaders lacks scores of the \d samples that are to be scored by all"):
+        RaceFolder(stages, Race(**RACE)).write(tmp_path / "out")
 
 
 def test_stage_of_another_race_is_refused(toys: Path, alone: ScoreTable) -> None:

@@ -88,6 +88,29 @@ def test_capped_race_finishes_whoever_is_nearest_in_units_of_its_own_reach() -> 
     assert np.flatnonzero(chosen).tolist() == [3]
 
 
+@given(TABLES, RACES, st.integers(0, 1000))
+@settings(max_examples=60, deadline=None)
+def test_sample_whose_upper_end_is_not_known_contends_before_all_others(tables: Any, race: Race, seed: int) -> None:
+    scores, reach, whole = tables
+    uppers = scores + abs(reach)
+    unknown = np.random.default_rng(seed).random(scores.shape) < 0.2
+    uppers[unknown] = np.nan
+    leading = leaders(race, scores)
+    least = thresholds(race, whole[leading])
+    assert in_reach(uppers, least)[unknown.any(1)].all()
+    contend = contenders(race, scores, uppers, leading, least)
+    left_out = unknown.any(1) & ~leading & ~contend
+    if left_out.any():  # the cap, and then nobody else takes their room
+        assert not contend[~unknown.any(1)].any()
+
+
+def test_scores_beyond_float32_leave_an_upper_end_unknown() -> None:
+    values = torch.tensor([[[1.0, 2.0, 1.0, 2.0]], [[1e39, -1e39, 1.0, 2.0]]], dtype=torch.float64).float()
+    uppers = upper_ends(values, 1, "max", 0.01)[:, None].numpy()
+    assert np.isnan(uppers).tolist() == [[False], [True]]
+    assert in_reach(uppers, np.array([1e6])).tolist() == [False, True]
+
+
 def test_race_with_too_few_views_to_judge_by_finishes_the_share_that_leads() -> None:
     scores = np.array([[1.0, 9.0], [2.0, 0.0], [3.0, 1.0], [4.0, 2.0], [0.0, 0.0]])
     race = Race(top=1, views=2, share=0.3)

@@ -98,6 +98,34 @@ def test_ratio_does_not_depend_on_the_scale_of_a_loss_and_lies_within_one() -> N
 
 @pytest.mark.parametrize("rule", sorted(RULES))
 @pytest.mark.parametrize("flips", FLIPS)
+def test_view_whose_loss_is_zero_before_and_after_has_not_risen_and_is_not_left_out(rule: str, flips: Flips) -> None:
+    base, unlearned, counts = losses(6, 2, 2, 3, 4)
+    # As the last timestep of a schedule that ends without signal, where min-SNR gives it no weight.
+    base[..., -1] *= 0
+    unlearned[..., -1] *= 0
+    found = reduce_losses(base, unlearned, rule, flips, keep_deviations=True)
+    for values in (found.scores, found.errors, found.deviations):
+        assert values is not None
+        assert values.isfinite().all()
+    assert found.deviations is not None
+    assert (found.deviations[..., -1] == 0).all()
+    for sample, count in enumerate(counts):
+        for query in range(2):
+            values = RULES[rule](base[sample, :, :count, :3], unlearned[query, sample, :, :count, :3])
+            sides = values.sum((-2, -1)) / (4 * count)
+            expected = sides.max() if flips == "max" else sides.mean()
+            assert float(found.scores[sample, query]) == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_absent_view_stays_absent_where_others_are_zero() -> None:
+    base = torch.tensor([0.0, torch.nan, 0.0])
+    found = RULES["ratio"](base, torch.tensor([[0.0, torch.nan, 2.0]]))
+    assert found.isnan().tolist() == [[False, True, False]]
+    assert found[0, [0, 2]].tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("rule", sorted(RULES))
+@pytest.mark.parametrize("flips", FLIPS)
 def test_no_samples_give_no_scores_but_the_same_columns(rule: str, flips: Flips) -> None:
     empty = torch.zeros(0, 2, 0, 6), torch.zeros(2, 0, 2, 0, 6)
     found = reduce_losses(*empty, rule, flips, noises=2, keep_deviations=True)
