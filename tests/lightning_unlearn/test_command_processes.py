@@ -36,7 +36,8 @@ OBJECTIVE = (
 
 def test_attribute_in_two_processes_gives_the_same_scores_and_says_everything_once(tmp_path: Path) -> None:
     content = toy_config()
-    run("attribute", "--config", write_config(tmp_path / "toy.yaml"), "--output", tmp_path / "one", *QUIET)
+    content["model"]["init_args"]["strategy"] = {"class_path": "Newton", "init_args": {"target_increase": 1.0}}
+    run("attribute", "--config", write_config(tmp_path / "toy.yaml", content), "--output", tmp_path / "one", *QUIET)
     # A class of the user's own lies where the program is started, as it does for a script.
     (tmp_path / "users_objective.py").write_text(OBJECTIVE)
     content["model"]["init_args"]["objective"] = {"class_path": "users_objective.Mine"}
