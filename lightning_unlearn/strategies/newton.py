@@ -14,8 +14,9 @@ from lightning_unlearn.strategies.base import Deltas, Problem, Strategy
 from lightning_unlearn.strategies.optimizer import DeltaOptimizer, layer_groups, preconditioned
 from lightning_unlearn.strategies.scale import along, find_scales, positive
 
-# The default size of a step, by the benches (benchmarks/RESULTS.md), and the least rise where the way is short.
-HALF, LEAST_RISE = 0.5, 0.1
+# The default size of a step, by the benches (benchmarks/RESULTS.md), and the least rise where the way is short: a loss
+# of ε-predictions hardly tells a picture that the model knows from another, and small steps foretell badly.
+HALF, LEAST_RISE = 0.5, 0.5
 
 
 class NaturalGradient(DeltaOptimizer):
@@ -45,8 +46,9 @@ class Newton(Strategy):
     steps.
     The size of the steps is given as in the paper (``alpha`` and ``N``), as the relative rise of the target's own loss
     after the last of them (``target_increase``), or, by default, as a share of the way from that loss to the model's
-    mean loss of the training samples (``toward_data``): halfway. Unlike α, both rises carry over from one model to
-    another, and the last one also to pictures that a model knows far better than others, as a customised one its own.
+    mean loss of the training samples (``toward_data``), halfway, but at least by a half. Unlike α, both rises carry over
+    from one model to another, and the last one also to pictures that a model knows far better than others, as a
+    customised one its own.
     After step ``s`` of ``S`` the rise is ``s/S`` of it. A target whose loss can't rise so far goes nearly as far as it
     can, with a warning; the results say how far.
 
@@ -56,8 +58,8 @@ class Newton(Strategy):
         alpha: α of the paper.
         N: Number of training images, with ``alpha``.
         toward_data: Wanted share of the way from each query's loss to the mean loss of the samples that are scored
-            (over 64 draws; a set's loss is a sum, of as many as it has queries). By default 0.5. A loss that lies near
-            or above theirs rises by a tenth of itself.
+            (over 64 draws; a set's loss is a sum, of as many as it has queries), but at least a rise of 0.5. By default
+            0.5. A query's loss is that of its ``rise_draws``: of a few, it is a matter of chance.
 
     Raises:
         InputError: If a number is out of range, only one of ``alpha`` and ``N`` is given, or sizes of two kinds.
@@ -75,10 +77,12 @@ class Newton(Strategy):
             raise InputError("alpha and N belong together: the step is α/N; give both, or none and a rise.")
         sizes = {"target_increase": target_increase, "alpha": alpha, "toward_data": toward_data}
         given = {name: float(size) for name, size in sizes.items() if size is not None} or {"toward_data": HALF}
-        if steps < 1 or not all(0 < size < math.inf for size in given.values()) or (N is not None and N < 1):
-            raise InputError(
-                "Newton needs at least one step, and finite target_increase, toward_data, alpha and N above 0."
-            )
+        for name, size in {"steps": steps, **given, "N": 1 if N is None else N}.items():
+            if not (1 if name in ("steps", "N") else 0) <= size < math.inf or size == 0:
+                raise InputError(
+                    "Newton needs at least one step, and finite target_increase, toward_data, alpha and N above 0, but "
+                    f"{name} is {size}."
+                )
         if len(given) > 1:
             raise InputError(f"{' and '.join(given)} both say how large the step is; give only one of them.")
         self.steps = steps

@@ -87,13 +87,14 @@ def find_scales(
     if hopeless is not None:
         raise InputError(
             f"The loss of {targets[hopeless]!r} can't be raised by {float(rise[hopeless]):.3g} along its step; "
-            "choose a smaller target_increase, more draws or more weights."
+            "choose a smaller target_increase or toward_data, more draws or more weights."
         )
     within = start + SHARE * (highest - start)
     said = [f"{targets[place]!r}: {float(within[place]):.3g} of {float(rise[place]):.3g}" for place in missed]
     rank_zero_warn(
         f"The loss of {len(missed)} target{'s' * (len(missed) > 1)} can't be raised as wanted along its step and is "
-        f"raised as far as it goes ({some_of(said)}); choose a smaller target_increase, more draws or more weights."
+        f"raised as far as it goes ({some_of(said)}); choose a smaller target_increase or toward_data, more draws or "
+        "more weights."
     )
     near = search.nearest(within, rise)
     nearly, found = _taken(search, within, near, ~done, scale, done)
