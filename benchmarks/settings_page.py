@@ -161,9 +161,10 @@ WHY = """\
   another too much. Halfway to the mean loss of the training pictures, but at least a rise of a half, is a little ahead
   of a doubled loss on the digits (+0.021, just within noise) and level on the emoji, and finds the exemplars of
   customised models, whose loss of their own pictures is a tenth of the others': there a doubled loss has an mAP of
-  0.45, halfway 0.89 (below; it has seen these models). On the sample model, whose loss of ε hardly tells a picture that
-  it knows, all steps are the least one: 49 of 50 generated pictures find their own caption's picture first. Half the mean loss on top of
-  the query's, without the way that it has already, was worse on the digits (0.68 on the choosing half, a quarter 0.71).
+  0.45, halfway 0.89 (below; it has seen these models). On the sample model, whose loss of ε hardly tells a picture
+  that it knows, all steps are the least one: 49 of 50 generated pictures find their own caption's picture first. Half
+  the mean loss on top of the query's, without the way that it has already, was worse on the digits (0.68 on the
+  choosing half, a quarter 0.71).
 - **Rule**: on the digits the difference foretells better than the ratio. By ranks alone the two are level, and so they
   were by leave-K-out with a doubled loss, as on the emoji; and for customised models the ratio is far ahead (with a
   doubled loss mAP 0.44, against 0.13 for the difference and 0.2 for the rise of the root of the loss). So the ratio is

@@ -37,8 +37,8 @@ class UnlearningModule(Unlearning):
         fisher: A Fisher or its file; needed in ``fit``, unless the strategy is ``Mirrored``. ``identity`` is
             plain gradient ascent, for comparison.
         parameters: Which weights are unlearned (see :func:`~lightning_unlearn.parameters.select_layers`).
-        strategy: How deltas are found; by default one Newton step that brings a query's loss halfway to the mean loss of
-            the samples that are scored, but up by at least a half.
+        strategy: How deltas are found; by default one Newton step that brings a query's loss halfway to the mean loss
+            of the samples that are scored, but up by at least a half.
         views: The views a sample is scored on.
         damping: Share of each layer's mean Fisher that is added to it.
         seed: Of the unlearning draws.

@@ -46,11 +46,10 @@ class Newton(Strategy):
     steps.
     The size of the steps is given as in the paper (``alpha`` and ``N``), as the relative rise of the target's own loss
     after the last of them (``target_increase``), or, by default, as a share of the way from that loss to the model's
-    mean loss of the training samples (``toward_data``), halfway, but at least by a half. Unlike α, both rises carry over
-    from one model to another, and the last one also to pictures that a model knows far better than others, as a
-    customised one its own.
-    After step ``s`` of ``S`` the rise is ``s/S`` of it. A target whose loss can't rise so far goes nearly as far as it
-    can, with a warning; the results say how far.
+    mean loss of the training samples (``toward_data``): halfway, but up by at least a half. Unlike α, both rises carry
+    over from one model to another, and the last one also to pictures that a model knows far better than others, as a
+    customised one its own. After step ``s`` of ``S`` the rise is ``s/S`` of it. A target whose loss can't rise so far
+    goes nearly as far as it can, with a warning; the results say how far.
 
     Args:
         steps: Number of steps.
