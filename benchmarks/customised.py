@@ -203,7 +203,7 @@ def main() -> None:
         path = bench.folder / "customised" / f"{concept}.json"
         known = json.loads(path.read_text()) if path.is_file() else {"settings": {}, "methods": {}}
         tried = known.get("tried", {})
-        left = {method: [n for n in names if tried.get(method, {}).get(n) is None] for method, names in TRIED.items()}
+        left = {method: [n for n in names if n not in tried.get(method, {})] for method, names in TRIED.items()}
         untried = {method: names for method, names in left.items() if names}
         # A method that came in later, or was chosen another setting since.
         missing = {method: setting for method, setting in settings.items() if known["settings"].get(method) != setting}

@@ -147,11 +147,11 @@ def fit_and_predict(module: UnlearningModule, data: AttributionDataModule) -> li
     return list(predictions)
 
 
-def newton(size: str, steps: int = 1) -> Newton:
+def newton(size: str) -> Newton:
     """The strategy with one of the sizes of a step."""
     if size == "halfway":
-        return Newton(steps, toward_data=0.5)
-    return Newton(steps, target_increase=float(size.removeprefix("rise ").removesuffix("%")) / 100)
+        return Newton(toward_data=0.5)
+    return Newton(target_increase=float(size.removeprefix("rise ").removesuffix("%")) / 100)
 
 
 def unlearning_scores(

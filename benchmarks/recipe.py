@@ -83,7 +83,7 @@ def point(name: str, unlearned: Unlearned, reduced: Reduced, found: Measured, ke
     """A setting on a bench."""
     calls = found.calls + len(keys) * reduced.count * (1 + 1 / SPREAD)
     if unlearned.toward_data is not None:  # the data's loss is base losses too, in the calls of as many as there are
-        calls += DATA_DRAWS * (1 / SPREAD - 1 / scores_of(found, keys, reduced).shape[1])
+        calls += DATA_DRAWS * (1 / SPREAD - 1 / (len(found.losses) - 1))
     return Point(name, unlearned, reduced, calls, scores_of(found, keys, reduced))
 
 

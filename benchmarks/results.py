@@ -184,25 +184,23 @@ def tuned(found: Sequence[dict[str, Any]]) -> list[str]:
         "mAP less pixel similarity's, reporting half |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    rows: dict[str, tuple[str, dict[str, Tensor], int, int]] = {}
+    rows: dict[str, tuple[str, dict[str, Tensor], int]] = {}
     for method in tried:
-        settings: dict[str, list[dict[str, float] | None]] = {
+        settings: dict[str, list[dict[str, float]]] = {
             setting: [concept["tried"][method][setting] for concept in done] for setting in done[0]["tried"][method]
         }
         usual = done[0]["settings"].get(method)
         if usual is not None:
             settings.setdefault(usual, [concept["methods"][method] for concept in done])
-        # A setting that fails on a model finds nothing there.
         measured = {
             setting: {
-                name: torch.tensor([0.0 if row is None else row[name] for row in rows_of])
-                for name in next(iter(done[0]["methods"].values()))
+                name: torch.tensor([row[name] for row in rows_of]) for name in next(iter(done[0]["methods"].values()))
             }
             for setting, rows_of in settings.items()
         }
         best = max(measured, key=lambda setting: float(measured[setting]["average_precision"][first].mean()))
-        rows[method] = (best, measured[best], len(settings), sum(row is None for row in settings[best]))
-    for method, (setting, measures, count, failed) in sorted(
+        rows[method] = (best, measured[best], len(settings))
+    for method, (setting, measures, count) in sorted(
         rows.items(), key=lambda item: -float(item[1][1]["average_precision"][second].mean())
     ):
         cells = [
@@ -212,8 +210,7 @@ def tuned(found: Sequence[dict[str, Any]]) -> list[str]:
         cells += [shown(value_of(value[second])) for name, value in measures.items() if name != "average_precision"]
         less = measures["average_precision"] - rows["pixel_similarity"][1]["average_precision"]
         cells.append("–" if method == "pixel_similarity" else difference(value_of(less[second])))
-        failure = f" (no such rise on {failed} models, where it counts 0)" * (failed > 0)
-        lines.append(f"| {LABELS[method]} | {count} | {setting}{failure} | {' | '.join(cells)} |")
+        lines.append(f"| {LABELS[method]} | {count} | {setting} | {' | '.join(cells)} |")
     return lines
 
 

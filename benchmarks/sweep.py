@@ -99,7 +99,7 @@ UNLEARNED: dict[str, list[Unlearned]] = {
     "Fisher": [replace(CENTRE, fisher=fisher) for fisher in ("identity", "diagonal", "ekfac_true")],
     "damping": [replace(CENTRE, damping=damping) for damping in (0.0001, 0.1, 1.0)],
     "rise of the query's loss": [replace(CENTRE, rise=rise) for rise in (0.1, 3.0)],
-    "share of the way to the data's loss": [replace(CENTRE, toward_data=rise) for rise in (0.25, 0.5, 1.0)],
+    "share of the way to the data's loss": [replace(CENTRE, toward_data=rise) for rise in (0.25, HALFWAY, 1.0)],
     "steps": [replace(CENTRE, steps=4)],
     "strategy": [
         replace(CENTRE, strategy="penalised"),
@@ -192,6 +192,7 @@ def measured(bench: Bench, unlearned: Unlearned) -> Measured | str:
     return found
 
 
+@functools.cache
 def _made(bench: Bench) -> str:
     """What losses are of: the model and its queries."""
     files = [bench.folder / "model.safetensors", *sorted((bench.folder / "queries").glob("*.tar"))]

@@ -75,12 +75,13 @@ class Newton(Strategy):
         if (alpha is None) != (N is None):
             raise InputError("alpha and N belong together: the step is α/N; give both, or none and a rise.")
         sizes = {"target_increase": target_increase, "alpha": alpha, "toward_data": toward_data}
-        given = {name: float(size) for name, size in sizes.items() if size is not None} or {"toward_data": HALF}
-        for name, size in {"steps": steps, **given, "N": 1 if N is None else N}.items():
-            if not (1 if name in ("steps", "N") else 0) <= size < math.inf or size == 0:
+        given = {name: size for name, size in sizes.items() if size is not None} or {"toward_data": HALF}
+        counted = {"N": N} if N is not None else {}
+        for name, number in {"steps": steps, **given, **counted}.items():
+            if not 0 < number < math.inf:
                 raise InputError(
                     "Newton needs at least one step, and finite target_increase, toward_data, alpha and N above 0, but "
-                    f"{name} is {size}."
+                    f"{name} is {number}."
                 )
         if len(given) > 1:
             raise InputError(f"{' and '.join(given)} both say how large the step is; give only one of them.")
@@ -90,6 +91,7 @@ class Newton(Strategy):
         self.target_increase = target_increase
         self.toward_data = given.get("toward_data")
         self.needs_data_loss = self.toward_data is not None
+        self._size = {**given, **counted}
 
     def configure_optimizer(self, problem: Problem) -> NaturalGradient:
         """The natural gradient with the step size α/N, or 1 where the scale is found after the step.
@@ -147,11 +149,4 @@ class Newton(Strategy):
         Returns:
             Its arguments.
         """
-        sizes = {
-            "target_increase": self.target_increase,
-            "alpha": self.alpha,
-            "N": self.N,
-            "toward_data": self.toward_data,
-        }
-        size = {name: value for name, value in sizes.items() if value is not None}
-        return {"strategy": "newton", "steps": self.steps, **size}
+        return {"strategy": "newton", "steps": self.steps, **self._size}

@@ -25,6 +25,7 @@ SHARDS = -(-SCORED // SAMPLES_PER_SHARD)
 # 31 draws in batches of 7: neither two nor three ranks, nor batches, divide them.
 FITS: dict[str, dict[str, Any]] = {
     "alpha": {"strategy": {"alpha": 1.0, "N": 100}},
+    "increase": {"strategy": {"target_increase": 0.1}},
     "toward data": {"strategy": {"toward_data": 0.5}},
     "steps": {"strategy": {"steps": 2, "target_increase": 0.1}},
     "few draws": {"strategy": {"alpha": 1.0, "N": 100}, "data": {"draws": 2}},

@@ -609,13 +609,20 @@ def test_rise_that_cannot_be_reached_is_had_as_far_as_it_goes_with_a_warning(fol
         assert 0.9 * (1 / result["loss_before"] - 1) < rise < 1 / result["loss_before"] - 1
 
 
-@pytest.mark.parametrize("strategy", [Newton(), Newton(target_increase=1.0), Newton(alpha=1.0, N=20)])
-def test_nan_in_the_weights_is_an_error_that_says_so(folder: Path, strategy: Newton) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "said"),
+    [
+        (Newton(), "mean loss of the samples is nan"),
+        (Newton(target_increase=1.0), "loss of 'query-00000' has no finite gradient"),
+        (Newton(alpha=1.0, N=20), "loss of 'query-00000' is nan"),
+    ],
+)
+def test_nan_in_the_weights_is_an_error_that_says_where(folder: Path, strategy: Newton, said: str) -> None:
     network = ToyDenoiser()
     fisher = random_fisher(network, "all")
     with torch.no_grad():
         network.conv_out.bias[0] = torch.nan
-    with pytest.raises(InputError, match=r"loss of ('query-00000'|the samples) (has no finite gradient|is nan)"):
+    with pytest.raises(InputError, match=said):
         unlearned(folder, module(network, fisher=fisher, strategy=strategy))
 
 
