@@ -26,7 +26,7 @@ from bench import BENCHES, CHOSEN, Bench, fisher_file
 from common import PLAIN
 from judged import chosen_settings
 from lightning.pytorch import Trainer
-from methods import (
+from method_settings import (
     BASELINE_SETTINGS,
     DAMPING,
     DEFAULT,
@@ -35,11 +35,9 @@ from methods import (
     UNLEARNING,
     WITH_FISHER,
     baseline_of,
-    config,
-    fisher_source,
-    fit_and_predict,
     newton,
 )
+from methods import config, fisher_source, fit_and_predict
 
 from lightning_unlearn import rules
 from lightning_unlearn.baselines import Subject

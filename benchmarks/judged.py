@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from bench import Bench
-from methods import DEFAULT, DEFAULT_OF, DEFAULT_SETTING, METHODS, is_scored, read, read_costs
+from method_settings import DEFAULT, DEFAULT_OF, DEFAULT_SETTING, METHODS
 from packed import open_study
+from score_files import is_scored, read, read_costs
 from torch import Tensor
 
 from lightning_unlearn.evaluation.floors import Floors

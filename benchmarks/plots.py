@@ -5,7 +5,7 @@ from __future__ import annotations
 import matplotlib
 from judged import OURS, Page
 from matplotlib.figure import Figure
-from methods import plain
+from method_settings import plain
 
 from lightning_unlearn.evaluation.results import Removal
 

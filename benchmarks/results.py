@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from bench import BENCHES, Bench
 from judged import Page, Row, judge
-from methods import DEFAULT, LABELS, METHODS, plain
+from method_settings import DEFAULT, LABELS, METHODS, plain
 from plots import plot
 from settings_page import against_recipe, defaults, swept
 from shown import difference, shown
@@ -97,7 +97,8 @@ def text(page: Page) -> str:
                 cells.append(removal)
                 continue
             inside = "" if removal.beyond_floor["loss"] else " inside"
-            cells.append(shown(removal.changes["loss"], 1e3, 2) + inside)
+            note = f" ({removal.undecided})" if removal.undecided else inside
+            cells.append(shown(removal.changes["loss"], 1e3, 2) + note)
         lines.append(f"| {LABELS[row.method]} | {' | '.join(cells)} |")
     floor = [shown(page.random[size]["loss"], 1e3, 2) if size in page.random else "not trained yet" for size in sizes]
     lines.append(f"| floor: random removal, mean of {facts['random_repeats']} repeats | {' | '.join(floor)} |")
@@ -109,8 +110,8 @@ def text(page: Page) -> str:
         "",
         "### Cost",
         "",
-        "Processor time on one thread; once: the Fisher by passes over the data, base losses, gradients. Memory is the "
-        "peak of the process, libraries included (about 450 MiB).",
+        "Processor time on one thread, to some tenths of a second; once: the Fisher by passes over the data, base "
+        "losses, gradients. Memory is the peak of the process, libraries included: what `random` takes is theirs.",
         "",
         "| method | seconds a query | seconds once | kept once | peak memory |",
         "|---|---|---|---|---|",

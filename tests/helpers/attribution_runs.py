@@ -74,6 +74,16 @@ def ragged_fields(numbers: Any = range(SAMPLES), prefix: str = "sample") -> list
     return fields
 
 
+def loud_fields(times: float) -> list[dict[str, Any]]:
+    """The samples that are scored, their pictures so many times as far from zero: the model knows them less well."""
+    louder = []
+    for sample in map(decoded, ragged_fields(range(SCORED))):
+        assert sample.latent_flip is not None
+        latent, flip = (times * picture.numpy() for picture in (sample.latent, sample.latent_flip))
+        louder.append(encode_sample(sample.key, latent, sample.text.numpy(), sample.metadata, latent_flip=flip))
+    return louder
+
+
 def grouped_fields() -> list[dict[str, Any]]:
     """Five queries of two artists, and a part of one of them."""
     half = np.repeat([1.0, 0.0], LATENT[1] // 2)[:, None].repeat(LATENT[2], 1)
