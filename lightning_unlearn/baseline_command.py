@@ -128,7 +128,10 @@ class BaselineRun:
         write_run(self.folder, content)
         if self.skipped:
             say(f"{self.skipped} bad samples were left out.")
-        say(f"{len(keys)} samples scored into {shard_path(self.folder, '*').parent}.")
+        say(
+            f"{len(keys)} samples scored into {shard_path(self.folder, '*').parent}; "
+            f"`lightning-unlearn report --folder {self.folder}` makes their page."
+        )
 
     def _check_queries(self) -> None:
         """Refuse sets and regions, of which methods know nothing, and queries without the views that they need."""

@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_unlearn.callbacks import ScoreWriter
-from lightning_unlearn.command_parts import BARE, make_folder, say
+from lightning_unlearn.command_parts import BARE, make_folder, many, say
 from lightning_unlearn.datamodules import AttributionDataModule
 from lightning_unlearn.datamodules.reading import read_samples
 from lightning_unlearn.datamodules.sources import list_shards
@@ -25,6 +25,7 @@ from lightning_unlearn.samples import Sample
 from lightning_unlearn.scores import read_scores
 from lightning_unlearn.scoring_words import Announcer, targets_in_words, wait_for_scores
 from lightning_unlearn.shards import shard_id
+from lightning_unlearn.strategies.scale import some_of
 from lightning_unlearn.trainer_cli import TrainerCLI, one_sentence
 
 
@@ -104,7 +105,17 @@ def attribute(arguments: list[str]) -> None:
             trainer.predict(module, data, return_predictions=False, ckpt_path=str(deltas))
         if trainer.is_global_zero:
             wait_for_scores(output)
+            _name_unscored(data, output)
             write_report(output, cli.config.top, allow_pipe=data.allow_pipe)
+
+
+def _name_unscored(data: AttributionDataModule, output: Path) -> None:
+    """Say which of the samples that were chosen by their keys have no scores: a key may be written wrongly."""
+    unscored = sorted(set(data.keys or ()) - set(read_scores(output, partial=True).keys))
+    if unscored:
+        say(
+            f"{many(len(unscored), 'chosen sample')} found in no shard, or unreadable: {some_of([repr(key) for key in unscored])}."
+        )
 
 
 def attribution_parts(cli: TrainerCLI) -> tuple[UnlearningModule, AttributionDataModule, Trainer]:

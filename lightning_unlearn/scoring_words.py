@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_unlearn.command_parts import many, say
@@ -39,6 +40,15 @@ class Announcer(Callback):
         """Say what is unlearned."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         say(f"Unlearning {targets_in_words(data)} with {data.draws} draws each on {pl_module.device} …")
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Say what happens behind a bar that stands still at its end."""
+        if trainer.current_epoch or not trainer.is_global_zero or not pl_module.strategy.searches:  # type: ignore[union-attr]
+            return
+        bar = trainer.progress_bar_callback
+        if bar is not None:
+            bar.print(f"Searching how far the step should go, on {pl_module.rise_draws} draws a query …")
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

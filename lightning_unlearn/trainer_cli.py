@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from traceback import walk_tb
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -16,15 +16,26 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 # Imported so that their classes can be named in a config without a path.
 from lightning_unlearn import callbacks, datamodules, training  # noqa: F401
+from lightning_unlearn.baselines import Baseline
 from lightning_unlearn.deltas import read_targets
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.loading import read_checkpoint
 from lightning_unlearn.module import UnlearningModule
+from lightning_unlearn.objective import Objective
+from lightning_unlearn.strategies import Strategy
 from lightning_unlearn.usage import OneSentence
 
 
 class _Parser(OneSentence, LightningArgumentParser):
     """LightningCLI's parser, with one sentence for wrong options."""
+
+    bases: ClassVar[dict[str, type]] = {
+        "callbacks": Callback,
+        "data": LightningDataModule,
+        "method": Baseline,
+        "objective": Objective,
+        "strategy": Strategy,
+    }
 
 
 class TrainerCLI(LightningCLI):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from omegaconf.errors import OmegaConfBaseException
@@ -19,13 +21,17 @@ _AROUND = (
     "Expected a path but",
     "object_type=",
 )
+# How it says that a name is no class's.
+_NO_CLASS = "Expected a dot import path string: "
 
 
-def sentence(message: str) -> str:
+def sentence(message: str, bases: Mapping[str, type] | None = None) -> str:
     """The reason in jsonargparse's message, with the option it is about.
 
     Args:
         message: A sentence or a tree, one branch for each type that an option may have.
+        bases: The last word of an option to the class that its values derive from; those of this package are named
+            where a value is none.
 
     Returns:
         One line.
@@ -49,7 +55,18 @@ def sentence(message: str) -> str:
         if text and not text.startswith(_AROUND) and text not in reasons:
             reasons.append(text)
     said = "; ".join(reasons) or " ".join(message.split())
+    base = (bases or {}).get(option[-1].rpartition(".")[2]) if option else None
+    if said.startswith(_NO_CLASS) and base is not None:
+        name = said.removeprefix(_NO_CLASS)
+        said = f"There is no class {name}; take {', '.join(_known(base))}, or the import path of a class of yours"
     return re.sub(r"<class '([\w.]+)'>", r"\1", f"{'.'.join(option)}: {said}" if option else said)
+
+
+def _known(base: type) -> list[str]:
+    """The classes of this package that derive from a class, in the order of the alphabet."""
+    found = [name for derived in base.__subclasses__() for name in _known(derived)]
+    named = base.__module__.startswith(__package__) and not base.__name__.startswith("_")
+    return sorted({*found, *([base.__name__] if named and not inspect.isabstract(base) else [])})
 
 
 def foreign_class(message: str) -> str | None:
@@ -70,8 +87,13 @@ def foreign_class(message: str) -> str | None:
 
 
 class OneSentence:
-    """Mixed into a jsonargparse parser."""
+    """Mixed into a jsonargparse parser.
 
+    Attributes:
+        bases: See :func:`sentence`.
+    """
+
+    bases: Mapping[str, type] = {}
     exit_on_error: bool
     prog: str
 
@@ -112,5 +134,5 @@ class OneSentence:
                 "import lightning.pytorch in its file instead."
             )
         else:
-            said = f"{sentence(message)} (options: {command} --help)."
+            said = f"{sentence(message, self.bases)} (options: {command} --help)."
         return parser.exit(2, f"{command}: {said}\n")

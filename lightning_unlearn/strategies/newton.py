@@ -90,6 +90,7 @@ class Newton(Strategy):
         self.N = N
         self.target_increase = target_increase
         self.toward_data = given.get("toward_data")
+        self.searches = alpha is None
         self.needs_data_loss = self.toward_data is not None
         self._size = {**given, **counted}
 

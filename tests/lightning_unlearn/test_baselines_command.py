@@ -278,7 +278,10 @@ def test_scores_that_are_not_finite_are_refused(
         (["--method", "TRAK", "--method.ridge", "0"], "ridge must be finite and above 0"),
         (["--method", "Influence", "--model.init_args.fisher", "null"], "A Fisher is needed"),
         (["--method", "JourneyTRAK"], "'query-00000' can't be made again for JourneyTRAK"),
-        (["--method", "EAK"], "EAK"),
+        (
+            ["--method", "EAK"],
+            "There is no class EAK; take DAS, DTRAK, EncoderSimilarity, ",
+        ),
         ([], "method"),
     ],
     ids=str,
@@ -337,4 +340,4 @@ def test_bar_counts_samples(config: str, tmp_path: Path, capsys: pytest.CaptureF
     out = capsys.readouterr().out
     assert f"{SAMPLES}/{SAMPLES}" in out
     assert "Scoring by pixel_similarity on cpu" in out
-    assert f"{SAMPLES} samples scored into {tmp_path / 'run' / 'scores'}." in out
+    assert f"{SAMPLES} samples scored into {tmp_path / 'run' / 'scores'}; " in out

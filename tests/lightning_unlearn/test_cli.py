@@ -177,7 +177,11 @@ def test_missing_config_file_gets_one_sentence(command: str, ends: Ends, tmp_pat
         ("--model.init_args.nonsense", "1", ["model", "nonsense"]),
         ("--model.init_args.network.init_args.nonsense", "1", ["model.network", "nonsense"]),
         ("--model.init_args.views.timesteps", "few", ["model.views", "timesteps", "few"]),
-        ("--model.init_args.strategy", "Newtron", ["model.strategy", "Newtron"]),
+        (
+            "--model.init_args.strategy",
+            "Newtron",
+            ["model.strategy", "no class Newtron", "Newton, Penalised"],
+        ),
         ("--model", "Unlearned", ["model", "Unlearned"]),
     ],
 )

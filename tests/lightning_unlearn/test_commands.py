@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator
@@ -140,6 +141,18 @@ def test_another_setting_with_the_same_output_is_refused(
     assert files(attributed) == before
 
 
+def test_chosen_keys_that_no_shard_holds_are_named(
+    config: str, tmp_path: Path, attributed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    output.mkdir()
+    shutil.copy(attributed / "deltas.ckpt", output)
+    keys = "[sample-00001, sample-99999]"
+    run("attribute", "--config", config, "--output", output, "--data.init_args.keys", keys, *QUIET)
+    assert read_scores(output).keys == ["sample-00001"]
+    assert "1 chosen sample found in no shard, or unreadable: 'sample-99999'.\n" in capsys.readouterr().out
+
+
 def test_deleted_scores_of_a_shard_come_back_the_same(config: str, tmp_path: Path, attributed: Path) -> None:
     output = tmp_path / "run"
     run("attribute", "--config", config, "--output", output, *QUIET)
@@ -217,10 +230,11 @@ def test_attribute_reads_calmly(
     with warnings.catch_warnings(record=True) as warned, caplog.at_level(logging.INFO):
         warnings.simplefilter("always")
         run("attribute", "--config", config, "--output", output)
-    bar = r"(Training|Epoch \d+|Scoring): .*"
+    bar = r"(Training|Epoch \d+|Scoring): .*| +"
     lines = [line for line in re.split(r"[\r\n]+", capfd.readouterr().out) if line and not re.fullmatch(bar, line)]
     assert lines == [
         "Unlearning 2 queries with 6 draws each on cpu …",
+        "Searching how far the step should go, on 4 draws a query …",
         f"Deltas: {output / 'deltas.ckpt'}",
         f"Scoring {SAMPLES} samples in 5 shards on cpu …",
         f"Report: {output / 'report.html'}",
