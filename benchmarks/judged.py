@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from bench import Bench
-from method_settings import DEFAULT, DEFAULT_OF, DEFAULT_SETTING, METHODS
+from method_settings import DEFAULT, DEFAULT_OF, DEFAULT_SETTINGS, METHODS
 from packed import open_study
 from score_files import is_scored, read, read_costs
 from torch import Tensor
@@ -48,7 +48,19 @@ REPORTED = (
 
 @dataclass(frozen=True)
 class Row:
-    """A method on a bench."""
+    """A method on a bench.
+
+    Attributes:
+        method: Its name.
+        setting: The one that was chosen.
+        settings: All that were tried.
+        raw: Its linear datamodelling score.
+        by_rank: The same with only the order of scores.
+        behind: Our default's score less this one's.
+        costs: What it took.
+        removals: Number of removed samples to what their removal changed, or to what is missing.
+        removals_behind: The same to the change of a query's loss by our default's removals less that by these.
+    """
 
     method: str
     setting: str
@@ -58,6 +70,7 @@ class Row:
     behind: Value | None
     costs: Mapping[str, float] | None
     removals: Mapping[int, Removal | str]
+    removals_behind: Mapping[int, Value]
 
 
 @dataclass(frozen=True)
@@ -143,8 +156,9 @@ def chosen_tables(
                 setting: choosing.mean(scores_of(table, plan.keys, choosing.order)) for setting, table in tables.items()
             }
             found[method] = (max(values, key=values.__getitem__), tables)
-    if DEFAULT_OF in found:
-        found[DEFAULT] = (DEFAULT_SETTING, {DEFAULT_SETTING: found[DEFAULT_OF][1][DEFAULT_SETTING]})
+    for method, setting in DEFAULT_SETTINGS.items():
+        if DEFAULT_OF in found and setting in found[DEFAULT_OF][1]:
+            found[method] = (setting, {setting: found[DEFAULT_OF][1][setting]})
     return found
 
 
@@ -185,6 +199,12 @@ def judge(bench: Bench) -> Page:
         return Value(half.mean(scores[0]) - half.mean(scores[1]), interval.low, interval.high)
 
     floors = Floors(study, plan)
+    losses = {
+        (method, size): floors.changes(removed, "loss")
+        for method in chosen
+        for size, removed in plan.removals[method].items()
+        if not study.missing([*removed, *plan.seeds])
+    }
     rows = []
     for method, (setting, settings) in chosen.items():
         raw, by_rank = datamodelling(study, plan, tables[method], report_queries, report_runs)
@@ -195,8 +215,13 @@ def judge(bench: Bench) -> Page:
             listed = method in bench.settings["removal_methods"]
             waiting = f"{missing} model{'s' * (missing > 1)} missing" if listed else "–"
             removals[size] = waiting if missing else floors.removal(size, removed)
-        costs = read_costs(bench, DEFAULT_OF if method == DEFAULT else method, setting)
-        rows.append(Row(method, setting, list(settings), raw, by_rank, behind, costs, removals))
+        costs = read_costs(bench, DEFAULT_OF if method in DEFAULT_SETTINGS else method, setting)
+        removals_behind = {
+            size: value_of(losses[OURS, size] - losses[method, size])
+            for size in removals
+            if method != OURS and {(OURS, size), (method, size)} <= losses.keys()
+        }
+        rows.append(Row(method, setting, list(settings), raw, by_rank, behind, costs, removals, removals_behind))
     rows.sort(key=lambda row: -row.raw.mean)
     # The first subsets are those that are trained twice.
     pairs_done = bool(plan.second) and not study.missing([*plan.subsets[: len(plan.second)], *plan.second])

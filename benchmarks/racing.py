@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from bench import BENCHES
 from common import parser, quiet, show
-from sweep import CENTRE, PLAINLY, TIMESTEPS, Bench, must_be_measured
+from sweep import DEFAULTS, PLAINLY, TIMESTEPS, Bench, must_be_measured
 
 from lightning_unlearn.firmness import upper_ends
 from lightning_unlearn.racing import Race, contenders, leaders, thresholds
@@ -52,7 +52,7 @@ def main() -> None:
     options = arguments.parse_args()
     quiet()
     torch.set_num_threads(1)
-    losses = must_be_measured(Bench(options.bench), CENTRE).losses.double()
+    losses = must_be_measured(Bench(options.bench), DEFAULTS).losses.double()
     values = RULES[PLAINLY.rule](losses[:1], losses[1:])  # (Q, N, draws)
     lines, rows, promised = [], [], []
     for top, views, share in product((3, 10), (2, 4, 5, 10), (None, 0.25)):

@@ -29,6 +29,7 @@ from judged import Half, evidence
 from matplotlib.figure import Figure
 from sweep import (
     CENTRE,
+    DEFAULTS,
     HALFWAY,
     PLAINLY,
     TIMESTEPS,
@@ -48,7 +49,7 @@ from lightning_unlearn.unlearning import DATA_DRAWS
 
 DAMPINGS, RISES = (0.001, 0.1, 1.0), (0.3, 1.0, 3.0)
 # Ours is the sweep's centre with the default size of the step, which the recipe is tried with, too.
-OURS, OURS_WHOLE = replace(CENTRE, toward_data=HALFWAY), replace(WHOLE, toward_data=HALFWAY)
+OURS, OURS_WHOLE = DEFAULTS, replace(WHOLE, toward_data=HALFWAY)
 RECIPE = Unlearned(fisher="diagonal", parameters="text_kv", noise="per_sample")
 STRIDES = (1, 2, 4, 5, 10, 20)
 # Draws of a query to unlearn it with, and to search for the size of its step.

@@ -105,6 +105,7 @@ def text(page: Page) -> str:
     if page.seeds:
         seed = shown(page.seeds["loss"], 1e3, 2)
         lines.append(f"| floor: another seed, mean of {facts['seed_models']} | {' | '.join([seed] * len(sizes))} |")
+    lines += _ours_less(page, sizes)
     lines += _pictures(page, sizes)
     lines += [
         "",
@@ -212,6 +213,24 @@ def tuned(found: Sequence[dict[str, Any]]) -> list[str]:
         less = measures["average_precision"] - rows["pixel_similarity"][1]["average_precision"]
         cells.append("–" if method == "pixel_similarity" else difference(value_of(less[second])))
         lines.append(f"| {LABELS[method]} | {count} | {setting} | {' | '.join(cells)} |")
+    return lines
+
+
+def _ours_less(page: Page, sizes: Sequence[int]) -> list[str]:
+    """How much more the removal of what our default names changes than that of what others name."""
+    head = " | ".join(f"K = {size}" for size in sizes)
+    lines = [
+        "",
+        "What removing the default's samples changes more (× 10⁻³) than removing each method's, on the same queries:",
+        "",
+        f"| method | {head} |",
+        "|---|" + "---|" * len(sizes),
+    ]
+    for row in page.rows:
+        if row.removals_behind:
+            found = [row.removals_behind.get(size) for size in sizes]
+            cells = ["–" if value is None else difference(value, 1e3, 1) for value in found]
+            lines.append(f"| {LABELS[row.method]} | {' | '.join(cells)} |")
     return lines
 
 

@@ -10,7 +10,8 @@ def shown(value: Value, factor: float = 1.0, digits: int = 3) -> str:
     return f"{value.mean * factor:.{digits}f} [{value.low * factor:.{digits}f}, {value.high * factor:.{digits}f}]"
 
 
-def difference(value: Value) -> str:
+def difference(value: Value, factor: float = 1.0, digits: int = 3) -> str:
     """A difference with its interval, and whether it is within noise."""
     within = " (within noise)" if value.low <= 0 <= value.high else ""
-    return f"{value.mean:+.3f} [{value.low:+.3f}, {value.high:+.3f}]{within}"
+    mean, low, high = (f"{number * factor:+.{digits}f}" for number in (value.mean, value.low, value.high))
+    return f"{mean} [{low}, {high}]{within}"

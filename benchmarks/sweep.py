@@ -92,7 +92,8 @@ class Reduced:
 
 # The package's defaults but for the size of the step, which doubles a query's loss here; and the same with all weights.
 CENTRE, PLAINLY = Unlearned(), Reduced()
-HALFWAY = 0.5  # the default size
+HALFWAY = 0.5
+DEFAULTS = replace(CENTRE, toward_data=HALFWAY)
 WHOLE = replace(CENTRE, parameters="all")
 # Factor to the values it takes; the centre's own are left out.
 UNLEARNED: dict[str, list[Unlearned]] = {
