@@ -46,9 +46,14 @@ UNLEARNING = {"unlearning_ekfac": "ekfac", "unlearning": "diagonal", "gradient_a
 # The default, and what the diagonal Fisher always had here (a hundredth of it changes its LDS by less than 0.02).
 DAMPING = {"ekfac": 0.001, "diagonal": 0.1, "identity": 0.1}
 METHODS = (*UNLEARNING, *BASELINE_SETTINGS)
-# The package's defaults, and these with all weights: methods of one setting, for which nothing is chosen.
-DEFAULT, DEFAULT_ALL, DEFAULT_OF = "default", "default_all", "unlearning_ekfac"
-DEFAULT_SETTINGS = {DEFAULT: "halfway, ratio", DEFAULT_ALL: "halfway, ratio, all weights"}
+# The package's defaults, and these with one switch: methods of one setting, for which nothing is chosen.
+DEFAULT, DEFAULT_ALL, DEFAULT_DIFFERENCE = "default", "default_all", "default_difference"
+DEFAULT_OF = "unlearning_ekfac"
+DEFAULT_SETTINGS = {
+    DEFAULT: "halfway, ratio",
+    DEFAULT_ALL: "halfway, ratio, all weights",
+    DEFAULT_DIFFERENCE: "halfway, difference",
+}
 # Of customised models alone: the losses before customising, in the place of those after unlearning a query.
 UNDONE = "undone"
 WITHOUT_WEIGHTS = ("random", "pixel_similarity", "text_similarity")
@@ -58,6 +63,7 @@ WITH_FISHER = {"influence": "diagonal", "influence_ekfac": "ekfac"} | {
 LABELS = {
     DEFAULT: "**unlearning with the defaults (ours)**",
     DEFAULT_ALL: "the defaults with all weights (ours)",
+    DEFAULT_DIFFERENCE: "the defaults with the difference as rule (ours)",
     "unlearning_ekfac": "unlearning, EKFAC Fisher, tuned (ours)",
     "unlearning": "unlearning, diagonal Fisher, tuned (ours)",
     "gradient_ascent": "gradient ascent, no Fisher, tuned (ours)",
