@@ -113,9 +113,8 @@ def _name_unscored(data: AttributionDataModule, output: Path) -> None:
     """Say which of the samples that were chosen by their keys have no scores: a key may be written wrongly."""
     unscored = sorted(set(data.keys or ()) - set(read_scores(output, partial=True).keys))
     if unscored:
-        say(
-            f"{many(len(unscored), 'chosen sample')} found in no shard, or unreadable: {some_of([repr(key) for key in unscored])}."
-        )
+        named = some_of([repr(key) for key in unscored])
+        say(f"{many(len(unscored), 'chosen sample')} found in no shard, or unreadable: {named}.")
 
 
 def attribution_parts(cli: TrainerCLI) -> tuple[UnlearningModule, AttributionDataModule, Trainer]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from traceback import walk_tb
@@ -29,7 +29,7 @@ from lightning_unlearn.usage import OneSentence
 class _Parser(OneSentence, LightningArgumentParser):
     """LightningCLI's parser, with one sentence for wrong options."""
 
-    bases: ClassVar[dict[str, type]] = {
+    bases: ClassVar[Mapping[str, type]] = {
         "callbacks": Callback,
         "data": LightningDataModule,
         "method": Baseline,

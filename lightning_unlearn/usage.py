@@ -6,7 +6,7 @@ import inspect
 import re
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from omegaconf.errors import OmegaConfBaseException
 
@@ -64,7 +64,8 @@ def sentence(message: str, bases: Mapping[str, type] | None = None) -> str:
 
 def _known(base: type) -> list[str]:
     """The classes of this package that derive from a class, in the order of the alphabet."""
-    found = [name for derived in base.__subclasses__() for name in _known(derived)]
+    derived: list[type] = base.__subclasses__()
+    found = [name for one in derived for name in _known(one)]
     named = base.__module__.startswith(__package__) and not base.__name__.startswith("_")
     return sorted({*found, *([base.__name__] if named and not inspect.isabstract(base) else [])})
 
@@ -93,7 +94,7 @@ class OneSentence:
         bases: See :func:`sentence`.
     """
 
-    bases: Mapping[str, type] = {}
+    bases: ClassVar[Mapping[str, type]] = {}
     exit_on_error: bool
     prog: str
 
