@@ -35,7 +35,7 @@ def plot(page: Page) -> None:
 
 
 def _plot_removals(page: Page) -> None:
-    figure = Figure(figsize=(8.5, 5), layout="constrained")
+    figure = Figure(figsize=(11, 5.5), layout="constrained")
     axes = figure.add_subplot()
     samples = page.facts["samples"]
     shown = [row for row in page.rows if any(isinstance(found, Removal) for found in row.removals.values())]
@@ -43,7 +43,7 @@ def _plot_removals(page: Page) -> None:
     for place, row in enumerate(shown):
         done = {size: found.changes["loss"] for size, found in row.removals.items() if isinstance(found, Removal)}
         # Beside each other, so that no interval hides another.
-        shares = [100 * size / samples * 1.035 ** (place - len(shown) / 2) for size in done]
+        shares = [100 * size / samples * 1.022 ** (place - len(shown) / 2) for size in done]
         means = [value.mean * 1e3 for value in done.values()]
         reach = [
             [(value.mean - value.low) * 1e3 for value in done.values()],
@@ -54,7 +54,7 @@ def _plot_removals(page: Page) -> None:
             shares,
             means,
             reach,
-            fmt="o-",
+            fmt="o-" if place < len(colours) else "s--",  # a colour stands for two methods, but not a line
             markersize=4,
             linewidth=width,
             elinewidth=0.9,
@@ -71,7 +71,7 @@ def _plot_removals(page: Page) -> None:
         lows, highs = [value.low * 1e3 for value in values], [value.high * 1e3 for value in values]
         axes.fill_between(shares, lows, highs, color="#94a3b8", alpha=0.35, label="random removal, mean and 95 %")
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=8)
+        figure.legend(frameon=False, fontsize=8, loc="outside right upper")
     axes.set_xlabel("removed, % of the training images")
     axes.set_ylabel("change of the query's loss, × 10⁻³")
     axes.spines[["top", "right"]].set_visible(False)

@@ -163,9 +163,10 @@ WHY = """\
   against 0.74). Views above a few and noise of each sample's own move less than the noise of this evidence; targets
   drawn from the model (the true Fisher) are level where the evidence reports.
 - **One step**: four steps to the same rise foretell worse on the digits (0.67 against 0.71), the sixty steps of the
-  penalised objective lie between (0.69), and on the emoji all are level. Mirrored fine-tuning with real pictures in the place of
-  a Fisher is far behind on the digits (0.52, with the weights of its paper 0.59; for 43 of 60 queries sixty steps were
-  too few) and level on the emoji, but with its paper's weights behind there, too. Both take several times the calls.
+  penalised objective lie between (0.69), and on the emoji all are level. Mirrored fine-tuning with real pictures in the
+  place of a Fisher is far behind on the digits (0.52, with the weights of its paper 0.59; for 43 of 60 queries sixty
+  steps were too few) and level on the emoji, but with its paper's weights behind there, too. Both take several times
+  the calls.
 - **Size of the step**: the same relative rise for all unlearns a picture that the model knows well too little and
   another too much. Halfway to the mean loss of the training pictures, but at least a rise of a half, is a little ahead
   of a doubled loss on the digits (+0.021, just within noise) and level on the emoji, and finds the exemplars of
