@@ -13,7 +13,7 @@ DEMO ?= demo
 # What is installed is compiled when it is first imported, which is a small part of it.
 PIP := $(BIN)/python -m pip install --quiet --no-compile
 
-COVERAGE ?=
+COVERAGE :=
 
 .PHONY: demo test check style types suite coverage install install-test clean
 

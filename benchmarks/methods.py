@@ -1,4 +1,4 @@
-"""Every method with its settings: as many of them for each, from which half of the evidence chooses one.
+"""Scores of every method under its settings (method_settings.py), from which half of the evidence chooses one.
 
     python benchmarks/methods.py digits           # scores of all methods that are not there yet
     python benchmarks/methods.py digits d_trak    # of some

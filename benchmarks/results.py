@@ -218,6 +218,8 @@ def tuned(found: Sequence[dict[str, Any]]) -> list[str]:
 
 def _ours_less(page: Page, sizes: Sequence[int]) -> list[str]:
     """How much more the removal of what our default names changes than that of what others name."""
+    if not any(row.removals_behind for row in page.rows):
+        return []
     head = " | ".join(f"K = {size}" for size in sizes)
     lines = [
         "",

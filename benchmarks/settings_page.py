@@ -133,7 +133,7 @@ def defaults(benches: list[Bench]) -> list[str]:
         "the penalised objective": ("strategy", "penalised"),
         "mirrored fine-tuning": ("strategy", "draws 16, mirrored"),
         "noise of each sample's own": ("noise", "per_sample"),
-        "difference": ("score rule", "difference"),
+        "difference, with a doubled loss": ("score rule", "difference"),
         "5 views in place of 20": ("views", "5"),
         "all weights": ("all weights", "all"),
     }
@@ -142,7 +142,8 @@ def defaults(benches: list[Bench]) -> list[str]:
         "",
         "An EKFAC Fisher of `text_kv`, damping 0.001, one step that brings the query's loss halfway to the mean loss "
         "of the training pictures, noise that all samples share, the ratio. The rows after the third change one "
-        "setting of the third. LDS on the half that chooses and on the half that reports:",
+        "setting of the third (mirrored fine-tuning has no Fisher, and 16 fresh draws a step). LDS on the half that "
+        "chooses and on the half that reports:",
         "",
         "| | " + " | ".join(f"{name}, choosing | {name}, reporting" for name in found) + " |",
         "|---|" + "---|---|" * len(found),
@@ -157,59 +158,64 @@ def defaults(benches: list[Bench]) -> list[str]:
 
 
 WHY = """\
-- **What matters** is the Fisher, its damping and the size of the step, all seen on the digits: EKFAC is far ahead of a
+- **What matters** is the Fisher, its damping and the size of the step; the digits tell: EKFAC is far ahead of a
   diagonal Fisher, which is ahead of none; a tenth of the damping is as bad as a hundred times it; and a step of a tenth
   foretells worse than one that doubles the query's loss (0.58 against 0.69 on the choosing half), as on the emoji (0.44
-  against 0.74). Views above a few and noise of each sample's own move less than the noise of this evidence; targets
-  drawn from the model (the true Fisher) are level where the evidence reports.
+  against 0.74). Views above a few and noise of each sample's own move it by a hundredth; targets drawn from the model
+  (the true Fisher) are level where the evidence reports.
 - **One step**: four steps to the same rise foretell worse on the digits (0.67 against 0.71), the sixty steps of the
   penalised objective lie between (0.69), and on the emoji all are level. Mirrored fine-tuning with real pictures in the
   place of a Fisher is far behind on the digits (0.52, with the weights of its paper 0.59; for 43 of 60 queries sixty
-  steps were too few) and level on the emoji, but with its paper's weights behind there, too. Both take several times
-  the calls.
+  steps were too few) and level on the emoji, but with its paper's weights behind there, too. The penalised objective
+  takes five to eight times the calls to unlearn a query, mirrored five to thirty times.
 - **Size of the step**: the same relative rise for all unlearns a picture that the model knows well too little and
   another too much. Halfway to the mean loss of the training pictures, but at least a rise of a half, is a little ahead
   of a doubled loss on the digits (+0.021, just within noise) and level on the emoji, and finds the exemplars of
   customised models, whose loss of their own pictures is a tenth of the others': there a doubled loss has an mAP of
   0.45, halfway 0.89 (below; it has seen these models). A quarter of the way is level with half of it by LDS (0.74 and
-  0.73 on the digits) and finds fewer exemplars; the whole way is too far (0.66). On the sample model, whose loss of ε
-  hardly tells a picture that it knows, all steps are the least one: all of 50 generated pictures find their own
-  caption's picture first. Half the mean loss on top of the query's, without the way that it has already, was worse on
-  the digits (0.68 on the choosing half, a quarter 0.71).
-- **Rule**: on the digits the difference foretells better than the ratio (0.77 against 0.73), though by ranks alone the
-  two are nearly level, and without the first 1 % of the pictures that it names a query loses more (19.5 against 15.9 ×
-  10⁻³); at 3 and 10 % and on the emoji they are level. For customised models the difference finds hardly anything: an
-  mAP of 0.35, the ratio 0.89 (with a doubled loss 0.18 and 0.45, for the rise of the root of the loss 0.2): what a
-  model has just learned has so small a loss that its rises are small, too. So the ratio is the default, which is never
-  far behind, and `--rule difference` the better choice for a model that was trained on all of its pictures alike.
+  0.73 on the digits) and found fewer exemplars of seven customised models (by hand); the whole way is too far (0.66).
+  On the sample model, whose loss of ε hardly tells a picture that it knows, all steps are the least one: all of 50
+  generated pictures find their own caption's picture first. Half the mean loss on top of the query's, without the way
+  that it has already, was worse on the digits (0.68 on the choosing half, by hand; a quarter of it 0.71, level).
+- **Rule**: on the digits the difference foretells better than the ratio (0.77 against 0.73 with the default step),
+  though by ranks alone the two are nearly level, and without the first 1 % of the pictures that it names a query loses
+  more (19.5 against 15.9 × 10⁻³); at 3 and 10 % and on the emoji they are level. For customised models the difference
+  finds far less: an mAP of 0.35, the ratio 0.89 (with a doubled loss 0.18 and 0.45, for the rise of the root of the
+  loss 0.2): what a model has just learned has so small a loss that its rises are small, too. So the ratio is the
+  default, which loses less where it is behind, and `--rule difference` the better choice for a model that was trained
+  on all of its pictures alike (on the digits; on the emoji the two are level).
 - **Weights**: of the selections without convolutions the keys and values of the text foretell best (`attention`, with
   the pictures' own, is worse on the digits and level on the emoji). All weights (`parameters: all`, for the Fisher and
   the unlearning alike) are level with them by LDS on the digits, a little ahead on the emoji, and ahead where a tenth
-  of the digits is removed (124 against 90 × 10⁻³). They are not the default, but one switch, for what they cost:
-  EKFAC of convolutions unfolds every patch. On the sample model a pass over the data took several times as long and the
-  sums fill 112 MB in place of 17; a query's delta is as large as the model; and in a Stable Diffusion the largest
-  layers' factors fit nowhere. Take them for networks of some ten million weights.
+  of the digits is removed (124 against 90 × 10⁻³). They are not the default, but one switch, for what they cost: EKFAC
+  of convolutions unfolds every patch. On the sample model a pass over the data took several times as long and the sums
+  fill 112 MB in place of 17; a query's delta is as large as the model; and in a Stable Diffusion the largest layers'
+  factors fit nowhere. Take them for networks of some ten million weights.
 - **Where a rival is ahead** of the default beyond noise, all on the digits: by the loss without the first 1 %, D-TRAK
   (by 3.4 × 10⁻³) and the influence function with an EKFAC Fisher (3.9), and by the loss without the first 10 %, pixel
   similarity (56). What was tried on the first: it is the rule. With the difference ours is level with both (19.5 × 10⁻³
   with `text_kv`, 20.3 with all weights; the rivals 19.3 and 19.8) and ahead of both at 3 %; a step of 30 % with the
-  ratio has 18.9, a doubled loss 17.1. On the second: 69 % of pixel similarity's first twenty are of the query's
-  digit, 53 % of ours (58 % with all weights) and 54 % of D-TRAK's, though of the first six it is 92 % and more for all:
-  behind the pictures of the query's own caption, methods that follow the text go on to other digits in the same style,
-  and twenty look-alikes leave no other way to draw the picture. All weights bring 124 × 10⁻³ of pixel similarity's 146;
+  ratio has 18.9, a doubled loss 17.1. On the second: 69 % of pixel similarity's first twenty are of the query's digit,
+  53 % of ours (60 % with all weights) and 56 % of D-TRAK's, though of the first six 89 to 99 % for all of these: behind
+  the pictures of the query's own caption, methods that follow the text go on to other digits in the same style, and
+  twenty look-alikes leave no other way to draw the picture. All weights bring 124 × 10⁻³ of pixel similarity's 146;
   other rules, weights of timesteps and scores less their mean over queries do not close the rest, and no other rival
   comes nearer (D-TRAK 100).
 - **D-TRAK** is the rival to pass: but for the first 1 % of the digits it is level with the default by leave-K-out, and
-  within noise of it by LDS; with the difference ours is ahead by LDS on the digits and without the first 3 %. The mean
-  of its standardised scores and ours (a row of the tables below) is level with the default; it needs both methods.
-- **The emoji tell methods apart badly**: all methods that find the picture of the query's own caption are within
-  noise of each other, with or without a Fisher. What is said above rests on the digits.
+  within noise of it by LDS; with the difference ours is ahead on the digits by LDS (+0.087 [0.034, 0.141]) and without
+  the first 3 % (+10.0 [0.4, 20.6] × 10⁻³). The mean of its standardised scores and ours (a row of the tables below) is
+  level with the default (+0.011 [−0.021, 0.041] on the digits); it needs both methods.
+- **The emoji tell methods apart badly**: by the loss without the first 3 %, all methods that find the picture of the
+  query's own caption are within noise of the default, with or without a Fisher, but for the diagonal Fisher of all
+  weights, which is ahead (by 17.6 [1.0, 35.5] × 10⁻³); by LDS, those that look into the model are, too, but for all
+  weights (+0.024 [0.002, 0.048]). What is said above rests on the digits.
 - **What was tried and is worse**: pushing a query's prediction to zero or to the mean picture, in place of raising its
-  loss (LDS of 0.46 and 0.49 on the digits' reporting half, ten views); the root of the loss (0.69 with the ratio,
-  0.73 with the difference) changes nothing; means of the scores of several sizes of the step (no better than
-  the best of them).
+  loss (LDS of 0.46 and 0.49 on the digits' reporting half, ten views); the root of the loss (0.69 with the ratio, 0.73
+  with the difference) changes nothing; means of the scores of several sizes of the step (no better than the best of
+  them).
 - **Timesteps**: on the digits the first quarter of the schedule, where little noise is added, says least; any other
   quarter with five views is as good as all twenty.
-- **Cost**: six draws to unlearn with and one view a sample are not worse than the paper's recipe, at a twentieth of
-  its calls. For the few best samples of one query, a race (`--race.top`) finds them at a third to a half of the calls.
+- **Cost**: six draws to unlearn with and one view a sample are not worse than the paper's recipe, at a twentieth of its
+  calls. For the few best samples of one query, a race (`--race.top`) finds them at 29 % (3 best) to 57 % (10 best) of
+  the calls on the digits, and at 56 to 105 % on the hundred emoji.
 """

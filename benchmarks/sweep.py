@@ -111,7 +111,7 @@ UNLEARNED: dict[str, list[Unlearned]] = {
     "noise": [replace(CENTRE, noise="per_sample")],
     "draws to unlearn with": [replace(CENTRE, draws=draws, rise_draws=rise) for draws, rise in ((6, 2), (8, 2))],
     "weights": [replace(CENTRE, parameters="attention")],
-    # Their rises are among the settings of methods.py, too.
+    # Their rises are among the settings of method_settings.py, too.
     "all weights": [
         WHOLE,
         replace(WHOLE, fisher="identity"),
@@ -225,6 +225,8 @@ def is_measured(bench: Bench, unlearned: Unlearned) -> bool:
 def _path(bench: Bench, unlearned: Unlearned) -> Path:
     # What came in later is not in the name where it is the centre's.
     words = [str(value) for value in asdict(unlearned).values() if value not in (CENTRE.strategy, CENTRE.toward_data)]
+    if unlearned.strategy == "penalised":
+        words.append(str(bench.settings["penalty_strength"]))
     return bench.folder / "sweep" / ("-".join(words) + ".pt")
 
 

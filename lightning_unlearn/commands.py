@@ -105,16 +105,18 @@ def attribute(arguments: list[str]) -> None:
             trainer.predict(module, data, return_predictions=False, ckpt_path=str(deltas))
         if trainer.is_global_zero:
             wait_for_scores(output)
-            _name_unscored(data, output)
             write_report(output, cli.config.top, allow_pipe=data.allow_pipe)
+            _name_unscored(data, output)
 
 
 def _name_unscored(data: AttributionDataModule, output: Path) -> None:
     """Say which of the samples that were chosen by their keys have no scores: a key may be written wrongly."""
-    unscored = sorted(set(data.keys or ()) - set(read_scores(output, partial=True).keys))
+    if data.keys is None:
+        return
+    unscored = sorted(set(data.keys) - set(read_scores(output).keys))
     if unscored:
         named = some_of([repr(key) for key in unscored])
-        say(f"{many(len(unscored), 'chosen sample')} found in no shard, or unreadable: {named}.")
+        say(f"{many(len(unscored), 'chosen sample')} without a score, in no shard or left out as bad: {named}.")
 
 
 def attribution_parts(cli: TrainerCLI) -> tuple[UnlearningModule, AttributionDataModule, Trainer]:

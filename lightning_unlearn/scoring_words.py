@@ -47,8 +47,8 @@ class Announcer(Callback):
         if trainer.current_epoch or not trainer.is_global_zero or not pl_module.strategy.searches:  # type: ignore[union-attr]
             return
         bar = trainer.progress_bar_callback
-        if bar is not None:
-            bar.print(f"Searching how far the step should go, on {pl_module.rise_draws} draws a query …")
+        tell = say if bar is None else bar.print
+        tell(f"Searching how far the step should go, on {pl_module.rise_draws} draws a query …")
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

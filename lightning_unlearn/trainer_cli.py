@@ -30,7 +30,6 @@ class _Parser(OneSentence, LightningArgumentParser):
     """LightningCLI's parser, with one sentence for wrong options."""
 
     bases: ClassVar[Mapping[str, type]] = {
-        "callbacks": Callback,
         "data": LightningDataModule,
         "method": Baseline,
         "objective": Objective,

@@ -57,7 +57,7 @@ class Strategy(ABC):
         fresh_draws: Whether each step has draws of its own; in a strategy that minimises one function, all steps have
             the same.
         needs_fisher: Whether it can't do without a Fisher.
-        searches: Whether it measures losses many times over after a step, to find how far it should go.
+        searches: Whether it measures losses many times over after its first step, to find how far that should go.
         needs_data_loss: Whether it asks for the mean loss of the samples to score.
         real_draws: Draws of training samples that each step of each target takes too; none by default.
     """

@@ -340,4 +340,6 @@ def test_bar_counts_samples(config: str, tmp_path: Path, capsys: pytest.CaptureF
     out = capsys.readouterr().out
     assert f"{SAMPLES}/{SAMPLES}" in out
     assert "Scoring by pixel_similarity on cpu" in out
-    assert f"{SAMPLES} samples scored into {tmp_path / 'run' / 'scores'}; " in out
+    assert f"{SAMPLES} samples scored into {tmp_path / 'run' / 'scores'}; `lightning-unlearn report --folder " in out
+    run("report", "--folder", tmp_path / "run")
+    assert (tmp_path / "run" / "report.html").is_file()

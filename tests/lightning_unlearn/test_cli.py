@@ -183,6 +183,8 @@ def test_missing_config_file_gets_one_sentence(command: str, ends: Ends, tmp_pat
             ["model.strategy", "no class Newtron", "Newton, Penalised"],
         ),
         ("--model", "Unlearned", ["model", "Unlearned"]),
+        # As a YAML file says it: jsonargparse then gives more reasons than one.
+        ("--model.init_args.strategy", "{class_path: Newtron}", ["no class Newtron; take Mirrored, "]),
     ],
 )
 def test_wrong_value_gets_one_sentence_that_names_the_option(

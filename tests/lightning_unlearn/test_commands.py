@@ -150,7 +150,9 @@ def test_chosen_keys_that_no_shard_holds_are_named(
     keys = "[sample-00001, sample-99999]"
     run("attribute", "--config", config, "--output", output, "--data.init_args.keys", keys, *QUIET)
     assert read_scores(output).keys == ["sample-00001"]
-    assert "1 chosen sample found in no shard, or unreadable: 'sample-99999'.\n" in capsys.readouterr().out
+    assert (
+        "1 chosen sample without a score, in no shard or left out as bad: 'sample-99999'.\n" in capsys.readouterr().out
+    )
 
 
 def test_deleted_scores_of_a_shard_come_back_the_same(config: str, tmp_path: Path, attributed: Path) -> None:
