@@ -147,10 +147,13 @@ def customised(bench: Bench) -> list[str]:
         "attention to the text, and a new token); each generates pictures, and a method is asked for the exemplars "
         "among all training images and the exemplars of all concepts. Recall among the first is at most a third. All "
         "candidates carry one neutral caption, so that text similarity ties them all; ties count as found last. For "
-        f"{near / len(found):.0%} of the generated pictures an exemplar is the nearest of all candidates.",
+        f"{near / len(found):.0%} of the generated pictures an exemplar is the nearest of all candidates. Settings are "
+        "those with `text_kv`, the weights that customising changes.",
         "",
-        "| method | " + " | ".join(name.replace("_", " ").replace("average precision", "mAP") for name in names) + " |",
-        "|---|" + "---|" * len(names),
+        "| method | setting | "
+        + " | ".join(name.replace("_", " ").replace("average precision", "mAP") for name in names)
+        + " |",
+        "|---|---|" + "---|" * len(names),
     ]
     values = {
         method: {name: torch.tensor([concept["methods"][method][name] for concept in found]) for name in names}
@@ -159,7 +162,7 @@ def customised(bench: Bench) -> list[str]:
     }
     for method, measures in sorted(values.items(), key=lambda item: -float(item[1][names[-1]].mean())):
         cells = [shown(value_of(value)) for value in measures.values()]
-        lines.append(f"| {LABELS[method]} | {' | '.join(cells)} |")
+        lines.append(f"| {LABELS[method]} | {found[0]['settings'][method]} | {' | '.join(cells)} |")
     return lines + tuned(found)
 
 
