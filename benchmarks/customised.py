@@ -35,7 +35,6 @@ from method_settings import (
     UNDONE,
     UNLEARNING,
     WITH_FISHER,
-    baseline_of,
     newton,
 )
 from methods import config, fisher_source, fit_and_predict
@@ -167,7 +166,7 @@ def judge(
                     known.update({(kind, f"{size}, {rule}"): scores for rule, scores in by_rule.items()})
                 else:
                     of = ekfac if WITH_FISHER.get(method) == "ekfac" else subject
-                    known[kind, setting] = baseline_of(method, setting).scores(of)
+                    known[kind, setting] = BASELINE_SETTINGS[method][setting].scores(of)
             return known[kind, setting]
 
         def measured(scores: torch.Tensor) -> dict[str, float]:

@@ -199,10 +199,9 @@ def judge(bench: Bench) -> Page:
         return Value(half.mean(scores[0]) - half.mean(scores[1]), interval.low, interval.high)
 
     floors = Floors(study, plan)
-    losses = {
-        (method, size): floors.changes(removed, "loss")
-        for method in chosen
-        for size, removed in plan.removals[method].items()
+    ours = {
+        size: floors.changes(removed, "loss")
+        for size, removed in plan.removals.get(OURS, {}).items()
         if not study.missing([*removed, *plan.seeds])
     }
     rows = []
@@ -210,17 +209,15 @@ def judge(bench: Bench) -> Page:
         raw, by_rank = datamodelling(study, plan, tables[method], report_queries, report_runs)
         behind = compared(OURS, method) if method != OURS and OURS in tables else None
         removals: dict[int, Removal | str] = {}
+        removals_behind: dict[int, Value] = {}
         for size, removed in plan.removals[method].items():
             missing = len(study.missing([*removed, *plan.random[size], *plan.seeds]))
             listed = method in bench.settings["removal_methods"]
             waiting = f"{missing} model{'s' * (missing > 1)} missing" if listed else "–"
             removals[size] = waiting if missing else floors.removal(size, removed)
+            if not missing and size in ours and method != OURS:
+                removals_behind[size] = value_of(ours[size] - floors.changes(removed, "loss"))
         costs = read_costs(bench, DEFAULT_OF if method in DEFAULT_SETTINGS else method, setting)
-        removals_behind = {
-            size: value_of(losses[OURS, size] - losses[method, size])
-            for size in removals
-            if method != OURS and {(OURS, size), (method, size)} <= losses.keys()
-        }
         rows.append(Row(method, setting, list(settings), raw, by_rank, behind, costs, removals, removals_behind))
     rows.sort(key=lambda row: -row.raw.mean)
     # The first subsets are those that are trained twice.

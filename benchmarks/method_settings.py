@@ -91,8 +91,3 @@ def newton(size: str) -> Newton:
     if size == "halfway":
         return Newton(toward_data=0.5)
     return Newton(target_increase=float(size.removeprefix("rise ").removesuffix("%")) / 100)
-
-
-def baseline_of(method: str, setting: str) -> Baseline:
-    """A rival under one of its settings."""
-    return BASELINE_SETTINGS[method][setting]

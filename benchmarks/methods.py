@@ -39,9 +39,7 @@ from method_settings import (
 from score_files import Scores, add_costs, all_costs, files, missing_sizes, write
 
 from lightning_unlearn import rules
-from lightning_unlearn.baselines import (
-    Subject,
-)
+from lightning_unlearn.baselines import Subject
 from lightning_unlearn.datamodules import AttributionDataModule
 from lightning_unlearn.fisher import load_fisher
 from lightning_unlearn.module import UnlearningModule

@@ -30,10 +30,10 @@ from matplotlib.figure import Figure
 from sweep import (
     CENTRE,
     DEFAULTS,
+    DEFAULTS_WHOLE,
     HALFWAY,
     PLAINLY,
     TIMESTEPS,
-    WHOLE,
     Measured,
     Reduced,
     Unlearned,
@@ -48,8 +48,6 @@ from lightning_unlearn.shards import write_atomically
 from lightning_unlearn.unlearning import DATA_DRAWS
 
 DAMPINGS, RISES = (0.001, 0.1, 1.0), (0.3, 1.0, 3.0)
-# Ours is the sweep's centre with the default size of the step, which the recipe is tried with, too.
-OURS, OURS_WHOLE = DEFAULTS, replace(WHOLE, toward_data=HALFWAY)
 RECIPE = Unlearned(fisher="diagonal", parameters="text_kv", noise="per_sample")
 STRIDES = (1, 2, 4, 5, 10, 20)
 # Draws of a query to unlearn it with, and to search for the size of its step.
@@ -110,7 +108,7 @@ def points(bench: Bench, recipe: Unlearned, keys: list[str]) -> Iterator[Point]:
     # So few draws can't tell a query's loss from that of the data: a rise relative to itself, then.
     few = {"draws": min(DRAWS), "rise_draws": DRAWS[min(DRAWS)], "toward_data": None}
     settings = [("recipe", recipe), ("thrifty recipe", replace(recipe, **few))]
-    settings += [("ours", OURS), ("ours", replace(OURS, **few))]
+    settings += [("ours", DEFAULTS), ("ours", replace(DEFAULTS, **few))]
     for name, unlearned in settings:
         found = must_be_measured(bench, unlearned)
         rule = PLAINLY.rule if name == "ours" else "difference"
@@ -170,10 +168,10 @@ def compare(bench: Bench) -> dict[str, Any]:
     as_good = reporting.compared(cheapest.scores, recipe.scores)
     others = {
         "ours": ours,
-        "ours_difference": point("difference", OURS, DIFFERENCE, must_be_measured(bench, OURS), keys),
-        "whole": point("whole", OURS_WHOLE, PLAINLY, must_be_measured(bench, OURS_WHOLE), keys),
+        "ours_difference": point("difference", DEFAULTS, DIFFERENCE, must_be_measured(bench, DEFAULTS), keys),
+        "whole": point("whole", DEFAULTS_WHOLE, PLAINLY, must_be_measured(bench, DEFAULTS_WHOLE), keys),
         "whole_difference": point(
-            "whole, difference", OURS_WHOLE, DIFFERENCE, must_be_measured(bench, OURS_WHOLE), keys
+            "whole, difference", DEFAULTS_WHOLE, DIFFERENCE, must_be_measured(bench, DEFAULTS_WHOLE), keys
         ),
     }
     better = {name: reporting.compared(found.scores, recipe.scores, TIMES) for name, found in others.items()}
@@ -188,7 +186,7 @@ def compare(bench: Bench) -> dict[str, Any]:
         "cheapest_less_recipe": [round(as_good.low, 4), round(as_good.high, 4)],
         "curve": [described(found) for found in curve],
         "all_views_calls": len(keys) * TIMESTEPS,
-        "racing": racing(must_be_measured(bench, OURS), keys),
+        "racing": racing(must_be_measured(bench, DEFAULTS), keys),
     }
 
 

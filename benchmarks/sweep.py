@@ -94,13 +94,13 @@ class Reduced:
 CENTRE, PLAINLY = Unlearned(), Reduced()
 HALFWAY = 0.5
 DEFAULTS = replace(CENTRE, toward_data=HALFWAY)
-WHOLE = replace(CENTRE, parameters="all")
+WHOLE, DEFAULTS_WHOLE = (replace(unlearned, parameters="all") for unlearned in (CENTRE, DEFAULTS))
 # Factor to the values it takes; the centre's own are left out.
 UNLEARNED: dict[str, list[Unlearned]] = {
     "Fisher": [replace(CENTRE, fisher=fisher) for fisher in ("identity", "diagonal", "ekfac_true")],
     "damping": [replace(CENTRE, damping=damping) for damping in (0.0001, 0.1, 1.0)],
     "rise of the query's loss": [replace(CENTRE, rise=rise) for rise in (0.1, 3.0)],
-    "share of the way to the data's loss": [replace(CENTRE, toward_data=rise) for rise in (0.25, HALFWAY, 1.0)],
+    "share of the way to the data's loss": [replace(CENTRE, toward_data=share) for share in (0.25, HALFWAY, 1.0)],
     "steps": [replace(CENTRE, steps=4)],
     "strategy": [
         replace(CENTRE, strategy="penalised"),
@@ -117,7 +117,7 @@ UNLEARNED: dict[str, list[Unlearned]] = {
         replace(WHOLE, fisher="identity"),
         replace(WHOLE, damping=1.0),
         replace(WHOLE, steps=4),
-        replace(WHOLE, toward_data=HALFWAY),
+        DEFAULTS_WHOLE,
     ],
 }
 REDUCED: dict[str, list[Reduced]] = {

@@ -14,7 +14,7 @@ from lightning_unlearn.datamodules import AttributionDataModule
 from lightning_unlearn.datamodules.reading import read_samples
 from lightning_unlearn.datamodules.sources import list_shards
 from lightning_unlearn.deltas import read_targets
-from lightning_unlearn.errors import InputError
+from lightning_unlearn.errors import InputError, some_of
 from lightning_unlearn.loading import read_checkpoint
 from lightning_unlearn.module import UnlearningModule
 from lightning_unlearn.quiet import quiet
@@ -22,10 +22,10 @@ from lightning_unlearn.race_command import RaceRun, check_race
 from lightning_unlearn.racing import Race
 from lightning_unlearn.rules import RULES
 from lightning_unlearn.samples import Sample
+from lightning_unlearn.score_table import ScoreTable
 from lightning_unlearn.scores import read_scores
 from lightning_unlearn.scoring_words import Announcer, targets_in_words, wait_for_scores
 from lightning_unlearn.shards import shard_id
-from lightning_unlearn.strategies.scale import some_of
 from lightning_unlearn.trainer_cli import TrainerCLI, one_sentence
 
 
@@ -105,15 +105,12 @@ def attribute(arguments: list[str]) -> None:
             trainer.predict(module, data, return_predictions=False, ckpt_path=str(deltas))
         if trainer.is_global_zero:
             wait_for_scores(output)
-            write_report(output, cli.config.top, allow_pipe=data.allow_pipe)
-            _name_unscored(data, output)
+            _name_unscored(data, write_report(output, cli.config.top, allow_pipe=data.allow_pipe))
 
 
-def _name_unscored(data: AttributionDataModule, output: Path) -> None:
+def _name_unscored(data: AttributionDataModule, table: ScoreTable) -> None:
     """Say which of the samples that were chosen by their keys have no scores: a key may be written wrongly."""
-    if data.keys is None:
-        return
-    unscored = sorted(set(data.keys) - set(read_scores(output).keys))
+    unscored = sorted(set(data.keys or ()) - set(table.keys))
     if unscored:
         named = some_of([repr(key) for key in unscored])
         say(f"{many(len(unscored), 'chosen sample')} without a score, in no shard or left out as bad: {named}.")
@@ -169,13 +166,16 @@ def _is_unlearned(path: Path, module: UnlearningModule, data: AttributionDataMod
     return True
 
 
-def write_report(folder: Path, top: int, *, allow_pipe: bool = False) -> None:
+def write_report(folder: Path, top: int, *, allow_pipe: bool = False) -> ScoreTable:
     """Write ``report.html`` of a run and print its path.
 
     Args:
         folder: The run's folder.
         top: How many images are shown for each query.
         allow_pipe: Whether shards may be commands.
+
+    Returns:
+        The run's scores.
     """
     from lightning_unlearn.report import shown_queries
     from lightning_unlearn.report import write_report as write
@@ -203,3 +203,4 @@ def write_report(folder: Path, top: int, *, allow_pipe: bool = False) -> None:
 
     path = write(folder / "report.html", table, queries, pictures, top)
     say(f"Report: {path}")
+    return table

@@ -56,8 +56,8 @@ def sentence(message: str, bases: Mapping[str, type] | None = None) -> str:
             reasons.append(text)
     said = "; ".join(reasons) or " ".join(message.split())
     base = (bases or {}).get(option[-1].rpartition(".")[2]) if option else None
-    if said.startswith(_NO_CLASS) and base is not None:
-        name = said.removeprefix(_NO_CLASS).split(";")[0]
+    if base is not None and reasons and reasons[0].startswith(_NO_CLASS):
+        name = reasons[0].removeprefix(_NO_CLASS)
         said = f"There is no class {name}; take {', '.join(_known(base))}, or the import path of a class of yours"
     return re.sub(r"<class '([\w.]+)'>", r"\1", f"{'.'.join(option)}: {said}" if option else said)
 

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_unlearn.errors import InputError
+from lightning_unlearn.errors import InputError, some_of
 from lightning_unlearn.strategies.base import Deltas, Problem, Strategy
 from lightning_unlearn.strategies.optimizer import (
     OptimizerFactory,
@@ -18,7 +18,6 @@ from lightning_unlearn.strategies.optimizer import (
     layer_groups,
     optimizer_settings,
 )
-from lightning_unlearn.strategies.scale import some_of
 from lightning_unlearn.strategies.stopping import stop_at
 
 

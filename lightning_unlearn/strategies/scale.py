@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_unlearn.errors import InputError
+from lightning_unlearn.errors import InputError, some_of
 from lightning_unlearn.strategies.base import Deltas
 
 # The rise is found to this relative accuracy, near what float32 losses allow: the scale then depends on the losses
@@ -25,7 +25,6 @@ MAX_DOUBLINGS, MAX_HALVINGS = 24, 20
 # highest lies at scales that tell more of the search than of the loss. Below the least share of the wanted rise there
 # is nothing to be had.
 SHARE, LEAST = 0.95, 0.01
-NAMED = 5  # so many targets a warning names
 
 
 def find_scales(
@@ -209,18 +208,6 @@ class _Search:
         """
         scales, values = torch.stack(self._scales), torch.stack(self._values)
         return scales.where((values >= least) & (values <= most), torch.inf).amin(0)
-
-
-def some_of(said: Sequence[str]) -> str:
-    """What a warning says of some targets, the first of them where there are many.
-
-    Args:
-        said: Of each target.
-
-    Returns:
-        One line.
-    """
-    return ", ".join([*said[:NAMED], *(["…"] if len(said) > NAMED else [])])
 
 
 def positive(losses: Tensor, targets: Sequence[str]) -> Tensor:
