@@ -30,20 +30,20 @@ import yaml
 from common import pixels_of_blocks
 from torch import Tensor
 
+from lightning_unlearn.command_line.fisher_command import fisher
+from lightning_unlearn.command_line.quiet import quiet
+from lightning_unlearn.command_line.retraining_cli import RetrainingCLI, study_of
+from lightning_unlearn.data.samples import Sample
+from lightning_unlearn.data.shards import encode_sample, write_shards
 from lightning_unlearn.datamodules.reading import read_samples
 from lightning_unlearn.datamodules.sources import list_shards
+from lightning_unlearn.diffusion.sampling import generate, how_generated
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.evaluation import Retrainer, Run, fit_run
 from lightning_unlearn.evaluation.plan import Design, Plan, plan
 from lightning_unlearn.evaluation.retraining import Share
 from lightning_unlearn.evaluation.study import differences, read_settings
 from lightning_unlearn.fingerprints import digest
-from lightning_unlearn.fisher_command import fisher
-from lightning_unlearn.quiet import quiet
-from lightning_unlearn.retraining_cli import RetrainingCLI, study_of
-from lightning_unlearn.samples import Sample
-from lightning_unlearn.sampling import generate, how_generated
-from lightning_unlearn.shards import encode_sample, write_shards
 
 BENCHES = Path(__file__).resolve().parent
 FISHER_FILES = {"diagonal": "fisher.safetensors", "ekfac": "ekfac.safetensors"}

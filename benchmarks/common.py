@@ -100,7 +100,7 @@ def sample_network() -> nn.Module:
     """
     import diffusers
 
-    from lightning_unlearn.loading import load_network
+    from lightning_unlearn.diffusion.loading import load_network
 
     config = yaml.safe_load((CONFIGS / "train_sample.yaml").read_text())
     network_class: Any = diffusers.UNet2DConditionModel  # has no types

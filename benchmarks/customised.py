@@ -39,17 +39,17 @@ from method_settings import (
 )
 from methods import config, fisher_source, fit_and_predict
 
-from lightning_unlearn import rules
 from lightning_unlearn.baselines import Subject
+from lightning_unlearn.command_line.quiet import quiet
+from lightning_unlearn.data.samples import Sample, collate_samples
+from lightning_unlearn.data.shards import encode_sample, write_atomically, write_shards
+from lightning_unlearn.diffusion.objective import DenoisingObjective
 from lightning_unlearn.evaluation.customised import Customising, customise, undone
 from lightning_unlearn.fisher import load_fisher
 from lightning_unlearn.metrics import exemplar_retrieval
-from lightning_unlearn.module import UnlearningModule
-from lightning_unlearn.objective import DenoisingObjective
-from lightning_unlearn.quiet import quiet
-from lightning_unlearn.samples import Sample, collate_samples
-from lightning_unlearn.scoring import measure_losses
-from lightning_unlearn.shards import encode_sample, write_atomically, write_shards
+from lightning_unlearn.scores import rules
+from lightning_unlearn.unlearning.module import UnlearningModule
+from lightning_unlearn.unlearning.scoring import measure_losses
 
 TOP = (1, 3, 10)
 # Which methods are tried under which settings of their own here.

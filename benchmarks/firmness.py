@@ -22,9 +22,9 @@ from lightning.pytorch import Trainer
 from methods import config
 from torch import Tensor
 
-from lightning_unlearn.firmness import rank_ranges
-from lightning_unlearn.rules import RULES, reduce_losses
-from lightning_unlearn.views import Views
+from lightning_unlearn.draws.views import Views
+from lightning_unlearn.scores.firmness import rank_ranges
+from lightning_unlearn.scores.rules import RULES, reduce_losses
 
 NOISES: tuple[Literal["shared", "per_sample"], ...] = ("shared", "per_sample")
 STRATA, DRAWS = 8, 2

@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from common import CONFIGS, SAMPLE, parser, sample_network, show
 
-from lightning_unlearn.cli import main as command
+from lightning_unlearn.command_line.cli import main as command
+from lightning_unlearn.data.samples import Sample
+from lightning_unlearn.data.shards import encode_sample, write_shards
 from lightning_unlearn.datamodules.reading import read_samples
 from lightning_unlearn.datamodules.sources import list_shards
+from lightning_unlearn.diffusion.objective import DenoisingObjective
+from lightning_unlearn.diffusion.sampling import generate, how_generated
 from lightning_unlearn.fingerprints import seed_of
-from lightning_unlearn.objective import DenoisingObjective
-from lightning_unlearn.samples import Sample
-from lightning_unlearn.sampling import generate, how_generated
-from lightning_unlearn.score_table import ScoreTable
-from lightning_unlearn.scores import read_scores
-from lightning_unlearn.shards import encode_sample, write_shards
+from lightning_unlearn.scores.files import read_scores
+from lightning_unlearn.scores.table import ScoreTable
 
 FIELD = "subcategory"
 GROUPS, PICTURES, BAR = 20, 5, 15

@@ -29,7 +29,7 @@ from lightning_unlearn.metrics import (
     linear_datamodelling_score,
     subset_predictions,
 )
-from lightning_unlearn.score_table import ScoreTable
+from lightning_unlearn.scores.table import ScoreTable
 
 OURS = DEFAULT
 # What papers report of two methods, the better one first: Zheng et al. (arXiv 2311.00500), Park et al. (arXiv

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from lightning_unlearn.draws import draw_for_target
+from lightning_unlearn.data.samples import Sample, ViewBatch
+from lightning_unlearn.diffusion.objective import DenoisingObjective
+from lightning_unlearn.diffusion.sampling import trajectory
+from lightning_unlearn.draws.unlearning_draws import draw_for_target
 from lightning_unlearn.evaluation import Measuring, Outcome
 from lightning_unlearn.evaluation.measuring import PARTS, rounded
-from lightning_unlearn.objective import DenoisingObjective
-from lightning_unlearn.samples import Sample, ViewBatch
-from lightning_unlearn.sampling import trajectory
 
 VIEWS_AT_ONCE = 320  # of each model
 

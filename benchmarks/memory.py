@@ -20,9 +20,9 @@ import torch
 from common import PLAIN, parser, quiet, show
 from torch import Tensor, nn
 
-from lightning_unlearn.objective import Objective
-from lightning_unlearn.samples import ViewBatch
-from lightning_unlearn.shards import encode_sample, write_shards
+from lightning_unlearn.data.samples import ViewBatch
+from lightning_unlearn.data.shards import encode_sample, write_shards
+from lightning_unlearn.diffusion.objective import Objective
 
 BAR = 100.0
 QUERIES = 8
@@ -111,10 +111,10 @@ def score(folder: Path, batch_size: int, workers: int) -> None:
 
     from lightning_unlearn.callbacks import ScoreWriter
     from lightning_unlearn.datamodules import AttributionDataModule
-    from lightning_unlearn.deltas import DeltaStore
-    from lightning_unlearn.module import UnlearningModule
-    from lightning_unlearn.parameters import layer_parameters
-    from lightning_unlearn.views import Views
+    from lightning_unlearn.draws.views import Views
+    from lightning_unlearn.unlearning.module import UnlearningModule
+    from lightning_unlearn.weights.deltas import DeltaStore
+    from lightning_unlearn.weights.parameters import layer_parameters
 
     quiet()
     data = AttributionDataModule(

@@ -38,14 +38,14 @@ from method_settings import (
 )
 from score_files import Scores, add_costs, all_costs, files, missing_sizes, write
 
-from lightning_unlearn import rules
 from lightning_unlearn.baselines import Subject
+from lightning_unlearn.command_line.trainer_cli import TrainerCLI
 from lightning_unlearn.datamodules import AttributionDataModule
 from lightning_unlearn.fisher import load_fisher
-from lightning_unlearn.module import UnlearningModule
-from lightning_unlearn.precision import ExactFloat32
-from lightning_unlearn.scoring import Deviations
-from lightning_unlearn.trainer_cli import TrainerCLI
+from lightning_unlearn.scores import rules
+from lightning_unlearn.unlearning.module import UnlearningModule
+from lightning_unlearn.unlearning.scoring import Deviations
+from lightning_unlearn.weights.precision import ExactFloat32
 
 COSTED = 10  # queries by whose costs one's is told
 

@@ -19,9 +19,9 @@ from bench import BENCHES
 from common import parser, quiet, show
 from sweep import DEFAULTS, PLAINLY, TIMESTEPS, Bench, must_be_measured
 
-from lightning_unlearn.firmness import upper_ends
-from lightning_unlearn.racing import Race, contenders, leaders, thresholds
-from lightning_unlearn.rules import RULES
+from lightning_unlearn.scores.firmness import upper_ends
+from lightning_unlearn.scores.racing import Race, contenders, leaders, thresholds
+from lightning_unlearn.scores.rules import RULES
 
 
 def race_once(race: Race, values: torch.Tensor, start: int) -> dict[str, float]:

@@ -22,16 +22,16 @@ import yaml
 
 import lightning_unlearn.configs
 import lightning_unlearn.datamodules
-from lightning_unlearn.cli import main as command
+from lightning_unlearn.command_line.cli import main as command
+from lightning_unlearn.data.samples import Sample
+from lightning_unlearn.data.shards import encode_sample, write_shards
 from lightning_unlearn.datamodules.reading import read_samples
 from lightning_unlearn.datamodules.sources import list_shards
+from lightning_unlearn.diffusion.loading import load_weights
+from lightning_unlearn.diffusion.objective import DenoisingObjective
+from lightning_unlearn.diffusion.sampling import generate, how_generated
 from lightning_unlearn.fingerprints import seed_of
-from lightning_unlearn.loading import load_weights
-from lightning_unlearn.objective import DenoisingObjective
-from lightning_unlearn.samples import Sample
-from lightning_unlearn.sampling import generate, how_generated
-from lightning_unlearn.scores import read_scores
-from lightning_unlearn.shards import encode_sample, write_shards
+from lightning_unlearn.scores.files import read_scores
 
 SAMPLE = Path(str(lightning_unlearn.datamodules.__file__)).parent / "sample"
 CONFIG = Path(str(lightning_unlearn.configs.__file__)).parent / "sample.yaml"

@@ -18,15 +18,15 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from lightning_unlearn.callbacks import ScoreWriter
+from lightning_unlearn.data.shards import write_shards
 from lightning_unlearn.datamodules import AttributionDataModule
 from lightning_unlearn.datamodules.reading import read_fields
 from lightning_unlearn.datamodules.sources import list_shards
-from lightning_unlearn.deltas import DeltaStore
-from lightning_unlearn.module import UnlearningModule
-from lightning_unlearn.objective import DenoisingObjective
-from lightning_unlearn.parameters import layer_parameters
-from lightning_unlearn.shards import write_shards
-from lightning_unlearn.views import Views
+from lightning_unlearn.diffusion.objective import DenoisingObjective
+from lightning_unlearn.draws.views import Views
+from lightning_unlearn.unlearning.module import UnlearningModule
+from lightning_unlearn.weights.deltas import DeltaStore
+from lightning_unlearn.weights.parameters import layer_parameters
 
 BAR = 0.90
 

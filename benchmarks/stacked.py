@@ -26,13 +26,13 @@ from measured_together import Together
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from lightning_unlearn.command_line.retraining_cli import RetrainingCLI
+from lightning_unlearn.data.samples import Sample, SampleBatch, ViewBatch
+from lightning_unlearn.diffusion.objective import Objective
 from lightning_unlearn.evaluation import Measuring, Outcome, Run, Training, fit_run
 from lightning_unlearn.evaluation.study import Study
-from lightning_unlearn.objective import Objective
-from lightning_unlearn.precision import ExactFloat32
-from lightning_unlearn.retraining_cli import RetrainingCLI
-from lightning_unlearn.samples import Sample, SampleBatch, ViewBatch
 from lightning_unlearn.training import DiffusionModule
+from lightning_unlearn.weights.precision import ExactFloat32
 
 
 @dataclass(frozen=True)

@@ -27,14 +27,14 @@ from methods import config, fisher_source
 from packed import open_study
 from torch import Tensor, nn
 
-from lightning_unlearn import rules
+from lightning_unlearn.data.shards import write_atomically
+from lightning_unlearn.draws.views import Views
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.evaluation.judging import scores_of as kept_scores
 from lightning_unlearn.evaluation.results import Value
 from lightning_unlearn.fingerprints import digest
-from lightning_unlearn.shards import write_atomically
+from lightning_unlearn.scores import rules
 from lightning_unlearn.strategies import Mirrored, Newton, Penalised, Strategy
-from lightning_unlearn.views import Views
 
 TIMESTEPS = 20
 

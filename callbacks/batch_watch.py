@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from lightning_unlearn.capture import CapturedLayer, GradientCapture
 from lightning_unlearn.errors import InputError
+from lightning_unlearn.weights.capture import CapturedLayer, GradientCapture
 
 
 class BatchWatch:

@@ -19,8 +19,8 @@ from lightning_unlearn.callbacks.own_loss import own_loss_factor
 from lightning_unlearn.callbacks.second_stage import SecondStage
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher import FISHERS, Fisher, Targets
-from lightning_unlearn.parameters import find_network, layer_parameters, layer_specs, select_layers
 from lightning_unlearn.training import FisherPass
+from lightning_unlearn.weights.parameters import find_network, layer_parameters, layer_specs, select_layers
 
 
 class FisherAccumulator(Callback):
@@ -46,7 +46,7 @@ class FisherAccumulator(Callback):
     Args:
         target: Dotted name of the network in the LightningModule, e.g. ``"unet"``; ``""`` for the module itself.
         parameters: Which of its weights: ``text_kv``, ``cross_attention``, ``attention``, ``feed_forward``, ``all``, or
-            patterns of layer names (see :func:`lightning_unlearn.parameters.select_layers`).
+            patterns of layer names (see :func:`lightning_unlearn.weights.parameters.select_layers`).
         fisher: The kind of Fisher: ``diagonal`` or ``ekfac``.
         path: Where the Fisher is written at the end of training, as safetensors; relative to
             ``trainer.default_root_dir``.

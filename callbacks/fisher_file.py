@@ -8,8 +8,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_unlearn.diffusion.objective import Objective
 from lightning_unlearn.fisher import Fisher
-from lightning_unlearn.objective import Objective
 
 
 def is_complete(total: Fisher) -> bool:

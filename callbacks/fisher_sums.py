@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher import FISHERS, Fisher, Targets
-from lightning_unlearn.parameters import LayerSpec
+from lightning_unlearn.weights.parameters import LayerSpec
 
 
 class FisherSums:

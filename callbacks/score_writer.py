@@ -16,16 +16,16 @@ from torch import Tensor
 from torchmetrics.functional import spearman_corrcoef
 from typing_extensions import override
 
+from lightning_unlearn.data.samples import Sample
+from lightning_unlearn.data.shards import ShardInfo, shard_id, write_atomically
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import digest
-from lightning_unlearn.firmness import groups_of_draws
-from lightning_unlearn.module import UnlearningModule
-from lightning_unlearn.rules import FLIPS, RULES, Reduced, joined, reduce_losses, score
-from lightning_unlearn.run_record import earlier_run, record_run, scored_shards, write_run
-from lightning_unlearn.samples import Sample
-from lightning_unlearn.scores import FAILED, read_run, run_digest, shard_path, write_shard_scores
-from lightning_unlearn.scoring import Deviations, measured
-from lightning_unlearn.shards import ShardInfo, shard_id, write_atomically
+from lightning_unlearn.scores.files import FAILED, read_run, run_digest, shard_path, write_shard_scores
+from lightning_unlearn.scores.firmness import groups_of_draws
+from lightning_unlearn.scores.rules import FLIPS, RULES, Reduced, joined, reduce_losses, score
+from lightning_unlearn.scores.run_record import earlier_run, record_run, scored_shards, write_run
+from lightning_unlearn.unlearning.module import UnlearningModule
+from lightning_unlearn.unlearning.scoring import Deviations, measured
 
 
 @dataclass
@@ -51,7 +51,7 @@ class ScoreWriter(Callback):
         on_bad_sample: Whether a sample with a loss that is not finite fails its shard or is left out and counted.
         flips: Which of a sample's two flips is taken where both are scored: the larger (``max``) or the ``mean``.
         keep_deviations: Whether the table also keeps what the rule gave at each flip and draw
-            (:func:`~lightning_unlearn.scores.read_deviations`).
+            (:func:`~lightning_unlearn.scores.files.read_deviations`).
 
     Raises:
         InputError: If there is no such rule, or no such way to take flips.

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from typing_extensions import override
 
-from lightning_unlearn.shards import ShardInfo
+from lightning_unlearn.data.shards import ShardInfo
 
 
 class ScoringProgress(TQDMProgressBar):

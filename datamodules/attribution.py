@@ -9,15 +9,15 @@ from typing import Any, Literal
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
+from lightning_unlearn.data.samples import Sample, SampleBatch, decode_sample
+from lightning_unlearn.data.shards import ShardInfo, shard_id
+from lightning_unlearn.data.targets import targets_of
 from lightning_unlearn.datamodules.reading import read_fields, read_keys, read_samples
 from lightning_unlearn.datamodules.real import RealSamples
 from lightning_unlearn.datamodules.scoring import ScoringStream, check_shapes
 from lightning_unlearn.datamodules.sources import list_shards
-from lightning_unlearn.draws import DrawBatch, RealStream, draw_batches, real_batches
+from lightning_unlearn.draws.unlearning_draws import DrawBatch, RealStream, draw_batches, real_batches
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.samples import Sample, SampleBatch, decode_sample
-from lightning_unlearn.shards import ShardInfo, shard_id
-from lightning_unlearn.targets import targets_of
 
 
 class AttributionDataModule(LightningDataModule):
@@ -156,7 +156,7 @@ class AttributionDataModule(LightningDataModule):
         """Leave out shards that are scored already.
 
         Args:
-            done: Their identifiers (:func:`~lightning_unlearn.shards.shard_id`).
+            done: Their identifiers (:func:`~lightning_unlearn.data.shards.shard_id`).
         """
         self._done = done
 
@@ -184,7 +184,7 @@ class AttributionDataModule(LightningDataModule):
         """This rank's draws of all queries, and of real samples if the strategy wants them; an epoch is one step of it.
 
         Returns:
-            A loader of :class:`~lightning_unlearn.draws.DrawBatch`, of the same length on every rank.
+            A loader of :class:`~lightning_unlearn.draws.unlearning_draws.DrawBatch`, of the same length on every rank.
         """
         return DrawLoader(self)
 
@@ -192,7 +192,7 @@ class AttributionDataModule(LightningDataModule):
         """This rank's samples.
 
         Returns:
-            A loader of :class:`~lightning_unlearn.samples.SampleBatch`.
+            A loader of :class:`~lightning_unlearn.data.samples.SampleBatch`.
         """
         shards = self.shards_to_score()
         workers = min(self.num_workers, len(shards))

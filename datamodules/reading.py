@@ -12,11 +12,11 @@ from typing_extensions import override
 from webdataset import tariterators
 from webdataset.gopen import gopen
 
+from lightning_unlearn.data.masks import MASK_FIELD
+from lightning_unlearn.data.samples import PICTURE_FIELDS, Sample, decode_sample
+from lightning_unlearn.data.shards import ShardInfo
 from lightning_unlearn.datamodules.remote import RemoteFile
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.masks import MASK_FIELD
-from lightning_unlearn.samples import PICTURE_FIELDS, Sample, decode_sample
-from lightning_unlearn.shards import ShardInfo
 
 FIELDS = frozenset({"latent.npy", "latent_flip.npy", "text.npy", "json"})
 

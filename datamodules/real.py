@@ -10,13 +10,13 @@ from typing import Any
 
 from webdataset.filters import shuffle as shuffle_buffer
 
+from lightning_unlearn.data.samples import Sample, decode_sample
+from lightning_unlearn.data.shards import ShardInfo
 from lightning_unlearn.datamodules.reading import read_fields
 from lightning_unlearn.datamodules.scoring import check_shapes
-from lightning_unlearn.draws import RealStream
+from lightning_unlearn.draws.unlearning_draws import RealStream
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import seed_of
-from lightning_unlearn.samples import Sample, decode_sample
-from lightning_unlearn.shards import ShardInfo
 
 # How many undecoded samples are held to be shuffled.
 HELD = 1000

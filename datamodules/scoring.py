@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 from torch.utils.data import IterableDataset, get_worker_info
 
+from lightning_unlearn.data.samples import Sample, SampleBatch, collate_samples, decode_sample
+from lightning_unlearn.data.shards import ShardInfo, shard_id
 from lightning_unlearn.datamodules.reading import read_fields
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.samples import Sample, SampleBatch, collate_samples, decode_sample
-from lightning_unlearn.shards import ShardInfo, shard_id
 
 
 class ScoringStream(IterableDataset[SampleBatch]):

@@ -9,8 +9,8 @@ from typing import Any
 
 import braceexpand
 
+from lightning_unlearn.data.shards import MANIFEST, ShardInfo
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.shards import MANIFEST, ShardInfo
 
 
 def list_shards(shards: str | Sequence[str], *, allow_pipe: bool = False) -> list[ShardInfo]:

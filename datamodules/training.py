@@ -11,12 +11,12 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.filters import shuffle as shuffle_buffer
 
+from lightning_unlearn.data.samples import Sample, SampleBatch, collate_samples, decode_sample
+from lightning_unlearn.data.shards import ShardInfo
 from lightning_unlearn.datamodules.reading import read_fields, read_keys
 from lightning_unlearn.datamodules.sources import list_shards
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import seed_of
-from lightning_unlearn.samples import Sample, SampleBatch, collate_samples, decode_sample
-from lightning_unlearn.shards import ShardInfo
 
 
 class TrainingStream(IterableDataset[SampleBatch]):
@@ -165,7 +165,7 @@ class _EpochLoader:
 
 
 class TrainingDataModule(LightningDataModule):
-    """Shards as a stream of shuffled training batches (:class:`~lightning_unlearn.samples.SampleBatch`).
+    """Shards as a stream of shuffled training batches (:class:`~lightning_unlearn.data.samples.SampleBatch`).
 
     Args:
         shards: Folders, paths, brace patterns or http(s) addresses.

@@ -2,7 +2,7 @@
 
 import sys
 
-from lightning_unlearn.cli import main
+from lightning_unlearn.command_line.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

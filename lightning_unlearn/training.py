@@ -10,13 +10,13 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
+from lightning_unlearn.data.samples import SampleBatch, ViewBatch
+from lightning_unlearn.diffusion.loading import load_network
+from lightning_unlearn.diffusion.objective import DenoisingObjective, Objective, check_drawn
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import generator_for, seed_of
 from lightning_unlearn.fisher import Targets
-from lightning_unlearn.loading import load_network
-from lightning_unlearn.objective import DenoisingObjective, Objective, check_drawn
-from lightning_unlearn.parameters import select_layers
-from lightning_unlearn.samples import SampleBatch, ViewBatch
+from lightning_unlearn.weights.parameters import select_layers
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]

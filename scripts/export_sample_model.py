@@ -23,15 +23,15 @@ import yaml
 from PIL import Image
 from torch import Tensor, nn
 
+from lightning_unlearn.data.samples import Sample
+from lightning_unlearn.data.shards import encode_sample, write_shards
 from lightning_unlearn.datamodules.reading import read_samples
 from lightning_unlearn.datamodules.sources import list_shards
+from lightning_unlearn.diffusion.loading import load_weights
+from lightning_unlearn.diffusion.objective import DenoisingObjective
+from lightning_unlearn.diffusion.sampling import generate, how_generated
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import seed_of
-from lightning_unlearn.loading import load_weights
-from lightning_unlearn.objective import DenoisingObjective
-from lightning_unlearn.samples import Sample
-from lightning_unlearn.sampling import generate, how_generated
-from lightning_unlearn.shards import encode_sample, write_shards
 
 STEPS = 40
 # Short names of what people recognise at 16 by 16 pixels; one generated query each.

@@ -18,8 +18,8 @@ import torch
 from minilm import ENCODER, encode_captions
 from torch.nn.functional import pixel_unshuffle
 
+from lightning_unlearn.data.shards import encode_sample, write_shards
 from lightning_unlearn.fingerprints import digest
-from lightning_unlearn.shards import encode_sample, write_shards
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 STROKES = ("thin ", "", "bold ")

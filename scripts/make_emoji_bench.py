@@ -12,10 +12,10 @@ from pathlib import Path
 
 from torch.nn.functional import pixel_unshuffle
 
+from lightning_unlearn.data.shards import encode_sample, write_shards
 from lightning_unlearn.datamodules.reading import read_samples
 from lightning_unlearn.datamodules.sources import list_shards
 from lightning_unlearn.fingerprints import digest
-from lightning_unlearn.shards import encode_sample, write_shards
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "benchmarks" / "emoji" / "shards"

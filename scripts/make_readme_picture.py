@@ -15,10 +15,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from PIL import Image
 
+from lightning_unlearn.data.samples import Sample
 from lightning_unlearn.datamodules.reading import read_samples
 from lightning_unlearn.datamodules.sources import list_shards
-from lightning_unlearn.samples import Sample
-from lightning_unlearn.scores import read_scores
+from lightning_unlearn.scores.files import read_scores
 
 TOP = 7
 QUERIES = 4

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from minilm import ENCODER, encode_captions
 
+from lightning_unlearn.data.shards import encode_sample, write_shards
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import digest
-from lightning_unlearn.shards import encode_sample, write_shards
 
 PACKAGE = "emoji-datasource-google@16.0.0"
 PACKAGE_SHA256 = "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"
@@ -132,7 +132,7 @@ def samples(content: bytes) -> Iterator[dict[str, Any]]:
         content: The bytes of the npm package.
 
     Yields:
-        What :func:`lightning_unlearn.shards.encode_sample` returns.
+        What :func:`lightning_unlearn.data.shards.encode_sample` returns.
     """
     emoji = read_package(content)
     texts = encode_captions([caption_of(entry) for entry, _ in emoji], TOKENS)

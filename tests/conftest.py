@@ -11,20 +11,20 @@ settings.load_profile("patient")
 
 # Long ones first, so that at the end no worker waits for another's last file.
 LONG = (
-    "test_distributed.py",
-    "test_commands.py",
-    "test_command_processes.py",
-    "test_race_runs.py",
-    "test_evaluation_command.py",
-    "test_strategies_penalised.py",
-    "test_module.py",
-    "test_laws.py",
-    "test_fisher_accumulator.py",
-    "test_fisher_ekfac.py",
-    "test_packaging.py",
+    "lightning_unlearn/test_distributed.py",
+    "command_line/test_attribute_command.py",
+    "command_line/test_command_processes.py",
+    "command_line/test_race_runs.py",
+    "command_line/test_evaluate_command.py",
+    "strategies/test_penalised.py",
+    "unlearning/test_module.py",
+    "lightning_unlearn/test_laws.py",
+    "callbacks/test_fisher_accumulator.py",
+    "fisher/test_ekfac.py",
+    "tests/test_packaging.py",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the long files first."""
-    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+    items.sort(key=lambda item: next((at for at, name in enumerate(LONG) if item.path.match(name)), len(LONG)))

@@ -12,8 +12,8 @@ import pytest
 import yaml
 from command_toys import run, toy_config, write_config
 
-from lightning_unlearn.cli import main
-from lightning_unlearn.scores import read_scores
+from lightning_unlearn.command_line.cli import main
+from lightning_unlearn.scores.files import read_scores
 
 CONFIGS = Path(str(files("lightning_unlearn.configs")))
 SAMPLE = Path(str(files("lightning_unlearn.datamodules"))) / "sample"

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from lightning_unlearn.deltas import NetworkLoss
+from lightning_unlearn.data.samples import Sample, SampleBatch
+from lightning_unlearn.draws.views import Views
 from lightning_unlearn.fisher import Fisher
-from lightning_unlearn.samples import Sample, SampleBatch
-from lightning_unlearn.views import Views
+from lightning_unlearn.weights.deltas import NetworkLoss
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Subject:
 
     Attributes:
         loss: The network, in eval mode, with its objective.
-        layers: The chosen layers, by name (see :func:`~lightning_unlearn.parameters.select_layers`).
+        layers: The chosen layers, by name (see :func:`~lightning_unlearn.weights.parameters.select_layers`).
         views: On which views samples are looked at.
         queries: ``Q`` queries.
         batches: A pass over all ``N`` training samples; the same order each time.

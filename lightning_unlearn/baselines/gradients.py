@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 
 from lightning_unlearn.baselines.base import Subject
 from lightning_unlearn.baselines.per_sample import Gradients, Output, join, mean_gradients
+from lightning_unlearn.data.samples import Sample, SampleBatch, collate_samples
+from lightning_unlearn.draws.views import Views
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.samples import Sample, SampleBatch, collate_samples
-from lightning_unlearn.views import Views
 
 # Queries that are looked at together.
 QUERIES_AT_ONCE = 32

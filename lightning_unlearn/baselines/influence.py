@@ -13,7 +13,7 @@ from lightning_unlearn.baselines.gradients import query_gradients, training_grad
 from lightning_unlearn.baselines.per_sample import Gradients
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher import Fisher
-from lightning_unlearn.parameters import layer_parameters, layer_specs
+from lightning_unlearn.weights.parameters import layer_parameters, layer_specs
 
 
 class Influence(Baseline):

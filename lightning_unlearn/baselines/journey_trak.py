@@ -14,12 +14,12 @@ from lightning_unlearn.baselines.base import Subject
 from lightning_unlearn.baselines.gradients import QUERIES_AT_ONCE
 from lightning_unlearn.baselines.per_sample import Gradients, join, mean_gradients
 from lightning_unlearn.baselines.trak import TRAK
+from lightning_unlearn.data.samples import Sample, ViewBatch
+from lightning_unlearn.diffusion.objective import DenoisingObjective
+from lightning_unlearn.diffusion.sampling import how_generated, trajectory
+from lightning_unlearn.draws.views import View
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import generator_for
-from lightning_unlearn.objective import DenoisingObjective
-from lightning_unlearn.samples import Sample, ViewBatch
-from lightning_unlearn.sampling import how_generated, trajectory
-from lightning_unlearn.views import View
 
 # Share of a query's size by which the way made again may miss it: shards hold float16, and pictures are clipped.
 FAR = 0.05
@@ -120,7 +120,7 @@ def _how(query: Sample) -> tuple[int, int]:
     ):
         raise InputError(
             f"The query {query.key!r} can't be made again for JourneyTRAK: its json must have an integer seed and "
-            "steps, scheduler 'DDIMScheduler' and guidance 1.0, as lightning_unlearn.sampling.how_generated writes "
+            "steps, scheduler 'DDIMScheduler' and guidance 1.0, as lightning_unlearn.diffusion.sampling.how_generated writes "
             "them; leave it out by query_keys, or choose another method."
         )
     return seed, steps

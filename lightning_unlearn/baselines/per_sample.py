@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.baselines.base import Subject
-from lightning_unlearn.capture import CapturedLayer, GradientCapture
+from lightning_unlearn.draws.views import View
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.parameters import layer_parameters
-from lightning_unlearn.precision import ExactFloat32
-from lightning_unlearn.scoring import cast_view
-from lightning_unlearn.views import View
+from lightning_unlearn.unlearning.scoring import cast_view
+from lightning_unlearn.weights.capture import CapturedLayer, GradientCapture
+from lightning_unlearn.weights.parameters import layer_parameters
+from lightning_unlearn.weights.precision import ExactFloat32
 
 Output = Literal["loss", "square", "mean"]
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lightning_unlearn.baselines.base import Baseline, Subject
+from lightning_unlearn.data.samples import collate_samples
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.samples import collate_samples
 
 POOLINGS = ("mean", "max", "max_token")
 

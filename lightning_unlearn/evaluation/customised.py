@@ -16,14 +16,14 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_unlearn.deltas import DeltaStore
+from lightning_unlearn.data.samples import Sample, SampleBatch, ViewBatch, collate_samples
+from lightning_unlearn.diffusion.objective import DenoisingObjective
+from lightning_unlearn.diffusion.sampling import generate, how_generated
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import seed_of
-from lightning_unlearn.objective import DenoisingObjective
-from lightning_unlearn.parameters import layer_parameters, select_layers
-from lightning_unlearn.samples import Sample, SampleBatch, ViewBatch, collate_samples
-from lightning_unlearn.sampling import generate, how_generated
 from lightning_unlearn.training import DiffusionModule
+from lightning_unlearn.weights.deltas import DeltaStore
+from lightning_unlearn.weights.parameters import layer_parameters, select_layers
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ def customise(
 def undone(network: nn.Module, layers: Mapping[str, nn.Module], before: Mapping[str, Tensor]) -> DeltaStore:
     """The delta that leads from a customised model back to the weights before.
 
-    With :func:`~lightning_unlearn.scoring.measure_losses` it gives the losses of any candidates as they were before
+    With :func:`~lightning_unlearn.unlearning.scoring.measure_losses` it gives the losses of any candidates as they were before
     customising: a candidate whose loss rises by going back is one that the customised model learned. It is of the
     model, not of a picture: all pictures that the model makes get the same scores.
 

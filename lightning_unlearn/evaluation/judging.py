@@ -22,7 +22,7 @@ from lightning_unlearn.metrics import (
     normal_scores,
     subset_predictions,
 )
-from lightning_unlearn.score_table import ScoreTable
+from lightning_unlearn.scores.table import ScoreTable
 
 
 def judge(

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_unlearn.draws import draw_batches, draw_for_target
+from lightning_unlearn.data.samples import Sample, ViewBatch, named_arrays
+from lightning_unlearn.diffusion.objective import DenoisingObjective, Objective
+from lightning_unlearn.diffusion.sampling import generate
+from lightning_unlearn.draws.unlearning_draws import draw_batches, draw_for_target
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import settings_digest, tensors_digest
-from lightning_unlearn.objective import DenoisingObjective, Objective
-from lightning_unlearn.precision import ExactFloat32
-from lightning_unlearn.samples import Sample, ViewBatch, named_arrays
-from lightning_unlearn.sampling import generate
+from lightning_unlearn.weights.precision import ExactFloat32
 
 # The loss is also kept for this many parts of the schedule.
 PARTS = 10
@@ -48,7 +48,7 @@ class Measuring:
     """Measures a network on queries; the draws are a function of the seed and the query's key.
 
     Args:
-        queries: The queries; those whose json says that and how :func:`~lightning_unlearn.sampling.generate` made them
+        queries: The queries; those whose json says that and how :func:`~lightning_unlearn.diffusion.sampling.generate` made them
             (``seed``, ``steps``; neither another scheduler nor guidance) are generated again. Of one with a mask the
             loss is that of its region, while pictures are compared whole.
         draws: (timestep, noise) pairs over which a query's loss is the mean, a multiple of 10.

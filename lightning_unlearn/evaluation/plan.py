@@ -14,7 +14,7 @@ from lightning_unlearn.evaluation.runs import (
     seed_runs,
     subset_runs,
 )
-from lightning_unlearn.score_table import ScoreTable
+from lightning_unlearn.scores.table import ScoreTable
 
 
 @dataclass(frozen=True)

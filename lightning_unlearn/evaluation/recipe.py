@@ -8,8 +8,8 @@ from pathlib import Path
 from pydoc import locate
 from typing import Any
 
+from lightning_unlearn.data.shards import ShardInfo
 from lightning_unlearn.fingerprints import digest
-from lightning_unlearn.shards import ShardInfo
 
 # Settings of a Trainer and of data that say where and how fast, not what.
 TRAINER_WHERE = frozenset(

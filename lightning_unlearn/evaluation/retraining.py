@@ -18,13 +18,13 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from tqdm import tqdm
 
+from lightning_unlearn.data.shards import write_atomically
+from lightning_unlearn.diffusion.objective import Objective, check_masks
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.evaluation.measuring import Measuring
 from lightning_unlearn.evaluation.runs import Run
 from lightning_unlearn.evaluation.study import Study
-from lightning_unlearn.objective import Objective, check_masks
-from lightning_unlearn.parameters import find_network
-from lightning_unlearn.shards import write_atomically
+from lightning_unlearn.weights.parameters import find_network
 
 
 @dataclass(frozen=True)

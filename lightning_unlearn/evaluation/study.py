@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_unlearn.data.shards import write_atomically
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.evaluation.measuring import Outcome, outcome_fields
 from lightning_unlearn.evaluation.runs import Run
-from lightning_unlearn.shards import write_atomically
 
 STUDY_FILE = "study.json"
 MODELS = "models"

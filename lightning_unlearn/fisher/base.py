@@ -14,11 +14,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lightning_unlearn.capture import CapturedLayer
+from lightning_unlearn.data.shards import write_atomically
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher.copies import with_copies, without_copies
-from lightning_unlearn.parameters import LayerSpec
-from lightning_unlearn.shards import write_atomically
+from lightning_unlearn.weights.capture import CapturedLayer
+from lightning_unlearn.weights.parameters import LayerSpec
 
 FORMAT = 1
 

@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_unlearn.capture import CapturedLayer
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher.base import Fisher, accumulate
-from lightning_unlearn.parameters import LayerSpec
+from lightning_unlearn.weights.capture import CapturedLayer
+from lightning_unlearn.weights.parameters import LayerSpec
 
 # Per-sample gradients are formed for as many samples at a time as fit in this many numbers (16 MiB in float32).
 CHUNK_NUMEL = 4 * 2**20

@@ -9,7 +9,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_unlearn.capture import CapturedLayer
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher.base import Fisher, accumulate
 from lightning_unlearn.fisher.diagonal import sum_of_squares
@@ -22,7 +21,8 @@ from lightning_unlearn.fisher.kronecker import (
     refuse_what_does_not_fit,
     with_ones,
 )
-from lightning_unlearn.parameters import LayerSpec
+from lightning_unlearn.weights.capture import CapturedLayer
+from lightning_unlearn.weights.parameters import LayerSpec
 
 SIDES = ("inputs", "outputs")
 

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_unlearn.capture import CapturedLayer
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher.base import Fisher
+from lightning_unlearn.weights.capture import CapturedLayer
 
 
 class IdentityFisher(Fisher):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.parameters import LayerSpec
+from lightning_unlearn.weights.parameters import LayerSpec
 
 # The two factors of a layer, in float32, must fit in this: sides up to some 16,000. Their eigendecompositions, in
 # float64, take several times as much for a while.

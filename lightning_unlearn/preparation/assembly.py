@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from lightning_unlearn.data.shards import MANIFEST, ShardInfo, encode_sample, write_shards
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.preparation.inputs import Array, Item, LatentSource, TextSource
 from lightning_unlearn.preparation.pictures import crop_middle, open_picture, to_pixels, to_preview
 from lightning_unlearn.preparation.records import Record, read_records
-from lightning_unlearn.shards import MANIFEST, ShardInfo, encode_sample, write_shards
 
 SHARD_NAME = "shard"
 UNFINISHED = ".unfinished"

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import generator_for, tensors_digest
-from lightning_unlearn.precision import ExactFloat32
 from lightning_unlearn.preparation.inputs import Array, Item, stack_pixels
+from lightning_unlearn.weights.precision import ExactFloat32
 
 
 class VaeLatents:

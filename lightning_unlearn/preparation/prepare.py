@@ -8,11 +8,11 @@ from typing import Literal
 
 import torch
 
+from lightning_unlearn.data.shards import MANIFEST, ShardInfo
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.preparation.assembly import Assembly
 from lightning_unlearn.preparation.encoders import VaeLatents, folder_text, pipeline_text
 from lightning_unlearn.preparation.inputs import LatentSource, PixelLatents, ReadyLatents, ReadyText, TextSource
-from lightning_unlearn.shards import MANIFEST, ShardInfo
 
 
 def prepare(

@@ -22,11 +22,11 @@ from torch.utils.data import DataLoader
 from toys import DIM, LATENT, TOKENS, ToyDenoiser, ToyObjective, tiny_unet
 
 from lightning_unlearn.callbacks import FisherAccumulator
+from lightning_unlearn.data.samples import ViewBatch
+from lightning_unlearn.diffusion.objective import DenoisingObjective
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher import Fisher, load_fisher
-from lightning_unlearn.objective import DenoisingObjective
-from lightning_unlearn.parameters import layer_parameters, select_layers
-from lightning_unlearn.samples import ViewBatch
+from lightning_unlearn.weights.parameters import layer_parameters, select_layers
 
 Batch = dict[str, Tensor]
 

@@ -21,18 +21,18 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from toys import LATENT, ToyDenoiser, ToyObjective, done_shards, toy_shards
 
-import lightning_unlearn.scores
+import lightning_unlearn.scores.files
 from lightning_unlearn.callbacks import ScoreWriter
-from lightning_unlearn.deltas import DeltaStore
+from lightning_unlearn.data.samples import ViewBatch
+from lightning_unlearn.data.shards import MANIFEST, npy_bytes, shard_id, write_shards
+from lightning_unlearn.draws.views import Views
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.firmness import half_widths
-from lightning_unlearn.module import UnlearningModule
-from lightning_unlearn.parameters import layer_parameters
-from lightning_unlearn.rules import Flips
-from lightning_unlearn.samples import ViewBatch
-from lightning_unlearn.scores import FAILED, RUN_FILE, SCORES, read_deviations, read_run, read_scores, run_digest
-from lightning_unlearn.shards import MANIFEST, npy_bytes, shard_id, write_shards
-from lightning_unlearn.views import Views
+from lightning_unlearn.scores.files import FAILED, RUN_FILE, SCORES, read_deviations, read_run, read_scores, run_digest
+from lightning_unlearn.scores.firmness import half_widths
+from lightning_unlearn.scores.rules import Flips
+from lightning_unlearn.unlearning.module import UnlearningModule
+from lightning_unlearn.weights.deltas import DeltaStore
+from lightning_unlearn.weights.parameters import layer_parameters
 
 SHARDS = -(-SAMPLES // SAMPLES_PER_SHARD)
 
@@ -484,7 +484,7 @@ def test_key_in_two_shards_is_found_when_the_table_is_read(folder: Path) -> None
 def test_full_disk_keeps_the_finished_shards_and_a_restart_completes_the_table(
     folder: Path, room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, written = lightning_unlearn.scores.write_atomically, []
+    real, written = lightning_unlearn.scores.files.write_atomically, []
 
     def full(path: Path, content: bytes) -> None:
         if len(written) >= room:
@@ -493,7 +493,7 @@ def test_full_disk_keeps_the_finished_shards_and_a_restart_completes_the_table(
         real(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(lightning_unlearn.scores, "write_atomically", full)
+        patch.setattr(lightning_unlearn.scores.files, "write_atomically", full)
         # Notes and run.json find no room either, once the first of them could be written.
         rest = only_first(real)
         for place in ("run_record", "callbacks.score_writer"):
@@ -523,7 +523,7 @@ def test_disk_that_is_full_from_the_start_is_one_sentence(folder: Path, monkeypa
     def full(path: Path, content: bytes) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("lightning_unlearn.run_record.write_atomically", full)
+    monkeypatch.setattr("lightning_unlearn.scores.run_record.write_atomically", full)
     with pytest.raises(InputError, match=r"can't be recorded in .*No space left on device"):
         run(folder)
 

@@ -13,13 +13,13 @@ from torch.utils.data import DataLoader
 from toys import tiny_unet, toy_shards
 
 from lightning_unlearn.callbacks import ScoreWriter, ScoringProgress
+from lightning_unlearn.data.shards import MANIFEST
 from lightning_unlearn.datamodules import AttributionDataModule
-from lightning_unlearn.deltas import DeltaStore
+from lightning_unlearn.draws.views import Views
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.module import UnlearningModule
-from lightning_unlearn.parameters import layer_parameters
-from lightning_unlearn.shards import MANIFEST
-from lightning_unlearn.views import Views
+from lightning_unlearn.unlearning.module import UnlearningModule
+from lightning_unlearn.weights.deltas import DeltaStore
+from lightning_unlearn.weights.parameters import layer_parameters
 
 
 class WatchedProgress(ScoringProgress):

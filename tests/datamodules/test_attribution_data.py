@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import toy_fields, toy_shards
 
+from lightning_unlearn.data.samples import Sample, SampleBatch
+from lightning_unlearn.data.shards import MANIFEST, ShardInfo, npy_bytes, shard_id, write_shards
 from lightning_unlearn.datamodules import AttributionDataModule
 from lightning_unlearn.datamodules.scoring import ScoringStream
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.samples import Sample, SampleBatch
-from lightning_unlearn.shards import MANIFEST, ShardInfo, npy_bytes, shard_id, write_shards
 
 
 @pytest.fixture

@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import toy_fields, toy_shards
 
+from lightning_unlearn.data.shards import ShardInfo, write_shards
 from lightning_unlearn.datamodules import remote
 from lightning_unlearn.datamodules.reading import read_fields, read_samples
 from lightning_unlearn.datamodules.sources import list_shards
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.shards import ShardInfo, write_shards
 
 KEYS = [f"sample-{number:05d}" for number in range(4)]
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from toys import toy_fields, toy_shards
 
+from lightning_unlearn.data.shards import MANIFEST, ShardInfo, write_shards
 from lightning_unlearn.datamodules.sources import list_shards, read_manifest
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.shards import MANIFEST, ShardInfo, write_shards
 
 
 def names(shards: list[ShardInfo]) -> list[str]:

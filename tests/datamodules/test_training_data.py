@@ -18,12 +18,12 @@ from processes import run_ranks
 from torch import Tensor
 from toys import toy_fields, toy_shards
 
+from lightning_unlearn.data.samples import SampleBatch
+from lightning_unlearn.data.shards import MANIFEST, write_shards
 from lightning_unlearn.datamodules import TrainingDataModule
 from lightning_unlearn.datamodules.sources import list_shards
 from lightning_unlearn.datamodules.training import TrainingStream
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.samples import SampleBatch
-from lightning_unlearn.shards import MANIFEST, write_shards
 
 KEYS = [f"sample-{number:05d}" for number in range(24)]
 QUIET: dict[str, Any] = {

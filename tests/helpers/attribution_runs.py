@@ -19,19 +19,19 @@ from torch import Tensor, nn
 from toys import DIM, LATENT, TOKENS, ToyDenoiser, ToyObjective, done_shards, tiny_unet, told
 
 from lightning_unlearn.callbacks import ScoreWriter
+from lightning_unlearn.command_line.race_command import RaceRun
+from lightning_unlearn.command_line.scoring_words import Announcer
+from lightning_unlearn.data.samples import Sample, ViewBatch, decode_sample
+from lightning_unlearn.data.shards import encode_sample, write_shards
 from lightning_unlearn.datamodules import AttributionDataModule
+from lightning_unlearn.diffusion.objective import DenoisingObjective, Objective
+from lightning_unlearn.draws.views import Views
 from lightning_unlearn.fingerprints import tensors_digest
 from lightning_unlearn.fisher import DiagonalFisher
-from lightning_unlearn.module import UnlearningModule
-from lightning_unlearn.objective import DenoisingObjective, Objective
-from lightning_unlearn.parameters import layer_parameters, layer_specs, select_layers
-from lightning_unlearn.race_command import RaceRun
-from lightning_unlearn.racing import Race
-from lightning_unlearn.samples import Sample, ViewBatch, decode_sample
-from lightning_unlearn.scoring_words import Announcer
-from lightning_unlearn.shards import encode_sample, write_shards
+from lightning_unlearn.scores.racing import Race
 from lightning_unlearn.strategies import STRATEGIES, Strategy
-from lightning_unlearn.views import Views
+from lightning_unlearn.unlearning.module import UnlearningModule
+from lightning_unlearn.weights.parameters import layer_parameters, layer_specs, select_layers
 
 SAMPLES = 24
 # Both numbers of captions and of samples in a shard differ, as they do in real data.

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from toys import ToyDenoiser, ToyObjective, toy_fields
 
 from lightning_unlearn.baselines import Subject
-from lightning_unlearn.deltas import NetworkLoss
+from lightning_unlearn.data.samples import Sample, SampleBatch, collate_samples, decode_sample
+from lightning_unlearn.diffusion.objective import Objective
+from lightning_unlearn.draws.views import Views
 from lightning_unlearn.fisher import Fisher
-from lightning_unlearn.objective import Objective
-from lightning_unlearn.parameters import layer_parameters, select_layers
-from lightning_unlearn.samples import Sample, SampleBatch, collate_samples, decode_sample
-from lightning_unlearn.views import Views
+from lightning_unlearn.weights.deltas import NetworkLoss
+from lightning_unlearn.weights.parameters import layer_parameters, select_layers
 
 
 def samples(count: int, captions: Sequence[int] = (1,), *, flip: bool = False, prefix: str = "sample") -> list[Sample]:

@@ -14,9 +14,9 @@ import torch
 import yaml
 from toys import DIM, LATENT, TOKENS, tiny_unet, toy_shards
 
-from lightning_unlearn.cli import main
-from lightning_unlearn.objective import DenoisingObjective
-from lightning_unlearn.samples import ViewBatch
+from lightning_unlearn.command_line.cli import main
+from lightning_unlearn.data.samples import ViewBatch
+from lightning_unlearn.diffusion.objective import DenoisingObjective
 
 SAMPLES, SHARDS = 24, 5
 

@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from torch import nn
 from toys import LATENT, ToyDenoiser, ToyObjective, toy_fields, toy_shards
 
+from lightning_unlearn.data.samples import Sample, SampleBatch, ViewBatch, decode_sample
+from lightning_unlearn.data.shards import encode_sample, write_shards
 from lightning_unlearn.datamodules import TrainingDataModule
+from lightning_unlearn.diffusion.objective import Objective
 from lightning_unlearn.evaluation import Outcome, Run, Study, Training
-from lightning_unlearn.objective import Objective
-from lightning_unlearn.rules import Reduced
-from lightning_unlearn.samples import Sample, SampleBatch, ViewBatch, decode_sample
-from lightning_unlearn.scores import RUN_FILE, run_digest, write_shard_scores
-from lightning_unlearn.shards import encode_sample, write_shards
+from lightning_unlearn.scores.files import RUN_FILE, run_digest, write_shard_scores
+from lightning_unlearn.scores.rules import Reduced
 
 KEYS = [f"sample-{number:05d}" for number in range(12)]
 QUERIES = [f"query-{number:05d}" for number in range(3)]

@@ -29,8 +29,8 @@ SERVER.set_forkserver_preload(
         "lightning.pytorch.cli",
         "lightning_unlearn.callbacks",
         "lightning_unlearn.datamodules",
-        "lightning_unlearn.commands",
-        "lightning_unlearn.evaluate_command",
+        "lightning_unlearn.command_line.attribute_command",
+        "lightning_unlearn.command_line.evaluate_command",
         "lightning_unlearn.training",
     ]
 )

@@ -10,7 +10,7 @@ import torch
 from reference import denoising_loss
 from torch import Tensor, nn
 
-from lightning_unlearn.objective import DenoisingObjective
+from lightning_unlearn.diffusion.objective import DenoisingObjective
 
 # A view's loss of one sample: latent (C, H, W), text (tokens, dim), timestep, noise (C, H, W).
 Loss = Callable[[nn.Module, Tensor, Tensor, int, Tensor], Tensor]

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_unlearn.objective import Objective
-from lightning_unlearn.samples import ViewBatch
-from lightning_unlearn.scores import SCORES
-from lightning_unlearn.shards import encode_sample, write_shards
+from lightning_unlearn.data.samples import ViewBatch
+from lightning_unlearn.data.shards import encode_sample, write_shards
+from lightning_unlearn.diffusion.objective import Objective
+from lightning_unlearn.scores.files import SCORES
 
 LATENT = (3, 8, 8)
 TOKENS, DIM = 4, 6

@@ -14,11 +14,11 @@ from toys import ToyDenoiser, ToyObjective, toy_shards
 from lightning_unlearn.baselines import DTRAK, TRAK, Baseline, GradientSimilarity, Influence, Subject
 from lightning_unlearn.callbacks import FisherAccumulator
 from lightning_unlearn.datamodules import AttributionDataModule, TrainingDataModule
+from lightning_unlearn.draws.views import Views
 from lightning_unlearn.fisher import load_fisher
-from lightning_unlearn.module import UnlearningModule
 from lightning_unlearn.strategies import Mirrored, Newton, Penalised, Strategy
 from lightning_unlearn.training import FisherPass
-from lightning_unlearn.views import Views
+from lightning_unlearn.unlearning.module import UnlearningModule
 
 # Named by hand, so that what is compared can be tried where there is no GPU: there it agrees with itself.
 DEVICE = os.environ.get("TEST_DEVICE", "cuda")

@@ -16,9 +16,9 @@ from processes import run_ranks
 from torch import Tensor
 from toys import done_shards
 
-from lightning_unlearn.score_table import ScoreTable
-from lightning_unlearn.scores import FAILED, read_scores
-from lightning_unlearn.shards import write_shards
+from lightning_unlearn.data.shards import write_shards
+from lightning_unlearn.scores.files import FAILED, read_scores
+from lightning_unlearn.scores.table import ScoreTable
 from lightning_unlearn.strategies.newton import LEAST_RISE
 
 SCRIPT = Path(__file__).parents[1] / "helpers" / "attribution_runs.py"

@@ -30,10 +30,10 @@ from lightning.pytorch import Callback
 from processes import Script
 from toys import done_shards
 
-from lightning_unlearn.score_table import ScoreTable
-from lightning_unlearn.scores import read_scores, shard_path
-from lightning_unlearn.shards import MANIFEST, write_shards
-from lightning_unlearn.views import Views
+from lightning_unlearn.data.shards import MANIFEST, write_shards
+from lightning_unlearn.draws.views import Views
+from lightning_unlearn.scores.files import read_scores, shard_path
+from lightning_unlearn.scores.table import ScoreTable
 
 SCRIPT = Path(__file__).parents[1] / "helpers" / "attribution_runs.py"
 # Of the standard deviation over samples.

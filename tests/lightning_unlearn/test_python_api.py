@@ -12,8 +12,8 @@ from command_toys import SAMPLES, run, toy_config, toy_folder, write_config
 from diffusers import DDPMScheduler
 from toys import tiny_unet
 
-from lightning_unlearn.objective import DenoisingObjective
-from lightning_unlearn.scores import read_scores
+from lightning_unlearn.diffusion.objective import DenoisingObjective
+from lightning_unlearn.scores.files import read_scores
 
 README = Path(__file__).parents[2] / "README.md"
 RISE = 0.1

@@ -1,0 +1,197 @@
+"""The command line. Nothing heavy is imported before a command needs it, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import lightning_unlearn
+from lightning_unlearn.errors import InputError
+
+HELP = """\
+usage: lightning-unlearn COMMAND [--config FILE] [--print_config] [options]
+
+Which training images made this picture possible?
+
+commands:
+  attribute   unlearn queries, score all training images, write a report: the main job
+  fit         unlearn queries (or train a model): Lightning's fit
+  predict     score training images under the deltas of a checkpoint: Lightning's predict
+  fisher      take the Fisher of a trained model, by passes over its training shards
+  baseline    score all training images by a rival method, e.g. --method DTRAK
+  evaluate    train again without the images that methods name, and see whether the model can still make the picture
+  race        choose the samples that a race of several `predict`s goes on with, or write its table
+  report      write the report of a finished run again
+  prepare     images and captions, or ready latents and embeddings, to shards
+
+`lightning-unlearn COMMAND --help` lists a command's options. Ready configs: {configs}.
+"""
+# Each command is the function of its name in a module of this package, which is imported only then.
+COMMANDS = {
+    "attribute": "attribute_command",
+    "fit": "attribute_command",
+    "predict": "attribute_command",
+    "fisher": "fisher_command",
+    "baseline": "baseline_command",
+    "evaluate": "evaluate_command",
+    "race": "race_command",
+    "report": "cli",
+    "prepare": "cli",
+}
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        args: The command and its options; those of the process by default.
+
+    Returns:
+        The process's exit status: 0, or 1 after one sentence on what is wrong.
+    """
+    if args is None and os.getcwd() not in sys.path:
+        # As with `python -m`: a user's own classes, named in a config, lie where they work.
+        sys.path.append(os.getcwd())
+    arguments = list(sys.argv[1:] if args is None else args)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP.format(configs=", ".join(sorted(path.name for path in _configs_folder().glob("*.yaml")))), end="")
+        return 0
+    if arguments[0] == "--version":
+        print(f"lightning-unlearn {lightning_unlearn.__version__}")
+        return 0
+    if arguments[0] not in COMMANDS:
+        print(
+            f"lightning-unlearn: there is no command {arguments[0]!r}; choose one of {', '.join(COMMANDS)}.",
+            file=sys.stderr,
+        )
+        return 1
+    try:
+        with _environment():
+            _run(arguments[0], _find_configs(arguments[1:]))
+    except InputError as error:
+        print(f"{_rank()}lightning-unlearn: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("lightning-unlearn: stopped.", file=sys.stderr)
+        return 130
+    return 0
+
+
+@contextmanager
+def _environment() -> Iterator[None]:
+    """Variables that a command, and the processes that it starts, run with."""
+    wanted = {
+        # Checkpoints are read without pickle, by Lightning too.
+        "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1",
+        "LIGHTNING_UNLEARN_SAMPLE": str(_sample_folder()),
+    }
+    added = wanted.keys() - os.environ.keys()
+    os.environ |= {name: wanted[name] for name in added}
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+def _run(command: str, arguments: list[str]) -> None:
+    module = import_module(f"lightning_unlearn.command_line.{COMMANDS[command]}")
+    getattr(module, command)(arguments)
+
+
+def _rank() -> str:
+    """Which process speaks, for all but the first."""
+    rank = next((os.environ[name] for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ), "0")
+    return "" if rank == "0" else f"[rank {rank}] "
+
+
+def _configs_folder() -> Path:
+    """Where the ready configs lie, in a checkout and in an installed package."""
+    import lightning_unlearn.configs
+
+    return Path(str(lightning_unlearn.configs.__file__)).parent
+
+
+def _sample_folder() -> Path:
+    """Where the sample data lies; found without importing the datamodules, which takes seconds."""
+    from importlib.util import find_spec
+
+    spec = find_spec("lightning_unlearn.datamodules")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "sample"
+
+
+def _find_configs(arguments: list[str]) -> list[str]:
+    """Let ``--config sample.yaml`` name a ready config wherever one is."""
+    found = list(arguments)
+    for place, word in enumerate(found):
+        name = word.removeprefix("--config=") if word.startswith("--config=") else None
+        if place and found[place - 1] in ("--config", "-c"):
+            name = word
+        ready = _configs_folder() / name.removeprefix("configs/") if name is not None else None
+        if name is not None and ready is not None and not Path(name).exists() and ready.is_file():
+            found[place] = word.removesuffix(name) + str(ready)
+    return found
+
+
+def report(arguments: list[str]) -> None:
+    """Write a finished run's report.
+
+    Args:
+        arguments: Options.
+    """
+    parser = plain_parser("report", "Write the report of a finished run again.")
+    parser.add_argument("--folder", type=str, default="attribution", help="The run's folder.")
+    parser.add_argument("--top", type=int, default=12, help="How many images are shown for each query.")
+    parser.add_argument("--allow_pipe", type=bool, default=False, help="Whether shards may be commands (`pipe:`).")
+    config = parser.parse_args(arguments)
+
+    from lightning_unlearn.command_line.attribute_command import write_report
+    from lightning_unlearn.command_line.quiet import quiet
+
+    with quiet():
+        write_report(Path(config.folder), config.top, allow_pipe=config.allow_pipe)
+
+
+def prepare(arguments: list[str]) -> None:
+    """Make shards.
+
+    Args:
+        arguments: Options.
+    """
+    from lightning_unlearn.preparation import prepare as run
+
+    parser = plain_parser("prepare", "Images and captions, or ready latents and embeddings, to shards.")
+    parser.add_function_arguments(run)
+    config = parser.parse_args(arguments)
+    config.pop("config", None)
+    shards = run(**parser.instantiate_classes(config).as_dict())
+    print(f"{sum(shard.samples or 0 for shard in shards)} samples in {len(shards)} shards written to {config.output}.")
+
+
+def plain_parser(command: str, description: str) -> Any:
+    """The parser of a command that takes no LightningModule.
+
+    Args:
+        command: Its name.
+        description: What it does, for ``--help``.
+
+    Returns:
+        A jsonargparse parser.
+    """
+    from jsonargparse import ArgumentParser
+
+    from lightning_unlearn.command_line.usage import OneSentence
+
+    class Parser(OneSentence, ArgumentParser):
+        pass
+
+    parser = Parser(prog=f"lightning-unlearn {command}", description=description, parser_mode="omegaconf")
+    parser.add_argument("-c", "--config", action="config", help="A YAML file of options.")
+    return parser

@@ -1,0 +1,253 @@
+"""The form of a sample: its fields in a shard, the checks on them, and the batches they are put into.
+
+A sample is a mapping of field name to bytes, as WebDataset reads it from a tar file:
+
+``latent.npy``
+    ``(C, H, W)`` float16 or float32: what the network is trained on; an image in [-1, 1] for a pixel-space model.
+``latent_flip.npy``
+    Optional, the same shape: the latent of the mirrored picture (which is not the mirrored latent).
+``text.npy``
+    ``(captions, tokens, dim)`` float16 or float32: the text states that the network is conditioned on.
+``json``
+    ``{"captions": [...], ...}``: the captions in the order of ``text.npy``, and whatever else is known.
+``png`` / ``jpg`` / ``webp``
+    Optional: a picture for people to look at. It is never decoded on the way to a score.
+``mask.png``
+    Optional, of a query: which part of it is unlearned (:mod:`lightning_unlearn.data.masks`). Samples that are scored, or
+    trained on, are read without it.
+
+Nothing else is decoded, and arrays are read with ``allow_pickle=False``: a shard is data and can't run code.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_unlearn.data.masks import MASK_FIELD, decode_mask
+from lightning_unlearn.errors import InputError
+
+PICTURE_FIELDS = ("png", "jpg", "jpeg", "webp")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training image, or one query, with its captions.
+
+    Attributes:
+        key: Unique name.
+        latent: ``(C, H, W)`` float32.
+        text: ``(captions, tokens, dim)`` float32.
+        metadata: The sample's json; ``metadata["captions"]`` is a list of strings.
+        latent_flip: ``(C, H, W)`` float32, or ``None``.
+        picture: The bytes of an encoded picture, or ``None``.
+        mask: ``(H, W)`` float32, a query's region: 1 inside, 0 outside; ``None`` for the whole picture.
+    """
+
+    key: str
+    latent: Tensor
+    text: Tensor
+    metadata: dict[str, Any]
+    latent_flip: Tensor | None = None
+    picture: bytes | None = None
+    mask: Tensor | None = None
+
+    @property
+    def captions(self) -> list[str]:
+        """The sample's captions."""
+        return list(self.metadata["captions"])
+
+
+@dataclass(frozen=True)
+class ViewBatch:
+    """What the network sees of ``B`` views, but for their timesteps and noise.
+
+    Attributes:
+        latents: ``(B, C, H, W)``.
+        text: ``(B, tokens, dim)``.
+        mask: ``(B, H, W)``, which part of each latent the loss is of; ``None`` for all of it.
+    """
+
+    latents: Tensor
+    text: Tensor
+    mask: Tensor | None = None
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> ViewBatch:
+        """The views where a network is, in its type.
+
+        Args:
+            device: The network's.
+            dtype: The network's.
+
+        Returns:
+            A new batch.
+        """
+        mask = None if self.mask is None else self.mask.to(device, dtype)
+        return ViewBatch(self.latents.to(device, dtype), self.text.to(device, dtype), mask)
+
+
+# Not frozen: a Trainer's precision plugin may only convert the tensors of a dataclass that isn't.
+@dataclass
+class SampleBatch:
+    """Samples of one shard, stacked.
+
+    Attributes:
+        shard: Identifier of the shard (see :func:`lightning_unlearn.data.shards.shard_id`).
+        keys: ``B`` keys.
+        latents: ``(B, C, H, W)``.
+        text: ``(B, captions, tokens, dim)``; rows past a sample's last caption are zero.
+        caption_counts: ``(B,)`` int64.
+        latents_flip: ``(B, C, H, W)`` or ``None``.
+        end_of_shard: How many samples the whole shard had, on its last batch; otherwise ``None``.
+        skipped: How many bad samples were left out of the shard, on its last batch.
+        error: Why the shard can't be finished, instead of samples.
+    """
+
+    shard: str
+    keys: list[str] = field(default_factory=list)
+    latents: Tensor = field(default_factory=lambda: torch.empty(0))
+    text: Tensor = field(default_factory=lambda: torch.empty(0))
+    caption_counts: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    latents_flip: Tensor | None = None
+    end_of_shard: int | None = None
+    skipped: int = 0
+    error: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: torch.device) -> SampleBatch:
+        """The batch with its tensors on ``device``; Lightning calls this for batches it does not know."""
+        return replace(
+            self,
+            latents=self.latents.to(device, non_blocking=True),
+            text=self.text.to(device, non_blocking=True),
+            latents_flip=None if self.latents_flip is None else self.latents_flip.to(device, non_blocking=True),
+        )
+
+
+def _array(fields: Mapping[str, Any], name: str, dimensions: int, where: str) -> Tensor:
+    try:
+        # Not numpy.load, which also takes archives.
+        array = np.lib.format.read_array(io.BytesIO(fields[name]), allow_pickle=False)
+    except (
+        Exception
+    ) as error:  # a damaged header makes NumPy raise nearly anything, MemoryError and TokenError among it
+        reason = str(error).split("\n")[0][:160]
+        raise InputError(f"{where}: {name} is not a plain NumPy array ({reason}); write it with numpy.save.") from None
+    if array.dtype not in (np.float16, np.float32) or array.ndim != dimensions:
+        raise InputError(
+            f"{where}: {name} is {array.dtype} with {array.ndim} dimensions, but must be float16 or float32 with "
+            f"{dimensions}; make the shard again with `lightning-unlearn prepare`."
+        )
+    if array.size == 0:
+        raise InputError(f"{where}: {name} is empty, {array.shape}; make this sample again or leave it out.")
+    if not np.isfinite(array).all():
+        raise InputError(f"{where}: {name} holds NaN or infinity; make this sample again or leave it out.")
+    return torch.from_numpy(array.astype(np.float32))
+
+
+def decode_sample(fields: Mapping[str, Any]) -> Sample:
+    """Decode and check one sample.
+
+    Args:
+        fields: Field name to bytes, with ``__key__`` and ``__url__`` as WebDataset adds them; with ``mask.png`` only if
+            the sample is a query.
+
+    Returns:
+        The sample, its arrays in float32.
+
+    Raises:
+        InputError: If a field is missing or malformed, or captions and text disagree.
+    """
+    where = f"Sample {fields['__key__']!r} in {fields.get('__url__', 'a shard')}"
+    missing = [name for name in ("latent.npy", "text.npy", "json") if name not in fields]
+    if missing:
+        raise InputError(
+            f"{where} lacks {', '.join(missing)}; the shard may be cut off, or was not made by "
+            "`lightning-unlearn prepare`."
+        )
+    try:
+        metadata = json.loads(fields["json"])
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: its json can't be read ({error}); make the shard again.") from None
+    captions = metadata.get("captions") if isinstance(metadata, dict) else None
+    if not isinstance(captions, list) or not captions or not all(isinstance(text, str) for text in captions):
+        raise InputError(f"{where} has no captions; its json needs a list of strings named 'captions'.")
+    latent = _array(fields, "latent.npy", 3, where)
+    text = _array(fields, "text.npy", 3, where)
+    if len(text) != len(captions):
+        raise InputError(
+            f"{where} has {len(captions)} captions but text for {len(text)}; text.npy needs one entry a caption."
+        )
+    flip = _array(fields, "latent_flip.npy", 3, where) if "latent_flip.npy" in fields else None
+    if flip is not None and flip.shape != latent.shape:
+        raise InputError(
+            f"{where}: latent_flip.npy {tuple(flip.shape)} and latent.npy {tuple(latent.shape)} differ in shape."
+        )
+    picture = next((fields[name] for name in PICTURE_FIELDS if name in fields), None)
+    mask = decode_mask(fields[MASK_FIELD], latent.shape[-2], latent.shape[-1], where) if MASK_FIELD in fields else None
+    return Sample(fields["__key__"], latent, text, metadata, flip, picture, mask)
+
+
+def named_arrays(samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """What a network sees of samples, by names of which a digest can be taken.
+
+    Args:
+        samples: With unique keys.
+
+    Returns:
+        ``{key}/latent`` and ``{key}/text`` to tensor, and ``{key}/mask`` of those that have one.
+    """
+    arrays = {f"{sample.key}/{name}": getattr(sample, name) for sample in samples for name in ("latent", "text")}
+    return arrays | {f"{sample.key}/mask": sample.mask for sample in samples if sample.mask is not None}
+
+
+def collate_samples(shard: str, samples: Sequence[Sample], **markers: Any) -> SampleBatch:
+    """Stack samples of one shard.
+
+    Args:
+        shard: The shard's identifier.
+        samples: At least one sample; all latents of one shape, all text with the same tokens and dim.
+        **markers: ``end_of_shard``, ``skipped`` or ``error`` of :class:`SampleBatch`.
+
+    Returns:
+        The batch.
+
+    Raises:
+        InputError: If shapes differ.
+    """
+    first = samples[0]
+    for sample in samples:
+        if sample.latent.shape != first.latent.shape or sample.text.shape[1:] != first.text.shape[1:]:
+            raise InputError(
+                f"Sample {sample.key!r} has latent {tuple(sample.latent.shape)} and text {tuple(sample.text.shape[1:])}"
+                f", but {first.key!r} has {tuple(first.latent.shape)} and {tuple(first.text.shape[1:])}; "
+                "all samples of a run must have one shape."
+            )
+        if (sample.latent_flip is None) != (first.latent_flip is None):
+            raise InputError(
+                f"Only one of the samples {first.key!r} and {sample.key!r} has latent_flip.npy; prepare all with flips "
+                "or none."
+            )
+    counts = torch.tensor([len(sample.text) for sample in samples])
+    text = first.text.new_zeros(len(samples), int(counts.max()), *first.text.shape[1:])  # (B, captions, tokens, dim)
+    for row, sample in enumerate(samples):
+        text[row, : len(sample.text)] = sample.text
+    flips = [sample.latent_flip for sample in samples if sample.latent_flip is not None]
+    return SampleBatch(
+        shard=shard,
+        keys=[sample.key for sample in samples],
+        latents=torch.stack([sample.latent for sample in samples]),
+        text=text,
+        caption_counts=counts,
+        latents_flip=torch.stack(flips) if flips else None,
+        **markers,
+    )

@@ -1,0 +1,198 @@
+"""Shards and their manifest: what a folder of WebDataset tar files says about itself, and how it is written."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import webdataset
+
+from lightning_unlearn.data.masks import MASK_FIELD
+from lightning_unlearn.fingerprints import digest
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One shard as its manifest describes it.
+
+    Attributes:
+        url: Path or http(s) address.
+        samples: How many samples it holds, if known.
+        bytes: Its size, if known.
+        sha256: Of its bytes, if known.
+    """
+
+    url: str
+    samples: int | None = None
+    bytes: int | None = None
+    sha256: str | None = None
+
+    @property
+    def version(self) -> str:
+        """What changes when a local shard is made anew, if only with other numbers in it."""
+        path = Path(self.url)
+        stat = path.stat() if "://" not in self.url and path.is_file() else None
+        size = stat.st_size if stat is not None else self.bytes
+        if self.sha256 is not None:
+            return f"{self.sha256}-{size}"
+        return f"{size}-{stat.st_mtime_ns}" if stat is not None else str(size)
+
+
+def shard_id(url: str) -> str:
+    """The name under which a shard's scores are kept: its file name and a digest of its whole address.
+
+    Local paths are made absolute first, so that the same file has one name from any working directory.
+
+    Args:
+        url: Path or http(s) address.
+
+    Returns:
+        E.g. ``"coco-000017-1f0c9a3b5d7e8f90"``.
+    """
+    address = url if "://" in url or url.startswith("pipe:") else str(Path(url).resolve())
+    stem = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in Path(url).name.split(".")[0])
+    return f"{stem[:64]}-{digest(address)[:16]}"
+
+
+def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file whole or not at all: under a temporary name in the same folder, then renamed.
+
+    Args:
+        path: The file.
+        content: Its bytes.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def npy_bytes(array: np.ndarray[Any, Any]) -> bytes:
+    """An array in NumPy's file format, without pickle.
+
+    Args:
+        array: Of any shape, with a plain dtype.
+
+    Returns:
+        The bytes of an ``.npy`` file.
+    """
+    stream = io.BytesIO()
+    np.save(stream, array, allow_pickle=False)
+    return stream.getvalue()
+
+
+def encode_sample(
+    key: str,
+    latent: np.ndarray[Any, Any],
+    text: np.ndarray[Any, Any],
+    metadata: Mapping[str, Any],
+    *,
+    latent_flip: np.ndarray[Any, Any] | None = None,
+    picture: bytes | None = None,
+    picture_format: str = "png",
+    mask: bytes | None = None,
+) -> dict[str, Any]:
+    """The fields of one sample as :func:`write_shards` takes them (their meaning: :mod:`lightning_unlearn.data.samples`).
+
+    Args:
+        key: Unique name; a dot in it would end it in a tar file, so dots become underscores.
+        latent: ``(C, H, W)`` float16 or float32.
+        text: ``(captions, tokens, dim)`` float16 or float32.
+        metadata: JSON-like, with ``captions``.
+        latent_flip: ``(C, H, W)`` or ``None``.
+        picture: Bytes of an encoded picture or ``None``.
+        picture_format: Its field name.
+        mask: Bytes of an 8-bit grey PNG or ``None``: of a query, which part of it is unlearned.
+
+    Returns:
+        Field name to bytes, and ``__key__``.
+    """
+    fields: dict[str, Any] = {
+        "__key__": key.replace(".", "_"),
+        "latent.npy": npy_bytes(latent),
+        "text.npy": npy_bytes(text),
+        "json": json.dumps(dict(metadata), ensure_ascii=False, sort_keys=True).encode(),
+    }
+    if latent_flip is not None:
+        fields["latent_flip.npy"] = npy_bytes(latent_flip)
+    if picture is not None:
+        fields[picture_format] = picture
+    if mask is not None:
+        fields[MASK_FIELD] = mask
+    return fields
+
+
+def write_shards(
+    samples: Iterable[Mapping[str, Any]],
+    folder: str | os.PathLike[str],
+    *,
+    name: str = "shard",
+    samples_per_shard: int = 1000,
+    about: Mapping[str, Any] | None = None,
+) -> list[ShardInfo]:
+    """Write samples to tar files and a manifest beside them.
+
+    The same samples give the same bytes: times and owners in the tar files are fixed.
+
+    Args:
+        samples: What :func:`encode_sample` returns.
+        folder: Made if it is not there.
+        name: Shards are called ``{name}-000000.tar`` and so on.
+        samples_per_shard: The largest number of samples in a shard.
+        about: More facts for the manifest, e.g. how the latents were made.
+
+    Returns:
+        The shards written.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[ShardInfo] = []
+    pending: list[Mapping[str, Any]] = []
+
+    def flush() -> None:
+        path = folder / f"{name}-{len(shards):06d}.tar"
+        stream = io.BytesIO()
+        with webdataset.TarWriter(stream, encoder=False, mtime=0, user="", group="") as writer:
+            for sample in pending:
+                writer.write(dict(sample))
+        write_atomically(path, stream.getvalue())
+        content = stream.getvalue()
+        shards.append(ShardInfo(str(path), len(pending), len(content), hashlib.sha256(content).hexdigest()))
+        pending.clear()
+
+    for sample in samples:
+        pending.append(sample)
+        if len(pending) == samples_per_shard:
+            flush()
+    if pending:
+        flush()
+    write_manifest(folder, shards, about or {})
+    return shards
+
+
+def write_manifest(folder: str | os.PathLike[str], shards: Sequence[ShardInfo], about: Mapping[str, Any]) -> None:
+    """Write ``manifest.json``: the shards of a folder with their sizes, and how they were made.
+
+    Args:
+        folder: Where the shards are.
+        shards: What it holds.
+        about: More facts.
+    """
+    entries = [
+        {"name": Path(shard.url).name, "samples": shard.samples, "bytes": shard.bytes, "sha256": shard.sha256}
+        for shard in shards
+    ]
+    content = json.dumps({**about, "shards": entries}, indent=1, ensure_ascii=False)
+    write_atomically(Path(folder) / MANIFEST, content.encode() + b"\n")

@@ -1,0 +1,36 @@
+"""What differs between network families; one file each, one entry here."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lightning_unlearn.diffusion.families.base import Family
+from lightning_unlearn.diffusion.families.unet import UNetFamily
+from lightning_unlearn.errors import InputError
+
+FAMILIES: tuple[Family, ...] = (UNetFamily(),)
+
+__all__ = ["FAMILIES", "Family", "UNetFamily", "family_of"]
+
+
+def family_of(network: nn.Module) -> Family:
+    """The family of a network, by the name of its class or of one it derives from.
+
+    Args:
+        network: The denoiser.
+
+    Returns:
+        Its family.
+
+    Raises:
+        InputError: If no family knows it.
+    """
+    names = {cls.__name__ for cls in type(network).__mro__}
+    for family in FAMILIES:
+        if names.intersection(family.class_names):
+            return family
+    known = ", ".join(name for family in FAMILIES for name in family.class_names)
+    raise InputError(
+        f"No network family knows {type(network).__name__} (known: {known}); give an objective of your own, "
+        "and name the weights to unlearn by patterns."
+    )

@@ -1,0 +1,41 @@
+"""U-Nets with cross-attention to text: Stable Diffusion 1 and 2, MSCOCO latent diffusion, small pixel-space models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from lightning_unlearn.data.samples import ViewBatch
+from lightning_unlearn.diffusion.families.base import Family
+
+
+class UNetFamily(Family):
+    """``diffusers.UNet2DConditionModel``: text enters through ``attn2.to_k`` and ``attn2.to_v`` and nowhere else.
+
+    Wang et al. (arXiv 2406.09408, Section 4 and Table 2) unlearn just these weights.
+    """
+
+    class_names: ClassVar[Sequence[str]] = ("UNet2DConditionModel",)
+    selections: ClassVar[Mapping[str, Sequence[str]]] = {
+        "text_kv": (r".*\.attn2\.to_[kv]",),
+        "cross_attention": (r".*\.attn2\.(to_[qkv]|to_out\.0)",),
+        "attention": (r".*\.attn[12]\.(to_[qkv]|to_out\.0)",),
+        "feed_forward": (r".*\.ff\.net\.(0\.proj|2)",),
+    }
+
+    def predict(self, network: nn.Module, noisy: Tensor, timesteps: Tensor, batch: ViewBatch) -> Tensor:
+        """Call the U-Net with its text states; see :meth:`Family.predict`.
+
+        Args:
+            network: The U-Net.
+            noisy: ``(B, C, H, W)``.
+            timesteps: ``(B,)``.
+            batch: Its ``text`` is the ``encoder_hidden_states``.
+
+        Returns:
+            ``(B, C, H, W)``.
+        """
+        prediction: Tensor = network(noisy, timesteps, encoder_hidden_states=batch.text, return_dict=False)[0]
+        return prediction

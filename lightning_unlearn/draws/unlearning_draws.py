@@ -1,0 +1,193 @@
+"""The draws that a target is unlearned with, of itself and of real samples, dealt to ranks by their numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_unlearn.data.samples import Sample
+from lightning_unlearn.draws.views import place_timesteps
+from lightning_unlearn.fingerprints import generator_for, seed_of
+
+Stream = Literal["unlearning", "rise", "evaluation", "real", "others"]
+RealStream = Literal["real", "others"]
+
+
+# Not frozen: a Trainer's precision plugin may only convert the tensors of a dataclass that isn't.
+@dataclass
+class DrawBatch:
+    """Some (timestep, noise) draws of one query, or of real samples, by their numbers.
+
+    Attributes:
+        target: Number of the target in the run.
+        key: Of the query that it is, or that belongs to it; draws are keyed by it. Empty for real samples, whose draws
+            are keyed by their numbers alone.
+        latents: ``(b, C, H, W)``.
+        text: ``(b, tokens, dim)``.
+        numbers: ``b`` numbers of draws.
+        weights: ``(b,)`` 1, or 0 for draws that only fill up a rank's share.
+        total: Draws a step, over all ranks.
+        mask: ``(b, H, W)``, or ``None`` if all of the picture is unlearned.
+        real: Whether they are of real samples, one a draw, which are to be kept.
+    """
+
+    target: int
+    key: str
+    latents: Tensor
+    text: Tensor
+    numbers: list[int]
+    weights: Tensor
+    total: int
+    mask: Tensor | None = None
+    real: bool = False
+
+    def to(self, device: torch.device) -> DrawBatch:
+        """The batch with its tensors on ``device``; Lightning calls this.
+
+        Args:
+            device: Where to.
+
+        Returns:
+            A new batch.
+        """
+        return replace(
+            self,
+            latents=self.latents.to(device),
+            text=self.text.to(device),
+            weights=self.weights.to(device),
+            mask=None if self.mask is None else self.mask.to(device),
+        )
+
+
+def draw_batches(
+    sample: Sample, target: int, first: int, total: int, rank: int, world_size: int, batch_size: int
+) -> list[DrawBatch]:
+    """One rank's share of a step's draws of a query, in batches; the same number of batches on every rank.
+
+    Rank ``r`` takes the draws ``first + r``, ``first + r + world_size``, … Draw ``n`` takes caption ``n`` modulo their
+    number.
+
+    Args:
+        sample: The target's picture, or one of them.
+        target: The target's number.
+        first: Number of the step's first draw.
+        total: Draws of the step.
+        rank: This process.
+        world_size: How many there are.
+        batch_size: Draws a batch.
+
+    Returns:
+        The batches; the last draws of a rank with too few of them have weight 0.
+    """
+    places, weights = _share(total, rank, world_size)
+    batches = []
+    for start in range(0, len(places), batch_size):
+        chunk = [first + place for place in places[start : start + batch_size]]
+        captions = [number % len(sample.text) for number in chunk]
+        batches.append(
+            DrawBatch(
+                target=target,
+                key=sample.key,
+                latents=sample.latent.expand(len(chunk), *sample.latent.shape),
+                text=sample.text[captions],
+                numbers=chunk,
+                weights=weights[start : start + batch_size],
+                total=total,
+                mask=None if sample.mask is None else sample.mask.expand(len(chunk), *sample.mask.shape),
+            )
+        )
+    return batches
+
+
+def real_batches(
+    stream: RealStream,
+    seed: int,
+    samples: Sequence[Sample],
+    first: int,
+    rank: int,
+    world_size: int,
+    batch_size: int,
+) -> list[DrawBatch]:
+    """One rank's share of a step's draws of real samples, in batches; as :func:`draw_batches`, but a sample a draw.
+
+    Args:
+        stream: ``"real"`` for gradients, ``"others"`` for the loss of everything else before and after.
+        seed: Of all draws; the caption of draw ``n`` is drawn by it, the stream's name and ``n``.
+        samples: Of the step's draws, in their order; of one shape.
+        first: Number of the step's first draw.
+        rank: This process.
+        world_size: How many there are.
+        batch_size: Draws a batch.
+
+    Returns:
+        The batches, of target 0; the last draws of a rank with too few of them have weight 0.
+    """
+    places, weights = _share(len(samples), rank, world_size)
+    batches = []
+    for start in range(0, len(places), batch_size):
+        chunk = places[start : start + batch_size]
+        numbers = [first + place for place in chunk]
+        texts = [
+            samples[place].text[seed_of(stream, "caption", seed, number) % len(samples[place].text)]
+            for place, number in zip(chunk, numbers, strict=True)
+        ]
+        batches.append(
+            DrawBatch(
+                target=0,
+                key="",
+                latents=torch.stack([samples[place].latent for place in chunk]),
+                text=torch.stack(texts),
+                numbers=numbers,
+                weights=weights[start : start + batch_size],
+                total=len(samples),
+                real=True,
+            )
+        )
+    return batches
+
+
+def _share(total: int, rank: int, world_size: int) -> tuple[list[int], Tensor]:
+    """A rank's draws by their places in the step, filled up with the first one, and their weights."""
+    places = [rank + world_size * turn for turn in range(-(-total // world_size))]
+    weights = torch.tensor([float(place < total) for place in places])
+    return [place if place < total else 0 for place in places], weights
+
+
+def draw_for_target(
+    stream: Stream,
+    seed: int,
+    key: str,
+    numbers: Sequence[int],
+    total: int,
+    num_timesteps: int,
+    shape: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """(timestep, noise) draws of a query or of real samples, each keyed by its number.
+
+    Draw ``n`` of ``total`` is uniform in the stratum ``n mod total`` of the schedule; numbers from ``total`` on belong
+    to later steps.
+
+    Args:
+        stream: ``"unlearning"`` for gradients, ``"rise"`` for the target's loss before and after, ``"evaluation"`` for
+            its loss under retrained models; ``"real"`` and ``"others"`` as in :func:`real_batches`.
+        seed: Of all draws.
+        key: The query's, or empty.
+        numbers: ``B`` numbers of draws.
+        total: Draws a step.
+        num_timesteps: Length of the training schedule.
+        shape: ``(C, H, W)``.
+
+    Returns:
+        Timesteps ``(B,)`` int64 and noise ``(B, C, H, W)`` float32, on the CPU.
+    """
+    uniform, noise = [], []
+    for number in numbers:
+        generator = generator_for(stream, seed, key, number)
+        place = torch.rand((), generator=generator, dtype=torch.float64)
+        uniform.append((number % total + place) / total)
+        noise.append(torch.randn(tuple(shape), generator=generator, dtype=torch.float32))
+    return place_timesteps(torch.stack(uniform), (0.0, 1.0), num_timesteps), torch.stack(noise)

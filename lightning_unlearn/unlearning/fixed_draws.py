@@ -1,0 +1,209 @@
+"""Losses over draws that stay the same: of targets, of an untrained network, and of everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+
+from lightning_unlearn.data.samples import Sample, ViewBatch
+from lightning_unlearn.data.targets import Target
+from lightning_unlearn.draws.unlearning_draws import DrawBatch, Stream, draw_batches, draw_for_target
+from lightning_unlearn.errors import InputError
+from lightning_unlearn.fingerprints import seed_of
+from lightning_unlearn.weights.deltas import NetworkLoss, target_weights
+
+
+def draw_losses(
+    loss: NetworkLoss, batch: DrawBatch, weights: Mapping[str, Tensor], stream: Stream, seed: int
+) -> Tensor:
+    """The loss of each draw.
+
+    Args:
+        loss: The network with its objective.
+        batch: ``b`` draws.
+        weights: Parameter name in the network to weight; the others are the network's own.
+        stream: Of the draws.
+        seed: Of the draws.
+
+    Returns:
+        ``(b,)``.
+    """
+    own = next(loss.network.parameters())
+    shape = batch.latents.shape[1:]
+    length = loss.objective.num_timesteps
+    timesteps, noise = draw_for_target(stream, seed, batch.key, batch.numbers, batch.total, length, shape)
+    views = ViewBatch(batch.latents, batch.text, batch.mask).to(own.device, own.dtype)
+    return loss.under(weights, views, timesteps.to(own.device), noise.to(views.latents))
+
+
+class FixedDraws:
+    """Measures mean losses over the same draws each time, summed over ranks; every rank must call it.
+
+    Args:
+        loss: The network with its objective.
+        parameters: The chosen weights by name.
+        targets: ``Q`` targets, measured over the stream "rise".
+        others: This rank's batches of real samples, measured over the stream "others"; empty if nobody asks for them.
+        seed: Of the draws.
+        draws: How many of each query.
+        batch_size: Draws a forward pass.
+        trainer: For ranks and the sums over them.
+    """
+
+    def __init__(
+        self,
+        loss: NetworkLoss,
+        parameters: Mapping[str, Tensor],
+        targets: Sequence[Target],
+        others: Sequence[DrawBatch],
+        seed: int,
+        draws: int,
+        batch_size: int,
+        trainer: Trainer,
+    ) -> None:
+        self.loss = loss
+        self.parameters = parameters
+        self.targets = targets
+        self.others = others
+        self.seed = seed
+        self.draws = draws
+        self.batch_size = batch_size
+        self.trainer = trainer
+        self._base: Tensor | None = None
+        self._others_base: Tensor | None = None
+
+    @torch.no_grad()
+    def target_losses(self, deltas: Mapping[str, Tensor] | None) -> Tensor:
+        """Losses of all targets; under θ₀ measured only once.
+
+        Args:
+            deltas: Parameter name to ``(Q, *parameter)``; ``None`` for θ₀.
+
+        Returns:
+            ``(Q,)`` float64.
+        """
+        if deltas is None:
+            if self._base is None:
+                self._base = self._measured_targets(lambda number: {})
+            return self._base
+        return self._measured_targets(lambda number: target_weights(self.parameters, deltas, number))
+
+    def _measured_targets(self, weights_of: Callable[[int], Mapping[str, Tensor]]) -> Tensor:
+        sums = torch.zeros(len(self.targets), dtype=torch.float64)
+        for number, target in enumerate(self.targets):
+            weights = weights_of(number)
+            for query in target.members:
+                for batch in self._batches(query, number):
+                    # A set's loss is the sum of its queries'.
+                    sums[number] += self._sum(self.loss, batch, weights, "rise")
+        return self._reduced(sums) / self.draws
+
+    @torch.no_grad()
+    def other_losses(self, deltas: Mapping[str, Tensor] | None) -> Tensor:
+        """The mean loss of the real samples under the weights of each target; under θ₀ measured only once.
+
+        Args:
+            deltas: Parameter name to ``(Q, *parameter)``; ``None`` for θ₀.
+
+        Returns:
+            ``(Q,)`` float64.
+        """
+        if deltas is None:
+            if self._others_base is None:
+                self._others_base = self._reduced(self._measured_others({})).expand(len(self.targets))
+            return self._others_base
+        rows = (target_weights(self.parameters, deltas, number) for number in range(len(self.targets)))
+        return self._reduced(torch.cat([self._measured_others(weights) for weights in rows]))
+
+    def _measured_others(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """This rank's part of a mean ``(1,)``."""
+        total = sum(self._sum(self.loss, batch, weights, "others") / batch.total for batch in self.others)
+        return torch.tensor([total], dtype=torch.float64)
+
+    def data_loss(self) -> float:
+        """The mean loss of the real samples under θ₀.
+
+        Returns:
+            A number.
+        """
+        return float(self.other_losses(None)[0])
+
+    def changes(self, deltas: Mapping[str, Tensor], *, others: bool) -> dict[str, Tensor]:
+        """What deltas do to losses.
+
+        Args:
+            deltas: Parameter name to ``(Q, *parameter)``.
+            others: Whether to the real samples' losses, too.
+
+        Returns:
+            ``loss_before``, ``loss_after`` and ``rise`` (relative) of the targets; with ``others`` ``others_before``
+            and ``others_after``, the mean loss of the real samples; each ``(Q,)``.
+        """
+        before, after = self.target_losses(None), self.target_losses(deltas)
+        found = {"loss_before": before, "loss_after": after, "rise": after / before - 1}
+        if others:
+            found |= {"others_before": self.other_losses(None), "others_after": self.other_losses(deltas)}
+        return found
+
+    @torch.no_grad()
+    def untrained_losses(self) -> dict[str, float]:
+        """The mean loss of each query under a newly initialised network.
+
+        Returns:
+            Key to loss.
+
+        Raises:
+            InputError: If no network can be made anew like this one.
+        """
+        own = next(self.loss.network.parameters())
+        # Not diffusers' own `to`, which warns of any type.
+        network = nn.Module.to(newly_initialised(self.loss.network, self.seed), own.device, own.dtype)
+        loss = NetworkLoss(network, self.loss.objective)
+        queries = [query for target in self.targets for query in target.members]
+        sums = [sum(self._sum(loss, batch, {}, "rise") for batch in self._batches(query, 0)) for query in queries]
+        means = self._reduced(torch.tensor(sums, dtype=torch.float64)) / self.draws
+        return dict(zip((query.key for query in queries), means.tolist(), strict=True))
+
+    def _batches(self, query: Sample, number: int) -> list[DrawBatch]:
+        places = (self.trainer.global_rank, self.trainer.world_size)
+        return draw_batches(query, number, 0, self.draws, *places, self.batch_size)
+
+    def _sum(self, loss: NetworkLoss, batch: DrawBatch, weights: Mapping[str, Tensor], stream: Stream) -> float:
+        losses = draw_losses(loss, batch, weights, stream, self.seed).cpu().double()
+        return float((losses * batch.weights.cpu()).sum())
+
+    def _reduced(self, sums: Tensor) -> Tensor:
+        if self.trainer.world_size == 1:
+            return sums
+        device = next(self.loss.network.parameters()).device
+        reduced = self.trainer.strategy.reduce(sums.to(device), reduce_op="sum")
+        assert isinstance(reduced, Tensor)
+        return reduced.cpu()
+
+
+def newly_initialised(network: nn.Module, seed: int) -> nn.Module:
+    """A network of the same class and config that has learned nothing.
+
+    Args:
+        network: One of diffusers.
+        seed: Of its weights; the same on every rank and device.
+
+    Returns:
+        The network, on the CPU, frozen and in eval mode.
+
+    Raises:
+        InputError: If it does not say how to make another one.
+    """
+    make, config = getattr(type(network), "from_config", None), getattr(network, "config", None)
+    if make is None or not isinstance(config, Mapping):
+        raise InputError(
+            f"{type(network).__name__} has no config to make an untrained network from, so the loss of one can't be "
+            "measured; give it to the strategy as null_loss."
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of("untrained", seed))
+        made: nn.Module = make(config)
+    return made.eval().requires_grad_(False)

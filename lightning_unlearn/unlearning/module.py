@@ -1,0 +1,126 @@
+"""The LightningModule: ``fit`` unlearns, ``predict`` gives deviations."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import nn
+
+from lightning_unlearn.data.samples import SampleBatch
+from lightning_unlearn.diffusion.loading import load_network
+from lightning_unlearn.diffusion.objective import DenoisingObjective, Objective
+from lightning_unlearn.draws.views import Views
+from lightning_unlearn.errors import InputError
+from lightning_unlearn.fingerprints import settings_digest
+from lightning_unlearn.fisher import Fisher
+from lightning_unlearn.strategies import Newton, Strategy
+from lightning_unlearn.unlearning.fitting import Unlearning
+from lightning_unlearn.unlearning.scoring import Deviations, measure_losses
+
+
+class UnlearningModule(Unlearning):
+    r"""Unlearns queries in ``fit`` and measures how the loss of training images rose in ``predict``.
+
+    .. math::
+        θ_{\hat z} = \arg\min_θ\; -L(\hat z, θ) + \tfrac{N}{2} (θ-θ_0)^T F (θ-θ_0), \qquad
+        τ(\hat z, z) = L(z, θ_{\hat z}) - L(z, θ_0)
+
+    Wang et al. (arXiv 2406.09408, Eqs. 4 to 6). The deltas :math:`θ_{\hat z} - θ_0` of all queries are the module's
+    parameters, so that gradient accumulation, their reduction over ranks and checkpoints are Lightning's. The network
+    is frozen, in eval mode, and left out of checkpoints. It needs a datamodule with ``queries``, such as
+    :class:`~lightning_unlearn.datamodules.AttributionDataModule`.
+
+    Args:
+        network: The denoiser, or the folder of a diffusers pipeline or network.
+        objective: The loss it was trained with; by default ε-prediction, or what the network's folder says.
+        fisher: A Fisher or its file; needed in ``fit``, unless the strategy is ``Mirrored``. ``identity`` is
+            plain gradient ascent, for comparison.
+        parameters: Which weights are unlearned (see :func:`~lightning_unlearn.weights.parameters.select_layers`).
+        strategy: How deltas are found; by default one Newton step that brings a query's loss halfway to the mean loss
+            of the samples that are scored, but up by at least a half.
+        views: The views a sample is scored on.
+        damping: Share of each layer's mean Fisher that is added to it.
+        seed: Of the unlearning draws.
+        rise_draws: Draws over which the query's loss before and after is measured.
+        weights: A file to load the network's weights from: a Lightning checkpoint, a state dict or safetensors.
+        prefix: What stands before the network's names in it, e.g. ``"model.unet."``.
+        averaged: Whether averaged weights are taken where the file has both (Lightning's ``WeightAveraging``).
+
+    Raises:
+        InputError: If parts don't fit together.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module | str,
+        objective: Objective | None = None,
+        fisher: Fisher | str | None = None,
+        parameters: str | list[str] = "text_kv",
+        strategy: Strategy | None = None,
+        views: Views | None = None,
+        damping: float = 0.001,
+        seed: int = 0,
+        rise_draws: int = 64,
+        weights: str | None = None,
+        prefix: str = "",
+        averaged: bool = True,
+    ) -> None:
+        # Run-time settings are not hyper-parameters: in LightningCLI a checkpoint's override the command line.
+        if objective is None:
+            objective = DenoisingObjective(network if isinstance(network, str) else None)
+        loaded = load_network(network, weights, prefix, averaged)
+        super().__init__(loaded, objective, fisher, parameters, strategy or Newton(), damping, seed, rise_draws)
+        self.views = views or Views()
+
+    def on_predict_start(self) -> None:
+        """Refuse to score without deltas.
+
+        Raises:
+            InputError: If there are none.
+        """
+        self._exact()
+        self.require_deltas()
+
+    def require_deltas(self) -> None:
+        """Refuse to score without deltas.
+
+        Raises:
+            InputError: If there are none.
+        """
+        if not self.targets:
+            raise InputError("There are no deltas to score with; run fit first, or pass its checkpoint as ckpt_path.")
+
+    def predict_step(self, batch: SampleBatch, batch_idx: int) -> Deviations:
+        """Losses of a batch under θ₀ and under each target's weights.
+
+        Args:
+            batch: ``B`` samples of one shard; may be empty.
+            batch_idx: Its number.
+
+        Returns:
+            The losses, on the CPU, float32 or wider.
+        """
+        assert self.deltas is not None
+        if self.views.flips and len(batch) and batch.latents_flip is None:
+            # Only this shard fails; the others go on.
+            batch = SampleBatch(
+                batch.shard,
+                error=f"Flips are scored, but shard {batch.shard} holds no latent_flip.npy; prepare it with flips, "
+                "or set flips to false.",
+            )
+        measure = partial(measure_losses, self.loss, self.layers, self.deltas, self.views, batch, self.device)
+        losses, exact = measure(), None
+        if batch_idx == 0 and torch.is_autocast_enabled(self.device.type):
+            # Once more in float32, to say how far the ranks agree.
+            with torch.autocast(self.device.type, enabled=False):
+                exact = measure()
+        return Deviations(batch, losses[0], losses[1:], exact)
+
+    def fingerprints(self) -> dict[str, str]:
+        """What scores depend on: runs with the same fingerprints may share a score table.
+
+        Returns:
+            Digests of the deltas and what they come from, and of the views.
+        """
+        return {**super().fingerprints(), "views": settings_digest(self.views.settings())}

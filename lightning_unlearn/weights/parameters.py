@@ -1,0 +1,183 @@
+"""Which weights are unlearned: a network found by name, and layers of it chosen by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_unlearn.diffusion.families import family_of
+from lightning_unlearn.errors import InputError
+
+SELECTIONS = ("text_kv", "cross_attention", "attention", "feed_forward", "all")
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """The shape of a chosen layer.
+
+    Attributes:
+        name: The layer's dotted name in the network.
+        weight_shape: ``(o, i)`` for Linear, ``(o, i, kh, kw)`` for Conv2d.
+        has_bias: Whether it has a bias ``(o,)``.
+    """
+
+    name: str
+    weight_shape: tuple[int, ...]
+    has_bias: bool
+
+    @property
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the layer's parameters by their dotted names in the network."""
+        shapes = {f"{self.name}.weight": self.weight_shape}
+        if self.has_bias:
+            shapes[f"{self.name}.bias"] = self.weight_shape[:1]
+        return shapes
+
+    def to_json(self) -> dict[str, Any]:
+        """The spec as JSON.
+
+        Returns:
+            Its fields.
+        """
+        return {"name": self.name, "weight_shape": list(self.weight_shape), "has_bias": self.has_bias}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> LayerSpec:
+        """Back from :meth:`to_json`.
+
+        Args:
+            fields: Its fields.
+
+        Returns:
+            The spec.
+        """
+        return cls(fields["name"], tuple(fields["weight_shape"]), bool(fields["has_bias"]))
+
+
+def find_network(module: nn.Module, target: str) -> nn.Module:
+    """A part of a user's LightningModule by its dotted name.
+
+    Args:
+        module: The user's.
+        target: The name; empty for the module itself.
+
+    Returns:
+        The network.
+
+    Raises:
+        InputError: If there is none, or it is not a module.
+    """
+    try:
+        network = attrgetter(target)(module) if target else module
+    except AttributeError:
+        names = ", ".join(name for name, _ in module.named_children())
+        raise InputError(
+            f"{type(module).__name__} has no {target!r}; set the target to one of its parts: {names}."
+        ) from None
+    if not isinstance(network, nn.Module):
+        raise InputError(
+            f"{target!r} of {type(module).__name__} is a {type(network).__name__}, not a module; name the network."
+        )
+    return network
+
+
+def select_layers(network: nn.Module, selection: str | Sequence[str]) -> dict[str, nn.Module]:
+    """The Linear and Conv2d layers that a selection names.
+
+    Args:
+        network: The denoiser.
+        selection: ``"text_kv"`` (keys and values of attention to the text), ``"cross_attention"``, ``"attention"``,
+            ``"feed_forward"`` (the two layers of each transformer block's MLP), ``"all"`` (every Linear and Conv2d;
+            norms and embeddings are left out), or regular expressions that whole layer names match.
+
+    Returns:
+        Dotted name to layer, in the network's order.
+
+    Raises:
+        InputError: If nothing matches, a layer is of a kind that is not covered, or two chosen layers share weights.
+
+    Example:
+        >>> list(select_layers(nn.Sequential(nn.Linear(1, 2), nn.ReLU(), nn.Linear(2, 1)), ["2"]))
+        ['2']
+    """
+    # Other networks than diffusers' may have layers of these names that were never anything else.
+    fused = any(name.endswith((".to_qkv", ".to_kv")) for name, _ in network.named_modules())
+    if fused and any(hasattr(module, "unfuse_qkv_projections") for module in network.modules()):
+        raise InputError("The network's attention projections are fused; call unfuse_qkv_projections() on it first.")
+    if isinstance(selection, str) and selection not in SELECTIONS:
+        known = ", ".join(SELECTIONS)
+        raise InputError(f"Unknown selection {selection!r}; choose {known}, or give a list of patterns.")
+    if selection == "all":
+        patterns: Sequence[str] = (".*",)
+    elif isinstance(selection, str):
+        patterns = family_of(network).selections[selection]
+    else:
+        patterns = selection
+    covered = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    try:
+        chosen: dict[str, nn.Module] = {
+            name: module for name, module in covered.items() if any(re.fullmatch(pattern, name) for pattern in patterns)
+        }
+    except re.error as error:
+        raise InputError(f"A pattern in {selection!r} is not a regular expression ({error}); correct it.") from None
+    if not chosen:
+        examples = ", ".join(list(covered)[:5]) or "none"
+        raise InputError(
+            f"No Linear or Conv2d layer of {type(network).__name__} matches {selection!r} (its layers: {examples}, …)."
+        )
+    _refuse_uncovered(chosen)
+    return chosen
+
+
+def _refuse_uncovered(layers: Mapping[str, nn.Module]) -> None:
+    owners: dict[int, str] = {}
+    for name, layer in layers.items():
+        if isinstance(layer, nn.Conv2d) and (
+            layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str)
+        ):
+            raise InputError(
+                f"Layer {name} is a grouped or specially padded convolution, which has no per-sample gradient here; "
+                "leave it out by patterns."
+            )
+        for parameter in layer.parameters(recurse=False):
+            owner = owners.setdefault(id(parameter), name)
+            if owner != name:
+                raise InputError(f"Layers {owner} and {name} share a weight; choose only one of them.")
+
+
+def layer_specs(layers: Mapping[str, nn.Module]) -> dict[str, LayerSpec]:
+    """The shapes of chosen layers.
+
+    Args:
+        layers: What :func:`select_layers` returns.
+
+    Returns:
+        Layer name to its spec.
+    """
+    specs = {}
+    for name, layer in layers.items():
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        specs[name] = LayerSpec(name, tuple(weight.shape), layer.bias is not None)
+    return specs
+
+
+def layer_parameters(layers: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """The parameters of chosen layers by their dotted names in the network.
+
+    Args:
+        layers: What :func:`select_layers` returns.
+
+    Returns:
+        Parameter name to parameter.
+    """
+    return {
+        f"{name}.{kind}": parameter
+        for name, layer in layers.items()
+        for kind, parameter in layer.named_parameters(recurse=False)
+    }
