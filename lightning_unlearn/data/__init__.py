@@ -1,0 +1,1 @@
+"""The form of the data: samples, masks, targets and shards."""

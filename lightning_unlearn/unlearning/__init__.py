@@ -1,0 +1,1 @@
+"""The LightningModule: fit unlearns, predict gives deviations."""

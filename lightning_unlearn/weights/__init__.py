@@ -1,0 +1,1 @@
+"""Which weights are unlearned, per-sample gradients of layers, and deltas."""
