@@ -496,7 +496,7 @@ def test_full_disk_keeps_the_finished_shards_and_a_restart_completes_the_table(
         patch.setattr(lightning_unlearn.scores.files, "write_atomically", full)
         # Notes and run.json find no room either, once the first of them could be written.
         rest = only_first(real)
-        for place in ("run_record", "callbacks.score_writer"):
+        for place in ("scores.run_record", "callbacks.score_writer"):
             patch.setattr(f"lightning_unlearn.{place}.write_atomically", rest)
         with pytest.raises(
             InputError, match=f"{SHARDS - room} shards could not be .*No space left on device.*free the disk"
