@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench import BENCHES
+from benches import BENCHES
 from common import parser, quiet, show
 from sweep import DEFAULTS, PLAINLY, TIMESTEPS, Bench, must_be_measured
 

@@ -23,7 +23,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from bench import Bench, bench_parser
+from benches import Bench, bench_parser
 from common import quiet
 from judged import Half, evidence
 from matplotlib.figure import Figure

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import BENCHES, Bench
+from benches import BENCHES, Bench
 from judged import Page, Row, judge
 from method_settings import DEFAULT, LABELS, METHODS, plain
 from plots import plot

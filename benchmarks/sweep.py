@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from bench import Bench, bench_parser
+from benches import Bench, bench_parser
 from common import PLAIN, quiet
 from judged import Half, chosen_tables, evidence
 from lightning.pytorch import Trainer
