@@ -43,7 +43,7 @@ style: $(VENV)/.test
 
 # Types and imports are checked on a staged tree: an editable install of mapped folders is invisible to both checkers.
 stage: $(VENV)/.test
-	rm -rf .stage
+	rm -rf .stage build  # setuptools leaves modules in build/ that are gone
 	$(PIP) --no-deps --target .stage .
 
 types: stage
