@@ -49,7 +49,7 @@ def as_markdown(docstring: str) -> str:
 
 
 def _formula(latex: str, display: str) -> str:
-    """MathML on one line; ``\\arg`` is not among the functions that the converter knows."""
+    """MathML on one line; the converter does not know arg as a function."""
     words = " ".join(latex.split()).replace(r"\arg\min", r"\operatorname{arg\,min}")
     mathml = convert(words, display=display)
     return f'<div class="formula">{mathml}</div>' if display == "block" else mathml
