@@ -27,21 +27,8 @@ from benches import Bench, bench_parser
 from common import quiet
 from judged import Half, evidence
 from matplotlib.figure import Figure
-from sweep import (
-    CENTRE,
-    DEFAULTS,
-    DEFAULTS_WHOLE,
-    HALFWAY,
-    PLAINLY,
-    TIMESTEPS,
-    Measured,
-    Reduced,
-    Unlearned,
-    measured,
-    must_be_measured,
-    rounded,
-    scores_of,
-)
+from sweep import Measured, measured, must_be_measured, rounded, scores_of
+from sweep_settings import CENTRE, DEFAULTS, DEFAULTS_WHOLE, HALFWAY, PLAINLY, TIMESTEPS, Reduced, Unlearned
 from torch import Tensor
 
 from lightning_unlearn.data.shards import write_atomically
