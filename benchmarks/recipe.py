@@ -44,7 +44,7 @@ from sweep import (
 )
 from torch import Tensor
 
-from lightning_unlearn.data.shards import write_atomically
+from lightning_unlearn.data.files import write_atomically
 from lightning_unlearn.unlearning.fitting import DATA_DRAWS
 
 DAMPINGS, RISES = (0.001, 0.1, 1.0), (0.3, 1.0, 3.0)

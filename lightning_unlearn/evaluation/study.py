@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_unlearn.data.shards import write_atomically
+from lightning_unlearn.data.files import write_atomically
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.evaluation.measuring import Outcome, outcome_fields
 from lightning_unlearn.evaluation.runs import Run

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lightning_unlearn.data.shards import write_atomically
+from lightning_unlearn.data.files import write_atomically
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher.copies import with_copies, without_copies
 from lightning_unlearn.weights.capture import CapturedLayer

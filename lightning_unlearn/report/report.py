@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_unlearn.data.files import write_atomically
 from lightning_unlearn.data.samples import Sample
-from lightning_unlearn.data.shards import write_atomically
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.report.figures import Floats, Picture, histogram, picture_of, power_of_ten
 from lightning_unlearn.scores.race_folder import outcome
