@@ -19,14 +19,13 @@ from lightning_unlearn.data.shards import shard_id
 from lightning_unlearn.datamodules import AttributionDataModule
 from lightning_unlearn.datamodules.reading import read_samples
 from lightning_unlearn.datamodules.sources import list_shards
-from lightning_unlearn.diffusion.loading import read_checkpoint
 from lightning_unlearn.errors import InputError, some_of
 from lightning_unlearn.scores.files import read_scores
 from lightning_unlearn.scores.racing import Race
 from lightning_unlearn.scores.rules import RULES
 from lightning_unlearn.scores.table import ScoreTable
 from lightning_unlearn.unlearning.module import UnlearningModule
-from lightning_unlearn.weights.deltas import read_targets
+from lightning_unlearn.weights.delta_files import read_deltas
 
 
 def fit(arguments: list[str]) -> None:
@@ -139,8 +138,10 @@ def attribution_parts(cli: TrainerCLI) -> tuple[UnlearningModule, AttributionDat
 def _save(trainer: Trainer, path: Path) -> None:
     try:
         trainer.save_checkpoint(path, weights_only=False)
-    except (OSError, RuntimeError) as error:  # torch's writer raises the latter where the disk is full
-        raise InputError(f"The deltas can't be written to {path} ({error}); free the disk and run again.") from None
+    except OSError as error:
+        raise InputError(
+            f"The deltas can't be written to {path} ({error.strerror}); free the disk and run again."
+        ) from None
     say(f"Deltas: {path}")
 
 
@@ -148,7 +149,7 @@ def _is_unlearned(path: Path, module: UnlearningModule, data: AttributionDataMod
     """Whether a checkpoint holds the deltas that this run would make."""
     if not path.is_file():
         return False
-    theirs = read_targets(read_checkpoint(str(path)), str(path))["fingerprints"]
+    theirs = read_deltas(str(path))["fingerprints"]
     data.trainer = trainer  # so that each process looks at its own shards only
     data.setup("fit")
     ours = {

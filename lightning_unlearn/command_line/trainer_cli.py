@@ -23,7 +23,7 @@ from lightning_unlearn.diffusion.objective import Objective
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.strategies import Strategy
 from lightning_unlearn.unlearning.module import UnlearningModule
-from lightning_unlearn.weights.deltas import read_targets
+from lightning_unlearn.weights.delta_files import read_deltas
 
 
 class _Parser(OneSentence, LightningArgumentParser):
@@ -170,9 +170,10 @@ class TrainerCLI(LightningCLI):
         if not Path(path).exists():
             raise InputError(f"There is no checkpoint at {path}; check ckpt_path, or the folder you run from.")
         if Path(path).is_file():
-            checkpoint = read_checkpoint(str(path))
             if isinstance(self.model, UnlearningModule):
-                read_targets(checkpoint, str(path))
+                read_deltas(str(path), finished=self.command != "fit")
+            else:
+                read_checkpoint(str(path))
 
 
 def _innermost(error: Exception) -> str:
