@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile
 
 COVERAGE :=
 
-.PHONY: demo test check style types suite coverage install install-test clean
+.PHONY: demo test check style stage types imports suite coverage install install-test clean
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -35,17 +35,22 @@ install-test: $(VENV)/.test
 demo: $(VENV)/.demo
 	$(BIN)/lightning-unlearn attribute --config configs/sample.yaml --output $(DEMO)
 
-check: style types
+check: style types imports
 
 style: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Types are checked on a staged tree: an editable install of mapped folders is invisible to mypy.
-types: $(VENV)/.test
-	rm -rf .stage
+# Types and imports are checked on a staged tree: an editable install of mapped folders is invisible to both checkers.
+stage: $(VENV)/.test
+	rm -rf .stage build  # setuptools leaves modules in build/ that are gone
 	$(PIP) --no-deps --target .stage .
+
+types: stage
 	cd .stage && ../$(BIN)/python -m mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p lightning_unlearn
+
+imports: stage
+	cd .stage && ../$(BIN)/lint-imports --no-logo --no-cache ../pyproject.toml
 
 # Files are dealt to the two workers in the order of tests/conftest.py.
 suite: $(VENV)/.test
@@ -55,7 +60,7 @@ suite: $(VENV)/.test
 coverage: COVERAGE := --cov --cov-report=term-missing:skip-covered --cov-fail-under=85
 coverage: suite
 
-test: style types suite
+test: check suite
 
 clean:
 	rm -rf $(VENV) .stage build *.egg-info

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import BENCHES, CHOSEN, Bench, fisher_file
+from base_model import fisher_file
+from benches import BENCHES, CHOSEN, Bench
 from common import PLAIN
 from judged import chosen_settings
 from lightning.pytorch import Trainer

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from bench import Bench
+from benches import Bench
 from common import PLAIN, parser, quiet, show
 from lightning.pytorch import Trainer
 from methods import config

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from bench import Bench
+from benches import Bench
 from method_settings import DEFAULT, DEFAULT_OF, DEFAULT_SETTINGS, METHODS
 from packed import open_study
 from score_files import is_scored, read, read_costs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench import CHOSEN, FISHER_FILES
+from benches import CHOSEN, FISHER_FILES
 
 from lightning_unlearn.baselines import (
     DAS,

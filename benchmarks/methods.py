@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import BENCHES, CHOSEN, FISHER_FILES, TRUE_FISHER_FILES, Bench, bench_parser, fisher_file, take_fisher
+from base_model import fisher_file, take_fisher
+from benches import BENCHES, CHOSEN, FISHER_FILES, TRUE_FISHER_FILES, Bench, bench_parser
 from common import ACCELERATOR, PLAIN, quiet
 from lightning.pytorch import Trainer
 from method_settings import (

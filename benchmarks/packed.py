@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from bench import Bench
+from benches import Bench
 from numpy.typing import NDArray
 
 from lightning_unlearn.evaluation import Run

@@ -23,25 +23,12 @@ from itertools import product
 from typing import Any
 
 import torch
-from bench import Bench, bench_parser
+from benches import Bench, bench_parser
 from common import quiet
 from judged import Half, evidence
 from matplotlib.figure import Figure
-from sweep import (
-    CENTRE,
-    DEFAULTS,
-    DEFAULTS_WHOLE,
-    HALFWAY,
-    PLAINLY,
-    TIMESTEPS,
-    Measured,
-    Reduced,
-    Unlearned,
-    measured,
-    must_be_measured,
-    rounded,
-    scores_of,
-)
+from sweep import Measured, measured, must_be_measured, rounded, scores_of
+from sweep_settings import CENTRE, DEFAULTS, DEFAULTS_WHOLE, HALFWAY, PLAINLY, TIMESTEPS, Reduced, Unlearned
 from torch import Tensor
 
 from lightning_unlearn.data.files import write_atomically

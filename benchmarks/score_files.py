@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from bench import CHOSEN, Bench
+from benches import CHOSEN, Bench
 from method_settings import SELECTIONS, SIZES, WITHOUT_WEIGHTS
 from torch import Tensor
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from bench import Bench
+from benches import Bench
 from shown import difference, shown
 
 from lightning_unlearn.evaluation.results import Value

@@ -19,7 +19,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from bench import Bench, bench_parser, measuring
+from benches import Bench, bench_parser, measuring
 from common import quiet
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from measured_together import Together

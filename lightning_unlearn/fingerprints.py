@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -88,3 +89,21 @@ def settings_digest(settings: Mapping[str, Any]) -> str:
         32 hexadecimal characters.
     """
     return digest(json.dumps(settings, sort_keys=True))
+
+
+def public_name(dotted: str) -> str:
+    """What a class is called in whatever is kept: one of this package by the package's name and its own.
+
+    Modules may move; a run, a Fisher or a study from before is still known.
+
+    Args:
+        dotted: A class's dotted name; any other text stays as it is.
+
+    Returns:
+        The name that it is kept by.
+
+    Example:
+        >>> public_name("lightning_unlearn.diffusion.objective.DenoisingObjective")
+        'lightning_unlearn.DenoisingObjective'
+    """
+    return re.sub(r"^lightning_unlearn\.(?:[a-z_]+\.)*([A-Z]\w*)$", r"lightning_unlearn.\1", dotted)

@@ -25,7 +25,7 @@ def test_wheel_holds_mapped_folders_types_configs_and_sample_data(wheel: zipfile
     names = set(wheel.namelist())
     for name in (
         "py.typed",
-        "report.html.jinja",
+        "report/report.html.jinja",
         "callbacks/fisher_accumulator.py",
         "datamodules/attribution.py",
         "datamodules/sample/model.safetensors",

@@ -120,8 +120,8 @@ def _how(query: Sample) -> tuple[int, int]:
     ):
         raise InputError(
             f"The query {query.key!r} can't be made again for JourneyTRAK: its json must have an integer seed and "
-            "steps, scheduler 'DDIMScheduler' and guidance 1.0, as lightning_unlearn.diffusion.sampling.how_generated writes "
-            "them; leave it out by query_keys, or choose another method."
+            "steps, scheduler 'DDIMScheduler' and guidance 1.0, as lightning_unlearn.diffusion.sampling.how_generated "
+            "writes them; leave it out by query_keys, or choose another method."
         )
     return seed, steps
 

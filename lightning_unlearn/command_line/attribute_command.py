@@ -1,110 +1,109 @@
-"""The commands that run a Trainer."""
+"""The main job: scores of all training images for queries, and the page that shows them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lightning_unlearn.baselines import Baseline
 from lightning_unlearn.callbacks import ScoreWriter
 from lightning_unlearn.command_line.command_parts import BARE, make_folder, many, say
+from lightning_unlearn.command_line.method_run import MethodRun
 from lightning_unlearn.command_line.quiet import quiet
 from lightning_unlearn.command_line.race_command import RaceRun, check_race
+from lightning_unlearn.command_line.run_report import write_report
 from lightning_unlearn.command_line.scoring_words import Announcer, targets_in_words, wait_for_scores
-from lightning_unlearn.command_line.trainer_cli import TrainerCLI, one_sentence
-from lightning_unlearn.data.samples import Sample
-from lightning_unlearn.data.shards import shard_id
+from lightning_unlearn.command_line.trainer_cli import TrainerCLI, attribution_parts, one_sentence
 from lightning_unlearn.datamodules import AttributionDataModule
-from lightning_unlearn.datamodules.reading import read_samples
-from lightning_unlearn.datamodules.sources import list_shards
 from lightning_unlearn.errors import InputError, some_of
-from lightning_unlearn.scores.files import read_scores
 from lightning_unlearn.scores.racing import Race
 from lightning_unlearn.scores.rules import RULES
 from lightning_unlearn.scores.table import ScoreTable
 from lightning_unlearn.unlearning.module import UnlearningModule
 from lightning_unlearn.weights.delta_files import read_deltas
 
-
-def fit(arguments: list[str]) -> None:
-    """Lightning's own ``fit``.
-
-    Args:
-        arguments: Options.
-    """
-    with quiet(), one_sentence():
-        TrainerCLI("fit", arguments, "Unlearn queries, or train a model: Lightning's fit.", run=True)
-
-
-def predict(arguments: list[str]) -> None:
-    """Lightning's own ``predict``.
-
-    Args:
-        arguments: Options.
-    """
-    # Predict writes no checkpoint, but has Lightning's callback for them.
-    with quiet("The dirpath has changed from"), one_sentence():
-        TrainerCLI("predict", arguments, "Score under the deltas of a checkpoint: Lightning's predict.", run=True)
+UNLEARNING = "unlearning"
+# What only unlearning has, with its defaults.
+OF_UNLEARNING: dict[str, Any] = {"rule": "ratio", "flips": "max", "keep_deviations": False, "race": None}
 
 
 def attribute(arguments: list[str]) -> None:
-    """Unlearn, score and report; what is done already is left as it is.
+    """Score all samples by a method, and report; what is done already is left as it is.
 
     Args:
         arguments: Options.
-
-    Raises:
-        InputError: If options contradict each other.
     """
 
     def options(parser: LightningArgumentParser) -> None:
         parser.add_argument(
+            "--method",
+            type=Baseline | Literal["unlearning"],
+            default=UNLEARNING,
+            help="How the samples are scored: unlearning, or another method, e.g. DTRAK.",
+        )
+        parser.add_argument(
             "--output", type=str, default="attribution", help="Folder of the run: deltas, scores, report."
         )
-        parser.add_argument(
-            "--rule", type=str, default="ratio", help=f"How deviations become a score: {' or '.join(RULES)}."
-        )
-        parser.add_argument(
-            "--flips", type=str, default="max", help="Which of both flips is a score's: the larger (max) or the mean."
-        )
-        parser.add_argument(
-            "--keep_deviations", type=bool, default=False, help="Keep the rule's value at each flip and draw as well."
-        )
-        parser.add_argument(
-            "--race", type=Race | None, default=None, help="Few views of all images, all views of the contenders alone."
-        )
         parser.add_argument("--top", type=int, default=12, help="How many images the report shows for each query.")
+        for name, kind, help_text in (
+            ("rule", str, f"How deviations become a score: {' or '.join(RULES)}."),
+            ("flips", str, "Which of both flips is a score's: the larger (max) or the mean."),
+            ("keep_deviations", bool, "Keep the rule's value at each flip and draw as well."),
+            ("race", Race | None, "Few views of all images, all views of the contenders alone."),
+        ):
+            parser.add_argument(f"--{name}", type=kind, default=OF_UNLEARNING[name], help=help_text)
 
     description = (
-        "Unlearn queries, score all training images, and write a report; what is done already is left as it is."
+        "Score all training images for queries, and write a report; what is done already is left as it is. "
+        "The options rule, flips, keep_deviations and race are for unlearning."
     )
     with quiet(steps=True), one_sentence():
         cli = TrainerCLI("attribute", arguments, description, options, **BARE)
         module, data, trainer = attribution_parts(cli)
-        output, race = Path(cli.config.output), cli.config_init["race"]
-        if race is not None:
-            check_race(race, module, data, output)
-            if cli.config.keep_deviations:
-                raise InputError("A race's table has scores of few and of all views; leave keep_deviations out.")
-        make_folder(output)
-        # Before the progress bar, so that a folder of another run is refused and the step announced before it is drawn.
-        writer = ScoreWriter(
-            str(output), cli.config.rule, data.on_bad_sample, cli.config.flips, cli.config.keep_deviations
-        )
-        trainer.callbacks[:0] = [writer, Announcer(output)]  # type: ignore[attr-defined]
-        deltas = output / "deltas.ckpt"
-        if not _is_unlearned(deltas, module, data, trainer):
-            trainer.fit(module, data)
-            _save(trainer, deltas)
-        if race is not None:
-            RaceRun(race, module, data, trainer, output, deltas).run()
+        output, method = Path(cli.config.output), cli.config_init["method"]
+        if isinstance(method, Baseline):
+            _refuse_options_of_unlearning(cli, method)
+            MethodRun(method, module, data, trainer, output).run()
         else:
-            trainer.predict(module, data, return_predictions=False, ckpt_path=str(deltas))
+            _unlearn_and_score(cli, module, data, trainer, output)
         if trainer.is_global_zero:
-            wait_for_scores(output)
             _name_unscored(data, write_report(output, cli.config.top, allow_pipe=data.allow_pipe))
+
+
+def _refuse_options_of_unlearning(cli: TrainerCLI, method: Baseline) -> None:
+    given = [f"--{name}" for name, default in OF_UNLEARNING.items() if cli.config[name] != default]
+    if given:
+        raise InputError(
+            f"{', '.join(given)} {'is' if len(given) == 1 else 'are'} for unlearning, and {method.name} has nothing "
+            "of the kind; leave it out, or take --method unlearning."
+        )
+
+
+def _unlearn_and_score(
+    cli: TrainerCLI, module: UnlearningModule, data: AttributionDataModule, trainer: Trainer, output: Path
+) -> None:
+    race = cli.config_init["race"]
+    if race is not None:
+        check_race(race, module, data, output)
+        if cli.config.keep_deviations:
+            raise InputError("A race's table has scores of few and of all views; leave keep_deviations out.")
+    make_folder(output)
+    # Before the progress bar, so that a folder of another run is refused and the step announced before it is drawn.
+    writer = ScoreWriter(str(output), cli.config.rule, data.on_bad_sample, cli.config.flips, cli.config.keep_deviations)
+    trainer.callbacks[:0] = [writer, Announcer(output)]  # type: ignore[attr-defined]
+    deltas = output / "deltas.ckpt"
+    if not _is_unlearned(deltas, module, data, trainer):
+        trainer.fit(module, data)
+        _save(trainer, deltas)
+    if race is not None:
+        RaceRun(race, module, data, trainer, output, deltas).run()
+    else:
+        trainer.predict(module, data, return_predictions=False, ckpt_path=str(deltas))
+    if trainer.is_global_zero:
+        wait_for_scores(output)
 
 
 def _name_unscored(data: AttributionDataModule, table: ScoreTable) -> None:
@@ -113,26 +112,6 @@ def _name_unscored(data: AttributionDataModule, table: ScoreTable) -> None:
     if unscored:
         named = some_of([repr(key) for key in unscored])
         say(f"{many(len(unscored), 'chosen sample')} without a score, in no shard or left out as bad: {named}.")
-
-
-def attribution_parts(cli: TrainerCLI) -> tuple[UnlearningModule, AttributionDataModule, Trainer]:
-    """What the config of an attribution holds.
-
-    Args:
-        cli: After its classes are made.
-
-    Returns:
-        Model, data and Trainer.
-
-    Raises:
-        InputError: If it is the config of something else.
-    """
-    if not isinstance(cli.model, UnlearningModule) or not isinstance(cli.datamodule, AttributionDataModule):
-        raise InputError(
-            "This command takes an UnlearningModule as model and an AttributionDataModule as data, "
-            f"not {type(cli.model).__name__} and {type(cli.datamodule).__name__}; start from configs/sample.yaml."
-        )
-    return cli.model, cli.datamodule, cli.trainer
 
 
 def _save(trainer: Trainer, path: Path) -> None:
@@ -165,43 +144,3 @@ def _is_unlearned(path: Path, module: UnlearningModule, data: AttributionDataMod
         )
     say(f"{targets_in_words(data)} unlearned already, in {path}.")
     return True
-
-
-def write_report(folder: Path, top: int, *, allow_pipe: bool = False) -> ScoreTable:
-    """Write ``report.html`` of a run and print its path.
-
-    Args:
-        folder: The run's folder.
-        top: How many images are shown for each query.
-        allow_pipe: Whether shards may be commands.
-
-    Returns:
-        The run's scores.
-    """
-    from lightning_unlearn.report.report import shown_queries
-    from lightning_unlearn.report.report import write_report as write
-
-    table = read_scores(folder)
-    shown = {key for target in table.queries for key in shown_queries(table, target)}
-    queries = [
-        sample
-        for shard in list_shards(table.run["query_shards"], allow_pipe=allow_pipe)
-        for sample in read_samples(shard, pictures=True, masks=True)
-        if sample.key in shown
-    ]
-    urls = [info["url"] for info in table.run["shards"].values()]
-
-    def pictures(keys: Sequence[str]) -> Mapping[str, Sample]:
-        wanted = set(keys)
-        shards = {shard for key, shard in zip(table.keys, table.shards, strict=True) if key in wanted}
-        return {
-            sample.key: sample
-            for shard in list_shards(urls, allow_pipe=allow_pipe)
-            if shard_id(shard.url) in shards
-            for sample in read_samples(shard, pictures=True)
-            if sample.key in wanted
-        }
-
-    path = write(folder / "report.html", table, queries, pictures, top)
-    say(f"Report: {path}")
-    return table

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import lightning_unlearn
 from lightning_unlearn.errors import InputError
@@ -19,11 +18,10 @@ usage: lightning-unlearn COMMAND [--config FILE] [--print_config] [options]
 Which training images made this picture possible?
 
 commands:
-  attribute   unlearn queries, score all training images, write a report: the main job
+  attribute   score all training images for queries, by unlearning or another --method, and write a report: the main job
   fit         unlearn queries (or train a model): Lightning's fit
   predict     score training images under the deltas of a checkpoint: Lightning's predict
   fisher      take the Fisher of a trained model, by passes over its training shards
-  baseline    score all training images by a rival method, e.g. --method DTRAK
   evaluate    train again without the images that methods name, and see whether the model can still make the picture
   race        choose the samples that a race of several `predict`s goes on with, or write its table
   report      write the report of a finished run again
@@ -31,18 +29,17 @@ commands:
 
 `lightning-unlearn COMMAND --help` lists a command's options. Ready configs: {configs}.
 """
-# Each command is the function of its name in a module of this package, which is imported only then.
-COMMANDS = {
-    "attribute": "attribute_command",
-    "fit": "attribute_command",
-    "predict": "attribute_command",
-    "fisher": "fisher_command",
-    "baseline": "baseline_command",
-    "evaluate": "evaluate_command",
-    "race": "race_command",
-    "report": "cli",
-    "prepare": "cli",
-}
+# Each command is the function of its name in the module `NAME_command`, which is imported only then.
+COMMANDS = (
+    "attribute",
+    "fit",
+    "predict",
+    "fisher",
+    "evaluate",
+    "race",
+    "report",
+    "prepare",
+)
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -100,7 +97,7 @@ def _environment() -> Iterator[None]:
 
 
 def _run(command: str, arguments: list[str]) -> None:
-    module = import_module(f"lightning_unlearn.command_line.{COMMANDS[command]}")
+    module = import_module(f"lightning_unlearn.command_line.{command}_command")
     getattr(module, command)(arguments)
 
 
@@ -138,60 +135,3 @@ def _find_configs(arguments: list[str]) -> list[str]:
         if name is not None and ready is not None and not Path(name).exists() and ready.is_file():
             found[place] = word.removesuffix(name) + str(ready)
     return found
-
-
-def report(arguments: list[str]) -> None:
-    """Write a finished run's report.
-
-    Args:
-        arguments: Options.
-    """
-    parser = plain_parser("report", "Write the report of a finished run again.")
-    parser.add_argument("--folder", type=str, default="attribution", help="The run's folder.")
-    parser.add_argument("--top", type=int, default=12, help="How many images are shown for each query.")
-    parser.add_argument("--allow_pipe", type=bool, default=False, help="Whether shards may be commands (`pipe:`).")
-    config = parser.parse_args(arguments)
-
-    from lightning_unlearn.command_line.attribute_command import write_report
-    from lightning_unlearn.command_line.quiet import quiet
-
-    with quiet():
-        write_report(Path(config.folder), config.top, allow_pipe=config.allow_pipe)
-
-
-def prepare(arguments: list[str]) -> None:
-    """Make shards.
-
-    Args:
-        arguments: Options.
-    """
-    from lightning_unlearn.preparation import prepare as run
-
-    parser = plain_parser("prepare", "Images and captions, or ready latents and embeddings, to shards.")
-    parser.add_function_arguments(run)
-    config = parser.parse_args(arguments)
-    config.pop("config", None)
-    shards = run(**parser.instantiate_classes(config).as_dict())
-    print(f"{sum(shard.samples or 0 for shard in shards)} samples in {len(shards)} shards written to {config.output}.")
-
-
-def plain_parser(command: str, description: str) -> Any:
-    """The parser of a command that takes no LightningModule.
-
-    Args:
-        command: Its name.
-        description: What it does, for ``--help``.
-
-    Returns:
-        A jsonargparse parser.
-    """
-    from jsonargparse import ArgumentParser
-
-    from lightning_unlearn.command_line.usage import OneSentence
-
-    class Parser(OneSentence, ArgumentParser):
-        pass
-
-    parser = Parser(prog=f"lightning-unlearn {command}", description=description, parser_mode="omegaconf")
-    parser.add_argument("-c", "--config", action="config", help="A YAML file of options.")
-    return parser

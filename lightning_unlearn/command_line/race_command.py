@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 
 from lightning_unlearn.callbacks import ScoreWriter
 from lightning_unlearn.command_line.command_parts import many, say
+from lightning_unlearn.command_line.plain_parser import plain_parser
 from lightning_unlearn.command_line.scoring_words import Announcer, wait_for_scores
 from lightning_unlearn.data.files import write_atomically
 from lightning_unlearn.datamodules import AttributionDataModule
@@ -140,8 +141,6 @@ def race(arguments: list[str]) -> None:
     Raises:
         InputError: If the first stage is missing.
     """
-    from lightning_unlearn.command_line.cli import plain_parser
-
     parser = plain_parser("race", "Choose the samples that a race goes on with, or write its table.")
     parser.add_argument(
         "--output", type=str, default="attribution", help="Folder of the run; its race/ has the stages."

@@ -18,6 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning_unlearn import callbacks, datamodules, training  # noqa: F401
 from lightning_unlearn.baselines import Baseline
 from lightning_unlearn.command_line.usage import OneSentence
+from lightning_unlearn.datamodules import AttributionDataModule
 from lightning_unlearn.diffusion.loading import read_checkpoint
 from lightning_unlearn.diffusion.objective import Objective
 from lightning_unlearn.errors import InputError
@@ -174,6 +175,26 @@ class TrainerCLI(LightningCLI):
                 read_deltas(str(path), finished=self.command != "fit")
             else:
                 read_checkpoint(str(path))
+
+
+def attribution_parts(cli: TrainerCLI) -> tuple[UnlearningModule, AttributionDataModule, Trainer]:
+    """What the config of an attribution holds.
+
+    Args:
+        cli: After its classes are made.
+
+    Returns:
+        Model, data and Trainer.
+
+    Raises:
+        InputError: If it is the config of something else.
+    """
+    if not isinstance(cli.model, UnlearningModule) or not isinstance(cli.datamodule, AttributionDataModule):
+        raise InputError(
+            "This command takes an UnlearningModule as model and an AttributionDataModule as data, "
+            f"not {type(cli.model).__name__} and {type(cli.datamodule).__name__}; start from configs/sample.yaml."
+        )
+    return cli.model, cli.datamodule, cli.trainer
 
 
 def _innermost(error: Exception) -> str:

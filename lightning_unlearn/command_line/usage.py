@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 
 from omegaconf.errors import OmegaConfBaseException
 
+# Whose classes are named to whoever asks for one that is none.
+PACKAGE = "lightning_unlearn."
 # What jsonargparse says around the reason.
 _AROUND = (
     "Does not validate against",
@@ -19,6 +21,8 @@ _AROUND = (
     "Problem with given class_path",
     "Expected a <class 'NoneType'>",
     "Expected a path but",
+    # A word that an option takes beside the names of classes.
+    "Expected a typing.Literal['unlearning']",
     "object_type=",
 )
 # How it says that a name is no class's.
@@ -66,7 +70,7 @@ def _known(base: type) -> list[str]:
     """The classes of this package that derive from a class, in the order of the alphabet."""
     derived: list[type] = base.__subclasses__()
     found = [name for one in derived for name in _known(one)]
-    named = base.__module__.startswith(__package__) and not base.__name__.startswith("_")
+    named = base.__module__.startswith(PACKAGE) and not base.__name__.startswith("_")
     return sorted({*found, *([base.__name__] if named and not inspect.isabstract(base) else [])})
 
 

@@ -14,6 +14,7 @@ from lightning_unlearn.diffusion.families import family_of
 from lightning_unlearn.diffusion.mean_errors import drawn_error, mean_error
 from lightning_unlearn.diffusion.noise_schedule import load_scheduler
 from lightning_unlearn.errors import InputError
+from lightning_unlearn.fingerprints import public_name
 
 __all__ = [
     "DenoisingObjective",
@@ -95,7 +96,7 @@ class Objective(ABC):
             or lists of them.
         """
         plain = {name: value for name, value in vars(self).items() if _is_plain(value)}
-        return {"class": f"{type(self).__module__}.{type(self).__qualname__}", **plain}
+        return {"class": public_name(f"{type(self).__module__}.{type(self).__qualname__}"), **plain}
 
 
 def _is_plain(value: Any) -> bool:

@@ -231,9 +231,9 @@ def customise(
 def undone(network: nn.Module, layers: Mapping[str, nn.Module], before: Mapping[str, Tensor]) -> DeltaStore:
     """The delta that leads from a customised model back to the weights before.
 
-    With :func:`~lightning_unlearn.unlearning.scoring.measure_losses` it gives the losses of any candidates as they were before
-    customising: a candidate whose loss rises by going back is one that the customised model learned. It is of the
-    model, not of a picture: all pictures that the model makes get the same scores.
+    With :func:`~lightning_unlearn.unlearning.scoring.measure_losses` it gives the losses of any candidates as they were
+    before customising: a candidate whose loss rises by going back is one that the customised model learned. It is of
+    the model, not of a picture: all pictures that the model makes get the same scores.
 
     Args:
         network: The customised network.

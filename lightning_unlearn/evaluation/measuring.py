@@ -48,9 +48,10 @@ class Measuring:
     """Measures a network on queries; the draws are a function of the seed and the query's key.
 
     Args:
-        queries: The queries; those whose json says that and how :func:`~lightning_unlearn.diffusion.sampling.generate` made them
-            (``seed``, ``steps``; neither another scheduler nor guidance) are generated again. Of one with a mask the
-            loss is that of its region, while pictures are compared whole.
+        queries: The queries; those whose json says that and how
+            :func:`~lightning_unlearn.diffusion.sampling.generate` made them (``seed``, ``steps``; neither another
+            scheduler nor guidance) are generated again. Of one with a mask the loss is that of its region, while
+            pictures are compared whole.
         draws: (timestep, noise) pairs over which a query's loss is the mean, a multiple of 10.
         seed: Of the draws, which come from a stream of their own.
         batch_size: Draws a forward pass.

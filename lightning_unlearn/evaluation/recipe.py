@@ -9,7 +9,7 @@ from pydoc import locate
 from typing import Any
 
 from lightning_unlearn.data.shards import ShardInfo
-from lightning_unlearn.fingerprints import digest
+from lightning_unlearn.fingerprints import digest, public_name
 
 # Settings of a Trainer and of data that say where and how fast, not what.
 TRAINER_WHERE = frozenset(
@@ -81,7 +81,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(part) for part in value]
     if isinstance(value, str):
-        return _on_disk(value) or value
+        return _on_disk(value) or public_name(value)
     return value if value is None or isinstance(value, bool | int | float) else str(value)
 
 

@@ -16,6 +16,7 @@ from lightning_unlearn.data.files import write_atomically
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.evaluation.measuring import Outcome, outcome_fields
 from lightning_unlearn.evaluation.runs import Run
+from lightning_unlearn.fingerprints import public_name
 
 STUDY_FILE = "study.json"
 MODELS = "models"
@@ -223,6 +224,8 @@ def differences(ours: Any, theirs: Any, name: str = "") -> list[str]:
         inner = sorted(ours.keys() | theirs.keys())
         parts = [differences(ours.get(key), theirs.get(key), f"{name}.{key}" if name else key) for key in inner]
         return [found for part in parts for found in part]
+    if isinstance(ours, str) and isinstance(theirs, str):
+        return [] if public_name(ours) == public_name(theirs) else [name]
     return [] if ours == theirs else [name]
 
 

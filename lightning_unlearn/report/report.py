@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,9 +22,6 @@ from lightning_unlearn.errors import InputError
 from lightning_unlearn.report.figures import Floats, Picture, histogram, picture_of, power_of_ten
 from lightning_unlearn.scores.race_folder import outcome
 from lightning_unlearn.scores.table import ScoreTable
-
-if TYPE_CHECKING:
-    pass
 
 Rows = NDArray[np.intp]
 

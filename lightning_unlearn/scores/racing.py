@@ -9,8 +9,8 @@ two rounds: the *leaders* first, twice the wanted number of each query by their 
     u_i = s_i + t_{ν_i}\!\left(\tfrac{1 - c}{K}\right) \hat σ_i \;\ge\; τ,
 
 for any query. :math:`s_i` is a sample's score by the few views, :math:`\hat σ_i` its standard error from the scatter of
-its own views and :math:`ν_i` its degrees of freedom (:mod:`~lightning_unlearn.scores.firmness`), :math:`K` is ``top`` and
-:math:`c` the ``confidence``.
+its own views and :math:`ν_i` its degrees of freedom (:mod:`~lightning_unlearn.scores.firmness`), :math:`K` is ``top``
+and :math:`c` the ``confidence``.
 
 **What is assumed.** For each of a query's K best samples by all views, the score by all views lies above :math:`u_i`
 with a probability of at most :math:`(1 - c)/K`: so it is if the values of its few views scatter about the score by all

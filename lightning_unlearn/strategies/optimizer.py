@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_unlearn.errors import InputError
+from lightning_unlearn.fingerprints import public_name
 from lightning_unlearn.fisher import Fisher
 from lightning_unlearn.strategies.base import Deltas, Problem
 
@@ -196,4 +197,4 @@ def optimizer_settings(optimizer: OptimizerFactory) -> dict[str, Any]:
         name: value if isinstance(value, bool | int | float | str | list | None) else str(value)
         for name, value in arguments.items()
     }
-    return {"class": f"{type(made).__module__}.{type(made).__qualname__}", **plain}
+    return {"class": public_name(f"{type(made).__module__}.{type(made).__qualname__}"), **plain}

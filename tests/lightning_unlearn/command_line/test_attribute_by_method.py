@@ -1,4 +1,4 @@
-"""``lightning-unlearn baseline`` on toy shards and a toy YAML, as a user runs it."""
+"""``lightning-unlearn attribute --method ...`` on toy shards and a toy YAML, as a user runs it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def config(tmp_path: Path) -> str:
 
 
 def score(config: str, folder: Path, *options: str) -> ScoreTable:
-    run("baseline", "--config", config, "--output", folder, *options, *QUIET)
+    run("attribute", "--config", config, "--output", folder, *options, *QUIET)
     return read_scores(folder)
 
 
@@ -51,7 +51,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     """The one sentence that a command ends with."""
     capsys.readouterr()
     try:
-        status = main(["baseline", *map(str, arguments), *QUIET])
+        status = main(["attribute", *map(str, arguments), *QUIET])
     except SystemExit as left:
         status = int(left.code or 0)
     assert status in (1, 2)
@@ -127,7 +127,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_run_is_recorded_as_scoring_records_it(finished: Path) -> None:
     settings = json.loads((finished / "run.json").read_text())
-    assert {path.name for path in finished.iterdir()} == {"run.json", "scores"}
+    assert {path.name for path in finished.iterdir()} == {"report.html", "run.json", "scores"}
     assert len(settings["shards"]) == len(done_shards(finished)) == SHARDS
     assert settings["views"]["timesteps"] == 2
     assert settings["seconds"] > 0
@@ -163,10 +163,14 @@ def test_finished_run_is_left_as_it_is(
     finished: Path, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(finished, tmp_path / "run")
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    # The page is made anew, as that of unlearning.
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != "report.html"]
+    before = {path: path.stat().st_mtime_ns for path in files}
+    page = (tmp_path / "run" / "report.html").read_bytes()
     score(config, tmp_path / "run", "--method", "DTRAK")
     assert "All shards are scored already" in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in files} == before
+    assert (tmp_path / "run" / "report.html").read_bytes() == page
 
 
 def test_run_that_was_cut_short_is_finished(finished: Path, config: str, tmp_path: Path) -> None:
@@ -279,7 +283,7 @@ def test_scores_that_are_not_finite_are_refused(
         (["--method", "Influence", "--model.init_args.fisher", "null"], "A Fisher is needed"),
         (["--method", "JourneyTRAK"], "'query-00000' can't be made again for JourneyTRAK"),
         (["--method", "EAK"], "There is no class EAK; take DAS, DTRAK, EncoderSimilarity, "),
-        ([], "method"),
+        (["--method", "DTRAK", "--rule", "difference"], "--rule is for unlearning, and d_trak has nothing of the kind"),
     ],
     ids=str,
 )
@@ -333,10 +337,10 @@ def test_query_without_a_flip_is_one_sentence_before_samples_are_measured_where_
 
 
 def test_bar_counts_samples(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run("baseline", "--config", config, "--output", tmp_path / "run", "--method", "PixelSimilarity")
+    run("attribute", "--config", config, "--output", tmp_path / "run", "--method", "PixelSimilarity")
     out = capsys.readouterr().out
     assert f"{SAMPLES}/{SAMPLES}" in out
     assert "Scoring by pixel_similarity on cpu" in out
-    assert f"{SAMPLES} samples scored into {tmp_path / 'run' / 'scores'}; `lightning-unlearn report --folder " in out
+    assert f"{SAMPLES} samples scored into {tmp_path / 'run' / 'scores'}.\n" in out
     run("report", "--folder", tmp_path / "run")
     assert (tmp_path / "run" / "report.html").is_file()

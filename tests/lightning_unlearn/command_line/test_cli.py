@@ -272,7 +272,7 @@ def test_interrupt_ends_without_a_stack_trace(ends: Ends, config: str, monkeypat
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lightning_unlearn.command_line.cli.report", interrupted)
+    monkeypatch.setattr("lightning_unlearn.command_line.report_command.report", interrupted)
     assert ends("report") == (130, "", "lightning-unlearn: stopped.\n")
 
 

@@ -29,7 +29,7 @@ TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
 # Advice on loaders and steps is Lightning's to give where a test makes a Trainer itself.
 pytestmark = pytest.mark.filterwarnings("ignore:.*(many workers|eval mode|max_epochs|LeafSpec|returned `None`).*")
 
-OBJECTIVE = "from lightning_unlearn.diffusion.objective import DenoisingObjective\n\n\nclass Mine(DenoisingObjective):\n    pass\n"
+OBJECTIVE = "from lightning_unlearn import DenoisingObjective\n\n\nclass Mine(DenoisingObjective):\n    pass\n"
 
 
 def test_attribute_in_two_processes_gives_the_same_scores_and_says_everything_once(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The command that scores training images by a rival method, into the same table as our own."""
+"""One run of a method other than unlearning, into the same table as that of unlearning."""
 
 from __future__ import annotations
 
@@ -10,16 +10,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.cli import LightningArgumentParser
 from torch import Tensor
 from tqdm import tqdm
 
 from lightning_unlearn.baselines import Baseline, Subject
 from lightning_unlearn.baselines.gradients import check_query_views
-from lightning_unlearn.command_line.attribute_command import attribution_parts
-from lightning_unlearn.command_line.command_parts import BARE, make_folder, say
-from lightning_unlearn.command_line.quiet import quiet
-from lightning_unlearn.command_line.trainer_cli import TrainerCLI, one_sentence
+from lightning_unlearn.command_line.command_parts import make_folder, say
 from lightning_unlearn.data.samples import Sample, SampleBatch, named_arrays
 from lightning_unlearn.data.shards import shard_id
 from lightning_unlearn.datamodules import AttributionDataModule
@@ -34,25 +30,7 @@ from lightning_unlearn.weights.deltas import DeltaStore
 from lightning_unlearn.weights.precision import ExactFloat32
 
 
-def baseline(arguments: list[str]) -> None:
-    """Score by a rival method.
-
-    Args:
-        arguments: Options.
-    """
-
-    def options(parser: LightningArgumentParser) -> None:
-        parser.add_argument("--method", type=Baseline, required=True, help="A rival method, e.g. DTRAK.")
-        parser.add_argument("--output", type=str, default="baseline", help="Folder of the run: its scores.")
-
-    description = "Score all training images by a rival method, into the same table as attribute does."
-    with quiet(steps=True), one_sentence():
-        cli = TrainerCLI("baseline", arguments, description, options, **BARE)
-        module, data, trainer = attribution_parts(cli)
-        BaselineRun(cli.config_init.method, module, data, trainer, Path(cli.config.output)).run()
-
-
-class BaselineRun:
+class MethodRun:
     """One run of a method over all shards; its scores are written when all of them are known.
 
     Methods compare samples with one another, so a shard that can't be read ends the run, and a run that was cut short
@@ -74,11 +52,13 @@ class BaselineRun:
     ) -> None:
         if trainer.world_size > 1:
             raise InputError(
-                f"A baseline compares all samples in one process, but the Trainer has {trainer.world_size}; set "
+                f"{method.name} compares all samples in one process, but the Trainer has {trainer.world_size}; set "
                 "trainer.devices to 1."
             )
         if trainer.precision != "32-true":
-            raise InputError(f"A baseline is computed in precision 32-true, not in {trainer.precision}; leave it out.")
+            raise InputError(
+                f"{method.name} is computed in precision 32-true, not in {trainer.precision}; leave it out."
+            )
         self.method = method
         self.module = module
         self.data = data
@@ -128,19 +108,20 @@ class BaselineRun:
         write_run(self.folder, content)
         if self.skipped:
             say(f"{self.skipped} bad samples were left out.")
-        say(
-            f"{len(keys)} samples scored into {shard_path(self.folder, '*').parent}; "
-            f"`lightning-unlearn report --folder {self.folder}` makes their page."
-        )
+        say(f"{len(keys)} samples scored into {shard_path(self.folder, '*').parent}.")
 
     def _check_queries(self) -> None:
         """Refuse sets and regions, of which methods know nothing, and queries without the views that they need."""
         if self.data.targets_by is not None:
-            raise InputError("A baseline scores each query by itself, not sets of them; leave targets_by out.")
+            raise InputError(
+                f"{self.method.name} scores each query by itself, not sets of them; leave targets_by out, or take "
+                "--method unlearning."
+            )
         masked = [query.key for query in self.data.queries if query.mask is not None]
         if masked:
             raise InputError(
-                f"A baseline looks at whole pictures, but the query {masked[0]!r} has a mask; leave the mask out."
+                f"{self.method.name} looks at whole pictures, but the query {masked[0]!r} has a mask; leave the mask "
+                "out, or take --method unlearning."
             )
         if self.method.needs_query_views:
             check_query_views(self.data.queries, self.module.views)
