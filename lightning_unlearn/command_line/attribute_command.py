@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from lightning_unlearn.errors import InputError, some_of
 from lightning_unlearn.scores.racing import Race
 from lightning_unlearn.scores.rules import RULES
 from lightning_unlearn.scores.table import ScoreTable
+from lightning_unlearn.unlearning.guards import check_processes
 from lightning_unlearn.unlearning.module import UnlearningModule
 from lightning_unlearn.weights.delta_files import read_deltas
 
@@ -90,6 +92,7 @@ def _unlearn_and_score(
         check_race(race, module, data, output)
         if cli.config.keep_deviations:
             raise InputError("A race's table has scores of few and of all views; leave keep_deviations out.")
+    check_processes(trainer)
     make_folder(output)
     # Before the progress bar, so that a folder of another run is refused and the step announced before it is drawn.
     writer = ScoreWriter(str(output), cli.config.rule, data.on_bad_sample, cli.config.flips, cli.config.keep_deviations)
@@ -116,10 +119,12 @@ def _name_unscored(data: AttributionDataModule, table: ScoreTable) -> None:
 
 def _save(trainer: Trainer, path: Path) -> None:
     try:
+        if not path.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "the folder was removed while the run went on")
         trainer.save_checkpoint(path, weights_only=False)
     except OSError as error:
         raise InputError(
-            f"The deltas can't be written to {path} ({error.strerror}); free the disk and run again."
+            f"The deltas can't be written to {path} ({error.strerror}); see to the disk and run again."
         ) from None
     say(f"Deltas: {path}")
 
