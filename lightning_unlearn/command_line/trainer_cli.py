@@ -125,7 +125,7 @@ class TrainerCLI(LightningCLI):
             InputError: If the seed is none that NumPy takes.
         """
         self.config = parser.parse_args(args)
-        seed = self._get(self.config, "seed_everything")
+        seed = (self.config.get(self.command) or self.config).get("seed_everything")
         if not isinstance(seed, bool | None) and not 0 <= seed < 2**32:
             raise InputError(f"seed_everything must be from 0 to {2**32 - 1}, but is {seed}; choose another.")
 

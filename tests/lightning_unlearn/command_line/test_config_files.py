@@ -26,10 +26,12 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("command", ["attribute", "fit", "evaluate"])
-@pytest.mark.parametrize("name", FILES)
+OF_OTHERS = [("fit", "a negative seed"), ("fit", "utf-16"), ("evaluate", "a large seed"), ("race", "a list 2,000 deep")]
+
+
+@pytest.mark.parametrize(("command", "name"), [*(("attribute", name) for name in FILES), *OF_OTHERS])
 def test_config_that_is_none_is_one_sentence(
-    name: str, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    command: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TOYS", str(toy_folder()))
     monkeypatch.chdir(tmp_path)
