@@ -131,12 +131,12 @@ def json_with_digest(content: Mapping[str, Any]) -> bytes:
     return json.dumps(plain, indent=1, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
 
 
-def read_json(path: Path, what: str, remedy: str) -> dict[str, Any]:
+def read_json(path: Path, otherwise: str, remedy: str) -> dict[str, Any]:
     """A JSON file of ours, of which it is certain that nobody altered it if it was written with a digest.
 
     Args:
         path: The file.
-        what: It is to be, with its article.
+        otherwise: What it is if it is no such file, e.g. "is damaged".
         remedy: What to do if it is not, as the end of a sentence.
 
     Returns:
@@ -150,9 +150,9 @@ def read_json(path: Path, what: str, remedy: str) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"{path} can't be read ({error.strerror}); {remedy}.") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not {what} ({type(error).__name__}); {remedy}.") from None
+        raise InputError(f"{path} {otherwise} ({type(error).__name__}); {remedy}.") from None
     if not isinstance(content, dict):
-        raise InputError(f"{path} is not {what} ({type(content).__name__}); {remedy}.")
+        raise InputError(f"{path} {otherwise} ({type(content).__name__}); {remedy}.")
     known = content.get("digest")
     rest = {name: value for name, value in content.items() if name != "digest"}
     if ("format" in content or known is not None) and known != _digest(rest):

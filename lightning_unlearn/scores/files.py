@@ -82,7 +82,7 @@ def read_run(folder: str | Path) -> dict[str, Any] | None:
     path = Path(folder) / RUN_FILE
     if not path.is_file():
         return None
-    run = read_json(path, "the record of a run", "score into another folder")
+    run = read_json(path, "is not the record of a run", "score into another folder")
     if not _is_record(run):
         raise InputError(f"{path} is not the record of a run (what it says is not whole); score into another folder.")
     return run
@@ -223,6 +223,6 @@ def _why(note: Path) -> str:
     if not note.is_file():
         return ""
     try:
-        return f" ({read_json(note, 'a note', 'run the same command again')['error']})"
+        return f" ({read_json(note, 'is no note', 'run the same command again')['error']})"
     except (InputError, KeyError):
         return " (its note can't be read)"

@@ -110,7 +110,7 @@ OBJECTS = st.dictionaries(st.text().filter(lambda name: name not in ("format", "
 
 
 def read(path: Path) -> dict[str, Any]:
-    return read_json(path, "a note", "write it again")
+    return read_json(path, "is not a note", "write it again")
 
 
 def read_or_said(path: Path) -> dict[str, Any] | str:
