@@ -27,7 +27,7 @@ from packed import open_study
 from sweep_settings import CENTRE, PLAINLY, TIMESTEPS, WHOLE, Reduced, Unlearned, changed, variants
 from torch import Tensor, nn
 
-from lightning_unlearn.data.shards import write_atomically
+from lightning_unlearn.data.files import write_atomically
 from lightning_unlearn.draws.views import Views
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.evaluation.judging import scores_of as kept_scores

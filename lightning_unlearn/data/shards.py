@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import webdataset
 
+from lightning_unlearn.data.files import write_atomically
 from lightning_unlearn.data.masks import MASK_FIELD
 from lightning_unlearn.fingerprints import digest
 
@@ -61,22 +62,6 @@ def shard_id(url: str) -> str:
     address = url if "://" in url or url.startswith("pipe:") else str(Path(url).resolve())
     stem = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in Path(url).name.split(".")[0])
     return f"{stem[:64]}-{digest(address)[:16]}"
-
-
-def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file whole or not at all: under a temporary name in the same folder, then renamed.
-
-    Args:
-        path: The file.
-        content: Its bytes.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def npy_bytes(array: np.ndarray[Any, Any]) -> bytes:

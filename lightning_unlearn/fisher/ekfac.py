@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.fisher.base import Fisher, accumulate
+from lightning_unlearn.fisher.base import Fisher
 from lightning_unlearn.fisher.diagonal import sum_of_squares
 from lightning_unlearn.fisher.kronecker import (
     eigenvectors,
@@ -21,6 +21,7 @@ from lightning_unlearn.fisher.kronecker import (
     refuse_what_does_not_fit,
     with_ones,
 )
+from lightning_unlearn.fisher.sums import accumulate
 from lightning_unlearn.weights.capture import CapturedLayer
 from lightning_unlearn.weights.parameters import LayerSpec
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_unlearn.data.files import write_atomically
 from lightning_unlearn.data.samples import Sample
-from lightning_unlearn.data.shards import write_atomically
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.report.figures import Floats, Picture, histogram, picture_of, power_of_ten
 from lightning_unlearn.report.words import duration, flatten, number, share

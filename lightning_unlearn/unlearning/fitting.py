@@ -19,7 +19,7 @@ from lightning_unlearn.fisher.source import find_fisher
 from lightning_unlearn.strategies import Problem, Strategy
 from lightning_unlearn.unlearning.fixed_draws import FixedDraws, draw_losses
 from lightning_unlearn.unlearning.frozen import FrozenModule
-from lightning_unlearn.unlearning.guards import check_needs, check_precision, check_unlearning
+from lightning_unlearn.unlearning.guards import check_needs, check_precision, check_unlearning, set_steps
 from lightning_unlearn.unlearning.provenance import fisher_digest, unlearning_digest
 from lightning_unlearn.weights.deltas import DeltaStore, target_weights
 from lightning_unlearn.weights.parameters import layer_parameters, layer_specs
@@ -112,11 +112,10 @@ class Unlearning(FrozenModule):
         # The network is in eval mode on purpose.
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
         # What an earlier fit of this module left; a checkpoint, if there is one, is loaded after this.
-        self._problem, self._fixed, self.results = None, None, {}
+        self._problem, self._fixed, self.results, self.unfinished = None, None, {}, True
         self._fingerprints = {}
         self.weights_fingerprint()  # before the Trainer's precision converts them
-        self.trainer.fit_loop.max_epochs = self.strategy.steps
-        self.trainer.fit_loop.epoch_loop.max_steps = -1
+        set_steps(self.trainer, self.strategy)
 
     def on_fit_start(self) -> None:
         """Load the Fisher, see that it is this network's, and set up the problem.
@@ -274,7 +273,20 @@ class Unlearning(FrozenModule):
                 )
             self.results[target] = result
             self.log_dict({f"{name}/{target}": value for name, value in result.items()}, rank_zero_only=True)
+        self.unfinished = not (self.strategy.finished or self.trainer.global_step >= self.strategy.steps)
         self.trainer.should_stop |= self.strategy.finished
+
+    def on_train_end(self) -> None:
+        """Refuse deltas of a fit that something stopped: they are not what was asked for, and look as if they were.
+
+        Raises:
+            InputError: If not all steps were taken.
+        """
+        if self.unfinished:
+            raise InputError(
+                f"The unlearning was stopped after {self.trainer.global_step} of {self.strategy.steps} steps, so its "
+                "deltas are of no use; leave out the callback or the limit that stopped it, or go on from a checkpoint."
+            )
 
     def unlearning_settings(self) -> dict[str, Any]:
         """What deltas depend on besides weights, Fisher and queries.
