@@ -1,6 +1,7 @@
 # Two commands do all set-up on a fresh machine:
 #   make demo   attributes the sample queries to the sample data and ends with the path of a report
 #   make test   installs what testing needs and runs the checks and the tests
+# and make docs builds the documentation into site/.
 # On Linux without a GPU, name an index that has torch's CPU builds if yours does not:
 #   make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
@@ -15,7 +16,7 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile
 
 COVERAGE :=
 
-.PHONY: demo test check style stage types imports suite coverage install install-test clean
+.PHONY: demo test check style stage types imports docs suite coverage install install-test clean
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -35,7 +36,7 @@ install-test: $(VENV)/.test
 demo: $(VENV)/.demo
 	$(BIN)/lightning-unlearn attribute --config configs/sample.yaml --output $(DEMO)
 
-check: style types imports
+check: style types imports docs
 
 style: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -52,6 +53,10 @@ types: stage
 imports: stage
 	cd .stage && ../$(BIN)/lint-imports --no-logo --no-cache ../pyproject.toml
 
+# The documentation, into site/; a link that leads nowhere is an error. Nothing is fetched from elsewhere, nor will the pages.
+docs: $(VENV)/.test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 # Files are dealt to the two workers in the order of tests/conftest.py.
 suite: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(COVERAGE)
@@ -63,4 +68,4 @@ coverage: suite
 test: check suite
 
 clean:
-	rm -rf $(VENV) .stage build *.egg-info
+	rm -rf $(VENV) .stage build site *.egg-info

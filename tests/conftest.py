@@ -22,6 +22,7 @@ LONG = (
     "callbacks/test_fisher_accumulator.py",
     "fisher/test_ekfac.py",
     "tests/test_packaging.py",
+    "tests/test_docs.py",
 )
 
 

@@ -1,4 +1,4 @@
-"""The example of the README, run as it stands, where its files lie."""
+"""The example of README and docs, run as it stands, where its files lie."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from toys import tiny_unet
 from lightning_unlearn.diffusion.objective import DenoisingObjective
 from lightning_unlearn.scores.files import read_scores
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "attribute.md"
 RISE = 0.1
 SCHEDULE = {"num_train_timesteps": 500, "beta_schedule": "scaled_linear"}
 
 
 def example() -> str:
-    """The block of Python under the README's heading "From Python"."""
-    found = re.search(r"^#+ From Python\n.*?^```python\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
+    """The block of Python under the docs' heading "From Python", which stands in the README, too."""
+    found = re.search(r"^#+ From Python\n.*?^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     assert found is not None
+    assert found[1] in README.read_text()
     return found[1]
 
 
@@ -65,7 +67,7 @@ def test_example_of_the_readme_does_what_the_command_line_does(place: Path, caps
     )
     assert code.count(plain) == 1
     code = "from lightning_unlearn.strategies import Newton\n" + code.replace(plain, smaller)
-    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    exec(compile(code, "attribute.md", "exec"), {"__name__": "readme"})
     said = capsys.readouterr().out
     table = read_scores(place / "attribution")
     assert len(table.keys) == SAMPLES
