@@ -21,6 +21,7 @@ from lightning_unlearn.callbacks.what_mixes_samples import (
     refuse_repeated_closures,
     trains_nothing,
 )
+from lightning_unlearn.errors import InputError
 from lightning_unlearn.weights.parameters import layer_parameters
 
 
@@ -76,6 +77,7 @@ class Collection:
         self._alone = trains_nothing(trainer.optimizers, module)
         self._passes = StepPasses(SampleRows(rows_per_sample, module), reduction, loss_scale, sample_weights)
         self._loss_scale = loss_scale
+        self._stepped: set[str] = set()  # the parameters that a step has come to of the passes that wait
         self._watch = BatchWatch(network, layers, target)
         # Lightning says so for its own optimizers' steps only, and torch not for those that a GradScaler skips.
         self._handle = register_optimizer_step_pre_hook(self._before_step)
@@ -92,7 +94,7 @@ class Collection:
             batch: It.
             take: Whether its gradients are to be taken.
         """
-        self._passes.begin(samples_in(batch) if take else set())
+        self._passes.begin(samples_in(batch) if take else ())
         self._watch.begin(take=take)
 
     def before_backward(self, loss: Tensor) -> None:
@@ -101,6 +103,12 @@ class Collection:
         Args:
             loss: From which it goes.
         """
+        if self._stepped:
+            raise InputError(
+                f"Several optimizers step parts of {self._target!r}'s chosen layers after backward passes of their own, "
+                "so the layers would be of different losses; use a FisherAccumulator for each optimizer, with the "
+                "layers that it steps and a path of its own."
+            )
         if self._passes.waiting and self._watch.no_gradients():
             if self._alone:
                 self._commit()
@@ -127,14 +135,19 @@ class Collection:
         Args:
             optimizer: It.
         """
-        if not holds(optimizer, layer_parameters(self._layers).values()):
+        chosen = layer_parameters(self._layers)
+        if not holds(optimizer, chosen.values()):
             return
         self._alone = False
         self._watch.refuse_foreign()
-        self._commit()
+        if self._passes.waiting:
+            self._stepped |= {name for name, parameter in chosen.items() if holds(optimizer, [parameter])}
+            if len(self._stepped) == len(chosen):  # several optimizers may take their parts of the same passes
+                self._commit()
 
     def _commit(self) -> None:
         assert self._sums.local is not None
+        self._stepped = set()
         if self._passes.commit(self._sums.local):
             now = self._trainer.global_step
             self.steps = [self.steps[0] if self.steps else now, now]

@@ -15,7 +15,7 @@ from typing_extensions import override
 from lightning_unlearn.callbacks.collection import Collection
 from lightning_unlearn.callbacks.fisher_file import completed, write_fisher
 from lightning_unlearn.callbacks.fisher_sums import FisherSums
-from lightning_unlearn.callbacks.sample_rows import RowsPerSample
+from lightning_unlearn.callbacks.sample_rows import RowsPerSample, check_rows_per_sample
 from lightning_unlearn.callbacks.second_stage import SecondStage
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher import FISHERS, Fisher, Targets
@@ -73,9 +73,10 @@ class FisherAccumulator(Callback):
         rows_per_sample: Where rows of the layers are not the batch's samples: how many rows each sample has over all
             that a step takes together, in parts one after another (2 for a batch that was doubled by ``torch.cat``, for
             preference pairs, and for a network that is called twice on the same samples; 1 where all rows are samples
-            of their own, as real and generated ones are). Or a function from the number of rows to the sample of each,
-            e.g. ``lambda rows: torch.arange(rows) // tokens`` for tokens that were flattened into rows, or the dotted
-            name of such a function of the LightningModule. Gradients of one sample's rows are summed before squaring.
+            of their own, as real and generated ones are). Or a function of the numbers of rows and samples that says
+            which sample each row is of, e.g. ``lambda rows, samples: torch.arange(rows) // (rows // samples)`` for
+            tokens that were flattened into rows; or the dotted name of such a function of the LightningModule.
+            Gradients of one sample's rows are summed before squaring.
         save_in_checkpoint: Keep the sums in every checkpoint, so that a resumed training goes on with them. If false
             they are kept in a file beside ``path`` instead, one for each checkpoint's step.
         eigenvalue_step: Optimizer step at which an EKFAC Fisher goes on from covariances to eigenvalues.
@@ -114,8 +115,7 @@ class FisherAccumulator(Callback):
                 "FisherAccumulator needs every_n_batches of at least 1, a loss_scale that is not 0, reduction 'mean' "
                 f"or 'sum', and a fisher among {', '.join(FISHERS)}."
             )
-        if isinstance(rows_per_sample, int) and rows_per_sample < 1:
-            raise InputError(f"rows_per_sample must be at least 1, but is {rows_per_sample}.")
+        check_rows_per_sample(rows_per_sample)
         later = (eigenvalue_step or 0) > start_step or (eigenvalue_epoch or 0) > start_epoch
         given = eigenvalue_step is not None or eigenvalue_epoch is not None
         if given and not (later and FISHERS[fisher].stages):
@@ -281,7 +281,8 @@ class FisherAccumulator(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add up the ranks and write the file."""
-        steps, skipped = self._seen()
+        self._detach()  # before weights are moved
+        steps, skipped = self._steps, self.skipped_batches
         total = completed(self._sums.finish())
         if total is None:
             return

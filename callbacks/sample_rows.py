@@ -14,25 +14,43 @@ from torch import Tensor
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.weights.capture import CapturedLayer, Use, in_positions
 
-RowsPerSample = int | str | Callable[[int], Tensor]
+RowsPerSample = int | str | Callable[[int, int], Tensor]
 
 _HOW_TO_SAY = (
     "If a row is a sample all the same, set rows_per_sample=1 of FisherAccumulator; if each sample has r rows that stand "
-    "in r parts one after another, as torch.cat puts them, rows_per_sample=r; else give a function from the number of "
-    "rows to the sample of each, e.g. `lambda rows: torch.arange(rows) // r` for rows that stand together."
+    "in r parts one after another, as torch.cat puts them, rows_per_sample=r; else give a function of the numbers of rows "
+    "and samples that says which sample each row is of, e.g. `lambda rows, samples: torch.arange(rows) // (rows // "
+    "samples)` for rows that stand together."
 )
 
 
-def samples_in(batch: Any) -> set[int]:
+def check_rows_per_sample(given: RowsPerSample | None) -> None:
+    """Refuse what can't say which sample a row is of.
+
+    Args:
+        given: By the user.
+
+    Raises:
+        InputError: If it is no number from 1 on, no name and no function.
+    """
+    number = isinstance(given, int) and not isinstance(given, bool) and given >= 1
+    if not (given is None or number or isinstance(given, str) or callable(given)):
+        raise InputError(
+            f"rows_per_sample must be a number from 1 on, a function or the name of one, but is {given!r}."
+        )
+
+
+def samples_in(batch: Any) -> tuple[int, ...]:
     """How many samples a batch may have: the first dimensions of its tensors.
 
     Args:
         batch: Of any form that Lightning takes.
 
     Returns:
-        One number if it is certain; several if tensors differ; none if there is no tensor with dimensions.
+        One number if it is certain; several if tensors differ, the first tensor's first, which is what Lightning takes;
+        none if there is no tensor with dimensions.
     """
-    return {tensor.shape[0] for tensor in _tensors(batch) if tensor.ndim > 0}
+    return tuple(dict.fromkeys(tensor.shape[0] for tensor in _tensors(batch) if tensor.ndim > 0))
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:
@@ -61,21 +79,21 @@ class SampleRows:
     """
 
     def __init__(self, rows_per_sample: RowsPerSample | None, module: LightningModule) -> None:
-        self.per_sample: int | Callable[[int], Tensor] | None
+        self.per_sample: int | Callable[[int, int], Tensor] | None
         if isinstance(rows_per_sample, str):
             try:
                 found = attrgetter(rows_per_sample)(module)
             except AttributeError:
                 raise InputError(
-                    f"{type(module).__name__} has no {rows_per_sample!r}; rows_per_sample names a function of it from "
-                    "the number of rows to the sample of each."
+                    f"{type(module).__name__} has no {rows_per_sample!r}; rows_per_sample names a function of it, "
+                    "of the numbers of rows and samples, that says which sample each row is of."
                 ) from None
             self.per_sample = found
         else:
             self.per_sample = rows_per_sample
 
     def arrange(
-        self, passes: Sequence[Mapping[str, Sequence[Use]]], sizes: set[int]
+        self, passes: Sequence[Mapping[str, Sequence[Use]]], sizes: tuple[int, ...]
     ) -> tuple[dict[str, CapturedLayer], int, float]:
         """One row a sample, of all backward passes that one step takes together.
 
@@ -110,42 +128,49 @@ class SampleRows:
         samples, joined = joins.pop()
         return found, samples, joined
 
-    def _grouped(self, name: str, calls: list[CapturedLayer], sizes: set[int]) -> tuple[CapturedLayer, float]:
+    def _grouped(self, name: str, calls: list[CapturedLayer], sizes: tuple[int, ...]) -> tuple[CapturedLayer, float]:
         """Rows summed by what the user says they are of, and how many samples a mean joins."""
         whole = _one_after_another(calls)
         rows = len(whole)
         if isinstance(self.per_sample, int):
-            if rows % self.per_sample:
+            samples, rest = divmod(rows, self.per_sample)
+            # That every row is a sample of its own may be of more samples than the batch has, as generated ones are.
+            if rest or (self.per_sample > 1 and len(sizes) == 1 and sizes != (samples,)):
                 raise InputError(
-                    f"Layer {name} saw {rows} rows, which rows_per_sample {self.per_sample} does not divide; correct it, "
-                    "or leave the layer out by patterns."
+                    f"Layer {name} saw {rows} rows for the {' or '.join(map(str, sizes))} samples of the batch, which are "
+                    f"not rows_per_sample={self.per_sample} rows for each; correct it, or leave the layer out by patterns."
                 )
-            of = torch.arange(rows) % (rows // self.per_sample)
+            of = torch.arange(rows) % samples
         else:
-            of = self._asked(name, rows)
-        samples = int(of.max()) + 1
+            if not sizes:
+                raise InputError(
+                    "The batch has no tensor, so rows_per_sample can't be told how many samples it has; give a number."
+                )
+            samples = sizes[0]
+            of = self._asked(name, rows, samples)
         joined = float(samples)
-        if len(calls) > 1 and sizes != {samples}:  # each call's rows have a mean of their own
+        if len(calls) > 1 and sizes != (samples,):  # each call's rows have a mean of their own
             joined = float(max(len(part.unique()) for part in of.split([len(call) for call in calls])))
         return _summed(whole, of, samples), joined
 
-    def _asked(self, name: str, rows: int) -> Tensor:
+    def _asked(self, name: str, rows: int, samples: int) -> Tensor:
         """What the user's function says."""
         assert callable(self.per_sample)
-        of = torch.as_tensor(self.per_sample(rows)).detach().cpu()
-        if of.shape != (rows,) or of.is_floating_point() or int(of.min()) < 0:
+        of = torch.as_tensor(self.per_sample(rows, samples)).detach().cpu()
+        fits = of.shape == (rows,) and not of.is_floating_point()
+        if not fits or int(of.min()) < 0 or int(of.max()) >= samples:
             raise InputError(
-                f"rows_per_sample gave {of.dtype} {tuple(of.shape)} for {rows} rows of layer {name}; it must give the "
-                "number of a sample, from 0 on, for each row."
+                f"rows_per_sample gave {of.dtype} {tuple(of.shape)} for {rows} rows of layer {name} and {samples} samples; "
+                f"it must give a sample's number, from 0 to {samples - 1}, for each row."
             )
         return of.long()
 
 
-def _as_samples(name: str, calls: list[CapturedLayer], sizes: set[int]) -> CapturedLayer:
+def _as_samples(name: str, calls: list[CapturedLayer], sizes: tuple[int, ...]) -> CapturedLayer:
     """The calls of one backward pass, whose rows are samples, or say why they are not."""
     rows = [len(call) for call in calls]
     if len(sizes) != 1:
-        many = ", ".join(map(str, sorted(sizes)))
+        many = " and ".join(map(str, sizes))
         raise InputError(
             f"Layer {name} saw {_many(rows)} rows, but how many samples the batch has is not certain "
             f"({f'its tensors begin with {many}' if sizes else 'it has no tensor'}). {_HOW_TO_SAY}"
@@ -170,7 +195,7 @@ def _many(rows: list[int]) -> str:
     return " + ".join(map(str, rows))
 
 
-def _by_call(name: str, uses: Sequence[Use], sizes: set[int]) -> list[CapturedLayer]:
+def _by_call(name: str, uses: Sequence[Use], sizes: tuple[int, ...]) -> list[CapturedLayer]:
     """A layer's uses in one backward pass, joined call by call of the network.
 
     Within a call, uses on all rows are positions of one another, as those of a layer that is used again; uses on parts
@@ -182,7 +207,7 @@ def _by_call(name: str, uses: Sequence[Use], sizes: set[int]) -> list[CapturedLa
     joined = []
     for parts in calls.values():
         rows = [len(part) for part in parts]
-        if len(parts) > 1 and sizes == {sum(rows)}:
+        if len(parts) > 1 and sizes == (sum(rows),):
             joined.append(_one_after_another(parts))
         elif len(set(rows)) == 1:
             joined.append(in_positions(parts))

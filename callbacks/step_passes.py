@@ -56,12 +56,12 @@ class StepPasses:
         self.loss_scale = loss_scale
         self.sample_weights = sample_weights
         self.skipped = 0
-        self._sizes: set[int] = set()
+        self._sizes: tuple[int, ...] = ()
         self._of_batch: list[WeightedPass] = []
         self._parked: Fisher | None = None  # of earlier batches that no step has taken yet
         self._parked_skips = 0
 
-    def begin(self, sizes: set[int]) -> None:
+    def begin(self, sizes: tuple[int, ...]) -> None:
         """A batch begins.
 
         Args:

@@ -155,7 +155,10 @@ class GradientCapture:
     def _forward_hook(self, name: str) -> Any:
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         def hook(layer: nn.Module, arguments: tuple[Tensor, ...], keywords: dict[str, Tensor], output: Tensor) -> None:
-            if not (self.enabled and isinstance(output, Tensor) and output.requires_grad):
+            if not self.enabled or not isinstance(output, Tensor):
+                return
+            call = self._calls.of_a_use(name, differentiable=output.requires_grad)
+            if not output.requires_grad:
                 return
             if not any(parameter.requires_grad for parameter in layer.parameters(recurse=False)):
                 return  # a pass through weights that have no turn: nobody's gradient
@@ -163,7 +166,7 @@ class GradientCapture:
                 torch.zeros((), requires_grad=True),
                 self._as_used(arguments[0] if arguments else keywords["input"], output),
             )
-            order, call = self._order, self._calls.of_a_use()
+            order = self._order
             self._order += 1
 
             def on_gradient(gradient: Tensor) -> None:

@@ -7,8 +7,8 @@ backward pass leaves at the weight,
 .. math:: \sum_n g_n a_n^\top = G .
 
 Both sides are compared by what they give between fixed random vectors, :math:`u_k^\top G v_k` and
-:math:`\sum_n (g_n \cdot u_k)(a_n \cdot v_k)`: for independent standard normal vectors the mean square of their difference
-is the squared Frobenius norm of the matrices' difference (Freivalds, 1979, for the idea). That costs some
+:math:`\sum_n (g_n \cdot u_k)(a_n \cdot v_k)`: for independent standard normal vectors the mean square of their
+difference is the squared Frobenius norm of the matrices' difference (the idea is Freivalds', 1979). That costs some
 :math:`8 (i + o)` operations a row and never forms a matrix, so every backward pass that counts is checked.
 
 A hook on a parameter sees its gradient before it is added to ``.grad``: before any reduction over ranks, before scaling
@@ -30,8 +30,8 @@ from lightning_unlearn.weights.capture import Use
 PROBES = 8
 
 # How many standard deviations of rounding are let through. A sum of n terms, each rounded by chance, is off by some
-# sqrt(n) units of its terms (Higham and Mary, SIAM J. Sci. Comput. 41, 2019): 8 of those are never seen, and a layer that
-# is not what it seems is off by far more.
+# sqrt(n) units of its terms (Higham and Mary, SIAM J. Sci. Comput. 41, 2019): 8 of those are never seen, and a layer
+# that is not what it seems is off by far more.
 ROUNDINGS = 8.0
 
 
@@ -68,7 +68,7 @@ class GradientGrowth:
         self.enabled = True
         self.accumulated = False
         self._handles: list[RemovableHandle] = []
-        self._hooked: dict[tuple[str, str], Tensor] = {}
+        self._hooked: dict[int, Tensor] = {}  # parameters by identity; sharding has several that take turns
         self._seen: dict[tuple[str, str], Grown] = {}
         self._vectors: dict[tuple[int, torch.device, torch.dtype, str], Tensor] = {}
 
@@ -94,11 +94,11 @@ class GradientGrowth:
     def _look_at(self, name: str) -> None:
         for kind in ("weight", "bias"):
             parameter = getattr(self.layers[name], kind)
-            if parameter is None or not parameter.requires_grad or self._hooked.get((name, kind)) is parameter:
+            if parameter is None or not parameter.requires_grad or id(parameter) in self._hooked:
                 continue
             if not parameter.is_leaf:
-                continue  # of sharding or a parametrisation: nothing will be seen, and that is refused
-            self._hooked[name, kind] = parameter
+                continue  # of a parametrisation: nothing will be seen, and that is refused
+            self._hooked[id(parameter)] = parameter
             self._handles.append(parameter.register_hook(self._note(name, kind)))
             self._handles.append(parameter.register_post_accumulate_grad_hook(self._note_backward))
 

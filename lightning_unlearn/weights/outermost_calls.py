@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -24,6 +25,7 @@ class OutermostCalls:
         self._around = _ancestors(network, set(names)) if network is not None else []
         self._number = 0
         self._open: list[bool] = []  # the calls going on: whether each is one of the network's own
+        self._silent: dict[str, set[int]] = {}  # layer to the calls in which it was used without a gradient
 
     def attach(self) -> list[RemovableHandle]:
         """Put the hooks on.
@@ -48,19 +50,30 @@ class OutermostCalls:
         if self._open:
             self._open.pop()
 
-    def of_a_use(self) -> int:
-        """The call that a layer's use belongs to that is going on now.
+    def of_a_use(self, layer: str, *, differentiable: bool) -> int:
+        """The call that a layer's use belongs to.
+
+        Args:
+            layer: Its name.
+            differentiable: Whether a gradient will come to the use. One that gets none may be run again during
+                backward by checkpointing: if all of them were in one call, so are those.
 
         Returns:
-            Its number.
+            The call's number.
         """
+        silent = self._silent.setdefault(layer, set())
+        if differentiable and torch._C._current_graph_task_id() != -1 and len(silent) == 1:  # during backward
+            return next(iter(silent))
         self._number += not any(self._open)
+        if not differentiable:
+            silent.add(self._number)
         return self._number
 
     def clear(self) -> None:
         """Start to count anew; no call may be going on."""
         self._number = 0
         self._open.clear()
+        self._silent.clear()
 
 
 def _ancestors(network: nn.Module, layers: set[str]) -> list[nn.Module]:
