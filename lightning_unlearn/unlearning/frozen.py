@@ -43,7 +43,7 @@ class FrozenModule(LightningModule):
         # Target to its queries' keys, where targets are sets.
         self.members: dict[str, list[str]] = {}
         # Of the unlearning that the deltas come from: each target's losses, and the settings.
-        self.results: dict[str, dict[str, float]] = {}
+        self.results: dict[str, dict[str, Any]] = {}
         self.settings: dict[str, Any] = {}
         self._fingerprints: dict[str, str] = {}
         self._float32 = ExactFloat32()
