@@ -45,18 +45,56 @@ SCHEDULERS: dict[str, tuple[float, float, str]] = {
 }
 # What says how a model was trained.
 TRAINING_KEYS = frozenset(
-    """num_train_timesteps beta_start beta_end beta_schedule trained_betas prediction_type rescale_betas_zero_snr""".split()
+    {
+        "num_train_timesteps",
+        "beta_start",
+        "beta_end",
+        "beta_schedule",
+        "trained_betas",
+        "prediction_type",
+        "rescale_betas_zero_snr",
+    }
 )
 # What says how pictures are sampled from it, and leaves its loss as it is.
 SAMPLING_KEYS = frozenset(
-    """
-    algorithm_type clip_sample clip_sample_range corrector_order disable_corrector dynamic_thresholding_ratio
-    euler_at_final final_sigmas_type flow_shift interpolation_type lambda_min_clipped lower_order_final
-    noise_sampler_seed original_inference_steps predict_x0 predictor_order sample_max_value set_alpha_to_one
-    shift_terminal sigma_max sigma_min skip_prk_steps solver_order solver_p solver_type steps_offset tau_func
-    thresholding time_shift_type timestep_scaling timestep_spacing use_beta_sigmas use_dynamic_shifting
-    use_exponential_sigmas use_karras_sigmas use_lu_lambdas
-    """.split()
+    {
+        "algorithm_type",
+        "clip_sample",
+        "clip_sample_range",
+        "corrector_order",
+        "disable_corrector",
+        "dynamic_thresholding_ratio",
+        "euler_at_final",
+        "final_sigmas_type",
+        "flow_shift",
+        "interpolation_type",
+        "lambda_min_clipped",
+        "lower_order_final",
+        "noise_sampler_seed",
+        "original_inference_steps",
+        "predict_x0",
+        "predictor_order",
+        "sample_max_value",
+        "set_alpha_to_one",
+        "shift_terminal",
+        "sigma_max",
+        "sigma_min",
+        "skip_prk_steps",
+        "solver_order",
+        "solver_p",
+        "solver_type",
+        "steps_offset",
+        "tau_func",
+        "thresholding",
+        "time_shift_type",
+        "timestep_scaling",
+        "timestep_spacing",
+        "use_beta_sigmas",
+        "use_dynamic_shifting",
+        "use_exponential_sigmas",
+        "use_karras_sigmas",
+        "use_lu_lambdas",
+    }
 )
 # What makes another kind of model of it where it has another value than these, and why.
 FIXED_KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -140,9 +178,8 @@ def _own_betas(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The betas that the scheduler's class has where its settings don't say; refuses a class that is not known."""
     name = config.get("_class_name", "DDPMScheduler")
     if not isinstance(name, str) or name not in SCHEDULERS:
-        kind = (
-            "is a flow-matching schedule" if "Flow" in str(name) else "is none of the schedules of betas that it knows"
-        )
+        flow = "Flow" in str(name)
+        kind = "is a flow-matching schedule" if flow else "is none of the schedules of betas that it knows"
         raise InputError(
             f"{where} are of {name!s}, which {kind}, and DenoisingObjective does not cover it; {OTHER_OBJECTIVE}, or, "
             "if the model was trained with a DDPM schedule, its settings as `scheduler`."

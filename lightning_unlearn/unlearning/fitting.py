@@ -141,9 +141,10 @@ class Unlearning(FrozenModule):
         if self.members:
             self.settings["targets_by"] = self._datamodule.targets_by
         assert self.deltas is not None
-        self._problem = problem_of(
-            self.strategy, self.deltas, self.layers, fisher, self._targets(), self._fixed_draws()
-        )
+        targets = self._targets()
+        about = (self.strategy, self.loss, self.layers, targets, self._datamodule)
+        fixed = fixed_draws(*about, self.seed, self.rise_draws, self.trainer)
+        self._problem = problem_of(self.strategy, self.deltas, self.layers, fisher, targets, fixed)
 
     def _given_fisher(self) -> Fisher | None:
         """``None`` if there is none and the strategy needs none."""
