@@ -13,6 +13,7 @@ import torch
 from lightning_unlearn.errors import InputError
 
 CONFIG_FILE = "scheduler_config.json"
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 # diffusers' schedulers that only sample differently from a model of one and the same kind, which was trained with
@@ -133,7 +134,7 @@ def load_scheduler(scheduler: str | dict[str, Any] | None, prediction_type: str 
         config["prediction_type"] = prediction_type
     config |= _own_betas(config, where)
     _check_keys(config, where)
-    _check_trained_betas(config, where)
+    _check_betas(config, where)
     try:
         built: Any = DDPMScheduler.from_config(config)  # type: ignore[no-untyped-call]
         betas: Any = built.betas.double()
@@ -210,7 +211,16 @@ def _nearest(key: str, known: Iterable[str]) -> str | None:
     return found[0] if found else None
 
 
-def _check_trained_betas(config: Mapping[str, Any], where: str) -> None:
+def _check_betas(config: Mapping[str, Any], where: str) -> None:
+    if config["beta_schedule"] not in BETA_SCHEDULES:
+        raise InputError(
+            f"{where} have a beta_schedule {config['beta_schedule']!r}, which is none of {', '.join(BETA_SCHEDULES)}; "
+            "give the one that the model was trained with."
+        )
+    for key in ("beta_start", "beta_end"):
+        value = config[key]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise InputError(f"{where} have {key} {value!r}; it is a number within 0 and 1.")
     steps = config.get("num_train_timesteps", 1000)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise InputError(f"{where} have num_train_timesteps {steps!r}; it is a whole number from 1 on.")

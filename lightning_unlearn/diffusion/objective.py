@@ -188,8 +188,8 @@ class DenoisingObjective(Objective):
         self.scheduler = load_scheduler(scheduler, prediction_type)
         self.num_timesteps = int(self.scheduler.config.num_train_timesteps)
         self.prediction_type: str = self.scheduler.config.prediction_type
-        if snr_gamma is not None and not 0 < snr_gamma < math.inf:
-            raise InputError(f"snr_gamma is a finite number above 0, not {snr_gamma}; leave it out for no weighting.")
+        if snr_gamma is not None and not (isinstance(snr_gamma, int | float) and 0 < snr_gamma < math.inf):
+            raise InputError(f"snr_gamma is a finite number above 0, not {snr_gamma!r}; leave it out for no weighting.")
         self.snr_gamma = snr_gamma
 
     def check_network(self, network: nn.Module) -> None:

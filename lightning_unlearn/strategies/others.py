@@ -10,10 +10,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_unlearn.errors import some_of
+from lightning_unlearn.scores.step_reasons import OTHERS, WORDS
 from lightning_unlearn.strategies.base import Deltas, Problem
 from lightning_unlearn.strategies.scale import along
 from lightning_unlearn.strategies.search import first_zeros
-from lightning_unlearn.strategies.step_range import OTHERS, WORDS
 
 # Where even a step of this share takes everything else along, it is its direction and not its size that does, and a
 # shorter one says as little.
@@ -28,7 +28,7 @@ class Held:
         scales: ``(Q,)`` float64.
         losses: ``(Q,)``, the samples' mean loss under each target's weights there.
         rises: ``(Q,)``, each target's own relative rise there.
-        limited: For each target :data:`~.step_range.OTHERS` if its step was shortened, ``None`` if not.
+        limited: For each target ``others`` if its step was shortened, ``None`` if not.
         evaluations: ``(Q,)``, how often each target's own loss was measured for it.
     """
 

@@ -10,8 +10,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_unlearn.errors import InputError, some_of
+from lightning_unlearn.scores.step_reasons import LOSS, WORDS
 from lightning_unlearn.strategies.base import Deltas
-from lightning_unlearn.strategies.step_range import LOSS, WORDS
 from lightning_unlearn.strategies.way import Way
 
 # A loss that can't rise as wanted is raised to this share of the highest rise that was seen: where it levels off, the
@@ -26,7 +26,8 @@ class Scales:
 
     Attributes:
         scales: ``(Q,)`` float64.
-        limited: For each target what keeps its loss from rising as wanted (:mod:`.step_range`), ``None`` if nothing.
+        limited: For each target what keeps its loss from rising as wanted, ``None`` if nothing does
+            (:mod:`~lightning_unlearn.scores.step_reasons`).
         evaluations: ``(Q,)``, how often each target's loss was measured for it.
     """
 

@@ -11,15 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.errors import InputError
-
-# Why a step is limited, or what of it is out of range: short names for tables, and words.
-LINEAR, LENGTH, OTHERS, LOSS = "linear", "length", "others", "loss"
-WORDS = {
-    LINEAR: "its loss rises far less than its slope says",
-    LENGTH: "its delta gets far longer than the weights",
-    OTHERS: "the loss of everything else rises with it",
-    LOSS: "its loss rises no further",
-}
+from lightning_unlearn.scores.step_reasons import LENGTH, LINEAR, OTHERS
 
 
 @dataclass(frozen=True)
@@ -58,7 +50,7 @@ class StepRange:
             found: Its ``rise``, and ``length``, ``linear``, ``others_before`` and ``others_after`` where known.
 
         Returns:
-            Short names of what is, those of :data:`WORDS`.
+            Short names of what is (:mod:`~lightning_unlearn.scores.step_reasons`).
         """
         # What was limited lies on the boundary, to the accuracy of the search.
         near = 1.01

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lightning_unlearn.scores.step_reasons import LENGTH, LINEAR, LOSS
 from lightning_unlearn.strategies.search import TOLERANCE, first_zeros
-from lightning_unlearn.strategies.step_range import LENGTH, LINEAR, LOSS
 
 # How often a scale is halved where the loss is lower behind it than before.
 MAX_HALVINGS = 20

@@ -9,8 +9,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_unlearn.errors import InputError, some_of
+from lightning_unlearn.scores.step_reasons import WORDS
 from lightning_unlearn.strategies import Problem, Strategy
-from lightning_unlearn.strategies.step_range import WORDS, squared_lengths
+from lightning_unlearn.strategies.step_range import squared_lengths
 
 
 def outcomes(problem: Problem, strategy: Strategy) -> dict[str, dict[str, Any]]:
@@ -26,7 +27,7 @@ def outcomes(problem: Problem, strategy: Strategy) -> dict[str, dict[str, Any]]:
         last step as a share of the first-order one; where samples are drawn ``others_before`` and ``others_after``,
         their mean loss; where a size was searched ``evaluations``, how often the loss was measured for it; and
         ``out_of_range``, short names of what leaves the range of a step or ended it there
-        (:mod:`~lightning_unlearn.strategies.step_range`).
+        (:mod:`~lightning_unlearn.scores.step_reasons`).
 
     Raises:
         InputError: If a loss is beyond all numbers.
