@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_unlearn.diffusion.loading import check_safetensors
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import generator_for, tensors_digest
 from lightning_unlearn.preparation.inputs import Array, Item, stack_pixels
@@ -226,6 +227,7 @@ def _transformers() -> Any:
 
 
 def _load_model(kind: Any, folder: Path, **settings: Any) -> Any:
+    check_safetensors(folder, kind.__name__)
     if not any(folder.glob("*.safetensors")):
         raise InputError(f"{folder} has no .safetensors file; save the model again with save_pretrained.")
     model, info = _load(kind.from_pretrained, folder, use_safetensors=True, output_loading_info=True, **settings)

@@ -21,6 +21,7 @@ from lightning_unlearn.errors import InputError
 from lightning_unlearn.report.figures import Floats, Picture, histogram, picture_of, power_of_ten
 from lightning_unlearn.report.words import duration, flatten, number, share
 from lightning_unlearn.scores.race_folder import outcome
+from lightning_unlearn.scores.step_reasons import WORDS
 from lightning_unlearn.scores.table import ScoreTable
 
 Rows = NDArray[np.intp]
@@ -220,6 +221,8 @@ def _query(
         "made": _named(key, target) | {name: facts.pop(name) for name in MADE if name in facts},
         "facts": facts,
         "target": target,
+        # A run of another version may know reasons that this one doesn't.
+        "out_of_range": [WORDS.get(reason, reason) for reason in target.get("out_of_range", [])],
         "own": own,
         "own_rank": table.rank(key, own) + 1 if own is not None else None,
         "top": _ranked(table, column, highest, 1, ranges, samples),

@@ -44,7 +44,7 @@ class FrozenModule(LightningModule):
         # Target to its queries' keys, where targets are sets.
         self.members: dict[str, list[str]] = {}
         # Of the unlearning that the deltas come from: each target's losses, and the settings.
-        self.results: dict[str, dict[str, float]] = {}
+        self.results: dict[str, dict[str, Any]] = {}
         self.settings: dict[str, Any] = {}
         # Whether the deltas are of a fit that has not ended, or was cut short.
         self.unfinished = False

@@ -70,6 +70,7 @@ class UnlearningModule(Unlearning):
         if objective is None:
             objective = DenoisingObjective(network if isinstance(network, str) else None)
         loaded = load_network(network, weights, prefix, averaged)
+        objective.check_network(loaded)
         super().__init__(loaded, objective, fisher, parameters, strategy or Newton(), damping, seed, rise_draws)
         self.views = views or Views()
 
