@@ -184,7 +184,7 @@ class TrainingDataModule(LightningDataModule):
     """Shards as a stream of shuffled training batches (:class:`~lightning_unlearn.data.samples.SampleBatch`).
 
     Args:
-        shards: Folders, paths, brace patterns or http(s) addresses.
+        shards: Folders, paths, brace patterns or addresses (http(s), s3, gs, hf, …).
         batch_size: Samples a batch and rank.
         seed: Of the shuffling; an epoch's order is a function of it and the epoch's number.
         num_workers: Processes that read, a rank.

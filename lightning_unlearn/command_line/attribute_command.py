@@ -72,7 +72,7 @@ def attribute(arguments: list[str]) -> None:
         else:
             _unlearn_and_score(cli, module, data, trainer, output)
         if trainer.is_global_zero:
-            _name_unscored(data, write_report(output, cli.config.top, allow_pipe=data.allow_pipe))
+            _name_unscored(data, write_report(output, cli.config.top, allow_pipe=data.allow_pipe, data=data))
 
 
 def _refuse_options_of_unlearning(cli: TrainerCLI, method: Baseline) -> None:

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from lightning_unlearn.data.addresses import is_address, shown_address
 from lightning_unlearn.data.files import json_with_digest, write_atomically
 from lightning_unlearn.data.shards import ShardInfo, shard_id
 from lightning_unlearn.errors import InputError
@@ -102,8 +103,11 @@ def _as_list(patterns: str | list[str]) -> list[str]:
 
 
 def _absolute(url: str) -> str:
-    """A local path as it is called from any folder, so that the report can be written from another one."""
-    return url if "://" in url or url.startswith("pipe:") else str(Path(url).expanduser().resolve())
+    """A local path as it is called from any folder, so that the report can be written from another one.
+
+    Of an address only what is not secret.
+    """
+    return shown_address(url) if is_address(url) else str(Path(url).expanduser().resolve())
 
 
 def _version(package: str) -> str:
