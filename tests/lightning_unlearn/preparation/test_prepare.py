@@ -602,11 +602,17 @@ def test_nothing_left_is_an_error(pixels: dict[str, Any], photos: Path, tmp_path
     assert_nothing_written(tmp_path / "out")
 
 
-def test_two_samples_of_one_key_are_an_error(pixels: dict[str, Any], photos: Path, tmp_path: Path) -> None:
+def test_of_two_samples_of_one_key_the_second_is_an_error_or_left_out(
+    pixels: dict[str, Any], photos: Path, tmp_path: Path
+) -> None:
     noise_picture(7).save(photos / "cat.jpg")
     with pytest.raises(InputError, match=r"Two samples have the key 'cat'.*cat\.png"):
-        prepare(**pixels, on_bad_sample="skip")
+        prepare(**pixels)
     assert_nothing_written(tmp_path / "out")
+    with pytest.warns(UserWarning, match=r"1 of 4 samples were left out.*cat\.png"):
+        prepare(**pixels, on_bad_sample="skip")
+    assert read(tmp_path / "out")["cat"].metadata["file_name"] == "cat.jpg"
+    assert "the key 'cat'" in manifest(tmp_path / "out")["left_out"]["faults"][0]
 
 
 def test_keys_that_only_differ_in_what_a_tar_file_can_not_keep_are_one(pixels: dict[str, Any], photos: Path) -> None:
