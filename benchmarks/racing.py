@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from benches import BENCHES
+from benches import BENCHES, Bench
 from common import parser, quiet, show
-from sweep import DEFAULTS, PLAINLY, TIMESTEPS, Bench, must_be_measured
+from sweep import must_be_measured
+from sweep_settings import DEFAULTS, PLAINLY, TIMESTEPS
 
 from lightning_unlearn.scores.firmness import upper_ends
 from lightning_unlearn.scores.racing import Race, contenders, leaders, thresholds

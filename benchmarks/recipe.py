@@ -27,24 +27,11 @@ from benches import Bench, bench_parser
 from common import quiet
 from judged import Half, evidence
 from matplotlib.figure import Figure
-from sweep import (
-    CENTRE,
-    DEFAULTS,
-    DEFAULTS_WHOLE,
-    HALFWAY,
-    PLAINLY,
-    TIMESTEPS,
-    Measured,
-    Reduced,
-    Unlearned,
-    measured,
-    must_be_measured,
-    rounded,
-    scores_of,
-)
+from sweep import Measured, measured, must_be_measured, rounded, scores_of
+from sweep_settings import CENTRE, DEFAULTS, DEFAULTS_WHOLE, HALFWAY, PLAINLY, TIMESTEPS, Reduced, Unlearned
 from torch import Tensor
 
-from lightning_unlearn.data.shards import write_atomically
+from lightning_unlearn.data.files import write_atomically
 from lightning_unlearn.unlearning.fitting import DATA_DRAWS
 
 DAMPINGS, RISES = (0.001, 0.1, 1.0), (0.3, 1.0, 3.0)

@@ -14,7 +14,7 @@ from benches import CHOSEN, Bench
 from method_settings import SELECTIONS, SIZES, WITHOUT_WEIGHTS
 from torch import Tensor
 
-from lightning_unlearn.data.shards import write_atomically
+from lightning_unlearn.data.files import write_atomically
 from lightning_unlearn.scores.table import ScoreTable
 
 Scores = dict[str, Tensor]

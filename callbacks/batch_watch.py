@@ -1,57 +1,190 @@
-"""Which backward passes of a training are taken, and whether any gradient came."""
+"""What the backward passes of a batch left at the chosen layers, and whether it is what it seems."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.weights.capture import CapturedLayer, GradientCapture
+from lightning_unlearn.weights.capture import GradientCapture, Use
+from lightning_unlearn.weights.growth import GradientGrowth, Grown, norms
+
+
+@dataclass(frozen=True)
+class BackwardPass:
+    """What one backward pass left.
+
+    Attributes:
+        uses: Layer name to its uses.
+        finite: Whether all gradients that came are finite.
+    """
+
+    uses: Mapping[str, list[Use]]
+    finite: bool
 
 
 class BatchWatch:
     """Hooks on the chosen layers during a fit, that are listened to in the batches that are to be taken.
 
     Args:
+        network: That the layers are in.
         layers: The chosen layers, by name.
         target: Dotted name of the network, for messages.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], target: str) -> None:
+    def __init__(self, network: nn.Module, layers: Mapping[str, nn.Module], target: str) -> None:
         self.target = target
-        self._capture = GradientCapture(layers)
-        self._capture.enabled = False
+        self._network = network
+        self._layers = dict(layers)
+        self._growth = GradientGrowth(layers)
+        self._growth.attach()
+        self._capture = GradientCapture(layers, network)
         self._capture.attach()
+        self._loss_factor: Tensor | None = None  # the gradient at the loss itself
+        self._inside = False  # Lightning's backward pass
+        self._foreign = False  # a backward pass that Lightning did not run has left gradients
         self._saw_backward = False  # in this batch
         self._watched = self._saw_gradient = False  # in this fit
+        self._listen(False)
+
+    def _listen(self, on: bool) -> None:
+        self._capture.enabled = self._growth.enabled = on
 
     def begin(self, *, take: bool) -> None:
         """A batch begins.
 
         Args:
             take: Whether its gradients are to be taken.
+
+        Raises:
+            InputError: If a layer is another than at the start.
         """
-        self._capture.enabled = take
+        self._listen(take)
         self._capture.clear()
-        self._saw_backward = False
+        self._growth.take()
+        self._saw_backward = self._inside = self._foreign = False
+        if not take:
+            return
+        for name, layer in self._layers.items():
+            if self._network.get_submodule(name) is not layer:
+                raise InputError(
+                    f"Layer {name} of {self.target!r} was replaced by another in the middle of training; replace it "
+                    "before fit, or leave it out by patterns."
+                )
+        self._growth.look()
 
-    def before_backward(self) -> None:
-        """Lightning's backward pass begins; gradients from before are of the training step's own purposes."""
-        self._saw_backward = True
-        self._capture.clear()
+    def before_backward(self, loss: Tensor) -> None:
+        """Lightning's backward pass begins; gradients from before are of the training step's own purposes.
 
-    def take(self) -> dict[str, CapturedLayer]:
-        """What a backward pass left.
-
-        Returns:
-            Layer name to captured gradients; nothing if the batch is not to be taken, or no gradient came.
+        Args:
+            loss: From which it goes.
         """
         if not self._capture.enabled:
-            return {}
-        captured = self._capture.take()
-        self._saw_gradient |= bool(captured)
-        return captured
+            return
+        self._notice_foreign()
+        if self._foreign and self.no_gradients():
+            self._foreign = False  # zeroed: they lead nowhere
+        self._saw_backward = self._inside = True
+        self._capture.forget()
+        self._growth.take()
+        self._loss_factor = None
+        if loss.requires_grad:
+            loss.register_hook(self._note_factor)  # type: ignore[no-untyped-call]
+
+    def _note_factor(self, gradient: Tensor) -> None:
+        self._loss_factor = gradient.detach()
+
+    def _notice_foreign(self) -> None:
+        self._foreign |= self._growth.accumulated and not self._inside
+
+    def take(self, loss_scale: float) -> BackwardPass | None:
+        """What a backward pass left, once it is sure that it is what the layers' parameters got.
+
+        Args:
+            loss_scale: What the user says that the loss is multiplied with.
+
+        Returns:
+            Its uses of layers; nothing if the batch is not to be taken, or no gradient came.
+
+        Raises:
+            InputError: If a parameter's gradient grew by something else than what was captured.
+        """
+        if not self._capture.enabled:
+            return None
+        self._inside = False
+        uses, grown = self._capture.take_uses(), self._growth.take()
+        if not uses and not grown:
+            return None
+        self._saw_gradient = True
+        self._refuse_partly_frozen(uses)
+        ratios, names = self._growth.differences({name: found for name, found in uses.items()}, grown)
+        tensors = [tensor for found in uses.values() for use in found for tensor in _tensors(use)]
+        finite = [tensor.isfinite().all() for tensor in tensors]
+        device = ratios.device
+        factor = self._loss_factor if self._loss_factor is not None else torch.ones((), device=device)
+        # Asked once for all: each answer waits for the device.
+        answers = torch.cat(
+            [torch.stack([flag.to(device, torch.float64) for flag in [*finite, factor.sum()]]), ratios.double()]
+        ).tolist()
+        flags, factor_seen, off = answers[: len(finite)], answers[len(finite)], answers[len(finite) + 1 :]
+        if not all(flags) or any(ratio != ratio for ratio in off):
+            return BackwardPass(uses, finite=False)
+        for (name, kind), ratio in zip(names, off, strict=True):
+            if ratio > 1:
+                self._refuse(name, kind, uses.get(name, []), grown.get((name, kind)))
+        if factor_seen != 1 and loss_scale == 1:
+            raise InputError(
+                f"The backward pass multiplies the loss by {factor_seen:g}, which can't be told from the loss itself; "
+                f"set loss_scale={factor_seen:g} of FisherAccumulator, times any other factor of the loss."
+            )
+        return BackwardPass(uses, finite=True)
+
+    def _refuse(self, name: str, kind: str, uses: list[Use], grown: Grown | None) -> None:
+        captured, own = norms(uses, grown, kind)
+        raise InputError(
+            f"What was captured of layer {name} is not the gradient of its {kind}: summed over the batch it has norm "
+            f"{captured:.3g}, but the gradient grew by {own:.3g}. {likely_cause(self._layers[name], bool(uses))}; "
+            "leave the layer out by patterns, or take that away."
+        )
+
+    def _refuse_partly_frozen(self, uses: Mapping[str, list[Use]]) -> None:
+        frozen = [
+            name
+            for name, layer in self._layers.items()
+            if not all(parameter.requires_grad for parameter in layer.parameters(recurse=False))
+        ]
+        if frozen and uses:
+            raise InputError(
+                f"{len(frozen)} of the chosen layers (e.g. {frozen[0]}) are frozen in a backward pass that others "
+                f"(e.g. {next(iter(uses))}) get gradients from, so they would be of different samples; choose layers "
+                "that are trained together."
+            )
+
+    def no_gradients(self) -> bool:
+        """Whether the gradients of the chosen parameters are zeroed.
+
+        Returns:
+            Whether none has one that is not zero.
+        """
+        gradients = [parameter.grad for layer in self._layers.values() for parameter in layer.parameters(recurse=False)]
+        return not any(gradient is not None and bool(gradient.any()) for gradient in gradients)
+
+    def refuse_foreign(self) -> None:
+        """Refuse gradients from a backward pass that Lightning did not run, if they are still there.
+
+        Raises:
+            InputError: If so.
+        """
+        if not self._capture.enabled:
+            return
+        self._notice_foreign()
+        if self._foreign and not self.no_gradients():
+            raise InputError(
+                "loss.backward() in training_step can't be followed; call self.manual_backward(loss) instead."
+            )
 
     def end(self, *, automatic_optimization: bool) -> None:
         """A batch ends; nothing is seen until the next one.
@@ -63,15 +196,13 @@ class BatchWatch:
         Raises:
             InputError: If there was a backward pass that Lightning did not run, or no gradient came.
         """
-        if self._capture.pending and not self._saw_backward:
-            raise InputError(
-                "loss.backward() in training_step can't be followed; call self.manual_backward(loss) instead."
-            )
+        self.refuse_foreign()
         if self._capture.enabled and self._saw_backward:
             self._watched = True
             if automatic_optimization:
                 self.refuse_silence()
-        self._capture.enabled = False
+        self._capture.clear()
+        self._listen(False)
 
     def refuse_silence(self) -> None:
         """Refuse to go on if batches were watched and no gradient came.
@@ -88,3 +219,33 @@ class BatchWatch:
     def detach(self) -> None:
         """Take the hooks off."""
         self._capture.detach()
+        self._growth.detach()
+
+
+def _tensors(use: Use) -> tuple[Tensor, Tensor]:
+    return use.layer.inputs, use.layer.output_gradients
+
+
+def likely_cause(layer: nn.Module, captured: bool) -> str:
+    """Why a layer's gradient may be another than what is captured.
+
+    Args:
+        layer: Linear or Conv2d.
+        captured: Whether anything was.
+
+    Returns:
+        A sentence without its full stop.
+    """
+    if not captured:
+        return (
+            "The layer is never called itself: its weight is used by a function (as in nn.MultiheadAttention), or its "
+            "block was compiled before training"
+        )
+    if "forward" in vars(layer):
+        return "Its forward was replaced by another function"
+    if type(layer).forward not in (nn.Linear.forward, nn.Conv2d.forward):
+        return f"It is a {type(layer).__name__}, whose forward does something else with the weight"
+    return (
+        "Its weight is used elsewhere too (tied to another layer, or by a function), a hook changes its output, or the "
+        "loss holds a gradient of the network (double backward)"
+    )

@@ -8,14 +8,14 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_unlearn.callbacks.batch_watch import BatchWatch
-from lightning_unlearn.callbacks.fisher_file import facts_of_training, is_complete
+from lightning_unlearn.callbacks.collection import Collection
+from lightning_unlearn.callbacks.fisher_file import completed, write_fisher
 from lightning_unlearn.callbacks.fisher_sums import FisherSums
-from lightning_unlearn.callbacks.own_loss import own_loss_factor
+from lightning_unlearn.callbacks.sample_rows import RowsPerSample, check_rows_per_sample
 from lightning_unlearn.callbacks.second_stage import SecondStage
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher import FISHERS, Fisher, Targets
@@ -32,6 +32,11 @@ class FisherAccumulator(Callback):
     added. A second ``fit`` with the same Trainer, or one that resumes a checkpoint, goes on with the sums; another
     Trainer starts anew.
 
+    Nothing is taken on trust: what was captured, summed over rows, must be what each chosen parameter's gradient grew
+    by, in every backward pass that counts, and rows must be as many as the batch has samples. What is not so is refused
+    by name before any file is written. What one step of the chosen weights' optimizer takes together counts together;
+    a backward pass that leads to no such step does not count.
+
     It is the empirical Fisher, whose losses have the targets of the data, since a training's own gradients are all that
     it sees. The true Fisher, with targets drawn from the model, needs passes of its own: ``lightning-unlearn fisher
     --targets model``.
@@ -40,8 +45,16 @@ class FisherAccumulator(Callback):
     ``start_epoch``).
 
     An EKFAC Fisher is collected in two windows: covariances from the start on, and eigenvalues from
-    ``eigenvalue_step`` and ``eigenvalue_epoch`` on, or else from half way between the start and the planned end of
-    training. In between, one process decomposes the covariances, on its CPU, and the others wait.
+    ``eigenvalue_step`` and ``eigenvalue_epoch`` on, or else when half of the batches are done from the first one on
+    that was taken. In between, one process decomposes the covariances, on its CPU, and the others wait. If training
+    ends before the eigenvalues, those of the Kronecker product are written, and a warning says so.
+
+    Two factors of a loss can't be seen from gradients and have to be told. Prior preservation, as in DreamBooth, adds
+    two means, ``loss = instance.mean() + prior.mean()``, each over half of the batch: each sample's share is twice that
+    of a mean over the whole, so ``loss_scale=2``; with a weight ``w`` of the prior's mean, set
+    ``self.shares = torch.cat([torch.full((b,), 2.0), torch.full((b,), 2.0 * w)])`` in ``training_step`` and
+    ``sample_weights="shares"``. A ``backward`` of your own that multiplies the loss, ``(loss * 128).backward()``, needs
+    ``loss_scale=128``; that one is noticed, and refused until it is told.
 
     Args:
         target: Dotted name of the network in the LightningModule, e.g. ``"unet"``; ``""`` for the module itself.
@@ -57,6 +70,13 @@ class FisherAccumulator(Callback):
         loss_scale: A constant that the training loss is multiplied with, to be undone.
         sample_weights: Dotted name of an attribute of the LightningModule that holds each sample's weight ``(B,)`` in
             the last loss, to be undone; samples of weight 0 are left out.
+        rows_per_sample: Where rows of the layers are not the batch's samples: how many rows each sample has over all
+            that a step takes together, in parts one after another (2 for a batch that was doubled by ``torch.cat``, for
+            preference pairs, and for a network that is called twice on the same samples; 1 where all rows are samples
+            of their own, as real and generated ones are). Or a function of the numbers of rows and samples that says
+            which sample each row is of, e.g. ``lambda rows, samples: torch.arange(rows) // (rows // samples)`` for
+            tokens that were flattened into rows; or the dotted name of such a function of the LightningModule.
+            Gradients of one sample's rows are summed before squaring.
         save_in_checkpoint: Keep the sums in every checkpoint, so that a resumed training goes on with them. If false
             they are kept in a file beside ``path`` instead, one for each checkpoint's step.
         eigenvalue_step: Optimizer step at which an EKFAC Fisher goes on from covariances to eigenvalues.
@@ -85,6 +105,7 @@ class FisherAccumulator(Callback):
         reduction: Literal["mean", "sum"] = "mean",
         loss_scale: float = 1.0,
         sample_weights: str | None = None,
+        rows_per_sample: RowsPerSample | None = None,
         save_in_checkpoint: bool = True,
         eigenvalue_step: int | None = None,
         eigenvalue_epoch: int | None = None,
@@ -94,6 +115,7 @@ class FisherAccumulator(Callback):
                 "FisherAccumulator needs every_n_batches of at least 1, a loss_scale that is not 0, reduction 'mean' "
                 f"or 'sum', and a fisher among {', '.join(FISHERS)}."
             )
+        check_rows_per_sample(rows_per_sample)
         later = (eigenvalue_step or 0) > start_step or (eigenvalue_epoch or 0) > start_epoch
         given = eigenvalue_step is not None or eigenvalue_epoch is not None
         if given and not (later and FISHERS[fisher].stages):
@@ -112,22 +134,25 @@ class FisherAccumulator(Callback):
         self.reduction = reduction
         self.loss_scale = loss_scale
         self.sample_weights = sample_weights
+        self.rows_per_sample = rows_per_sample
         self.save_in_checkpoint = save_in_checkpoint
 
         self.skipped_batches = 0
-        self._sums = FisherSums(fisher)
-        self._watch: BatchWatch | None = None
+        self._sums = FisherSums(fisher, path)
+        self._collection: Collection | None = None
         self._trainer: Trainer | None = None
         self._failed = False
         self._steps: list[int] = []  # first and last optimizer step seen
-        self._second_stage = SecondStage(start_step, start_epoch, eigenvalue_step, eigenvalue_epoch)
+        self._second_stage = SecondStage(eigenvalue_step, eigenvalue_epoch)
         self._changed_at: int | None = None  # step at which the stages changed
 
     @property
     @override
     def state_key(self) -> str:
-        """One state for each network, selection and kind, so that several accumulators go into one checkpoint."""
-        return self._generate_state_key(target=self.target, parameters=self.parameters, fisher=self.fisher)
+        """One state for each file, so that several accumulators, and several windows of one network, go together."""
+        return self._generate_state_key(
+            target=self.target, parameters=self.parameters, fisher=self.fisher, path=self.path
+        )
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -144,15 +169,16 @@ class FisherAccumulator(Callback):
                 raise InputError(f"Two FisherAccumulators would write {self.path}; give each a path of its own.")
         if self._trainer is not None and self._trainer is not trainer:
             self._sums.forget()
-            self._steps, self.skipped_batches, self._changed_at = [], 0, None
+            self._steps, self.skipped_batches, self._changed_at, self._second_stage.seen = [], 0, None, 0
         self._trainer = trainer
         self._failed = False
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers and put hooks on them; nothing is captured yet."""
-        layers = select_layers(find_network(pl_module, self.target), self.parameters)
-        frozen = [name for name, layer in layers.items() if not any(p.requires_grad for p in layer.parameters())]
+        network = find_network(pl_module, self.target)
+        layers = select_layers(network, self.parameters)
+        frozen = [name for name, layer in layers.items() if not all(p.requires_grad for p in layer.parameters())]
         if frozen:
             raise InputError(
                 f"{len(frozen)} of the chosen layers are frozen (e.g. {frozen[0]}), so no gradient reaches them; "
@@ -163,15 +189,26 @@ class FisherAccumulator(Callback):
         # Only that pass draws targets from the model; any training's losses are of the data.
         targets: Targets = pl_module.targets if isinstance(pl_module, FisherPass) else "data"
         local = self._sums.start(trainer, layer_specs(layers), dtype, targets)
-        if local.stages:
+        if local.stages and local.stage != local.stages[-1]:
             self._second_stage.plan(trainer)
-        self._watch = BatchWatch(layers, self.target)
+        self._collection = Collection(
+            trainer,
+            pl_module,
+            network,
+            layers,
+            target=self.target,
+            sums=self._sums,
+            reduction=self.reduction,
+            loss_scale=self.loss_scale,
+            sample_weights=self.sample_weights,
+            rows_per_sample=self.rows_per_sample,
+        )
 
-    def _stage_ends(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+    def _stage_ends(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> bool:
         """Whether covariances are complete and eigenvalues follow; the same on all ranks."""
         assert self._sums.local is not None
         last = self._sums.local.stage in (None, *self._sums.local.stages[-1:])
-        return not last and self._second_stage.is_due(trainer, pl_module)
+        return not last and self._second_stage.is_due(trainer, pl_module, batch_idx)
 
     def should_capture(self, step: int, epoch: int, batch_idx: int) -> bool:
         """Whether a batch is taken; override for another rule.
@@ -189,52 +226,46 @@ class FisherAccumulator(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Watch this batch if it is to be taken."""
-        assert self._watch is not None
-        if self._stage_ends(trainer, pl_module):
+        assert self._collection is not None
+        if self._stage_ends(trainer, pl_module, batch_idx):
+            self._collection.drop_waiting()
             self._sums.next_stage()
             self._changed_at = trainer.global_step
-        self._watch.begin(take=self.should_capture(trainer.global_step, trainer.current_epoch, batch_idx))
+        take = self.should_capture(trainer.global_step, trainer.current_epoch, batch_idx)
+        self._second_stage.seen += take or self._second_stage.seen > 0
+        self._collection.begin(batch, take=take)
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Forget gradients that the training step took for purposes of its own with ``torch.autograd.grad``."""
-        if self._watch is not None:
-            self._watch.before_backward()
+        if self._collection is not None:
+            self._collection.before_backward(loss)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add what the backward pass left; runs for every micro-batch, before gradients are unscaled or clipped."""
-        captured = self._watch.take() if self._watch is not None else {}
-        if not captured:
-            return
-        rows = len(next(iter(captured.values())))
-        factor = own_loss_factor(trainer, pl_module, rows, self.reduction, self.loss_scale, self.sample_weights)
-        captured = {name: layer.scaled(factor) for name, layer in captured.items()}
-        tensors = [tensor for layer in captured.values() for tensor in (layer.inputs, layer.output_gradients)]
-        # Asked once for all tensors: each answer waits for the device.
-        if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
-            self.skipped_batches += 1  # the GradScaler skips this step too
-            return
-        local = self._sums.local
-        assert local is not None
-        local.update(captured)
-        if isinstance(factor, Tensor):
-            local.count -= int((factor == 0).sum())
-        self._steps = [self._steps[0] if self._steps else trainer.global_step, trainer.global_step]
+        """Take what the backward pass left; runs for every micro-batch, before gradients are unscaled or clipped."""
+        if self._collection is not None:
+            self._collection.after_backward()
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Add what this step takes, if it is one of the chosen weights."""
+        if self._collection is not None:
+            self._collection.before_step(optimizer)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop watching until the next batch; validation in between is not seen."""
-        assert self._watch is not None
-        self._watch.end(automatic_optimization=pl_module.automatic_optimization)
+        assert self._collection is not None
+        self._collection.end()
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """With manual optimization other networks may have their turn first, but not for a whole epoch."""
-        if self._watch is not None:
-            self._watch.refuse_silence()
+        if self._collection is not None:
+            self._collection.refuse_silence()
 
     def total(self) -> Fisher:
         """The sums over all ranks and earlier runs; during training, every rank must call it.
@@ -250,26 +281,23 @@ class FisherAccumulator(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add up the ranks and write the file."""
-        total = self._sums.finish()
-        if not is_complete(total):
+        self._detach()  # before weights are moved
+        steps, skipped = self._steps, self.skipped_batches
+        total = completed(self._sums.finish())
+        if total is None:
             return
-        layers = select_layers(find_network(pl_module, self.target), self.parameters)
-        total.weights = {name: parameter.detach() for name, parameter in layer_parameters(layers).items()}
-        total.provenance = {
-            **facts_of_training(trainer, pl_module),
-            "target": self.target,
-            "steps": self._steps,
-            "skipped_batches": self.skipped_batches,
-        }
+        about: dict[str, Any] = {"target": self.target, "steps": steps, "skipped_batches": skipped}
         if total.stages:
-            total.provenance["eigenvalues_from_step"] = self._changed_at
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            rank_zero_info("fast_dev_run: no Fisher is written, as no checkpoint is.")
-            return
-        path = Path(trainer.default_root_dir) / self.path
-        if trainer.is_global_zero:
-            total.save(path)
-        rank_zero_info(f"Fisher of {total.count} samples written to {path}")
+            about["eigenvalues_from_step"] = self._changed_at
+        layers = select_layers(find_network(pl_module, self.target), self.parameters)
+        write_fisher(total, layers, trainer, pl_module, Path(trainer.default_root_dir) / self.path, about)
+
+    def _seen(self) -> tuple[list[int], int]:
+        """The first and last optimizer step, and how many batches were left out, over this fit and earlier ones."""
+        if self._collection is None:
+            return self._steps, self.skipped_batches
+        ends = [*self._steps, *self._collection.steps]
+        return ends[:1] + ends[-1:], self.skipped_batches + self._collection.skipped_batches
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -280,7 +308,8 @@ class FisherAccumulator(Callback):
         Returns:
             Numbers, strings and tensors only, so that it loads with ``weights_only=True``.
         """
-        state: dict[str, Any] = {"steps": self._steps, "skipped_batches": self.skipped_batches}
+        steps, skipped = self._seen()
+        state: dict[str, Any] = {"steps": steps, "skipped_batches": skipped, "batches_seen": self._second_stage.seen}
         if self._changed_at is not None:
             state["changed_at"] = self._changed_at
         if self._sums.local is None or (self._failed and self._trainer is not None and self._trainer.world_size > 1):
@@ -301,6 +330,7 @@ class FisherAccumulator(Callback):
         self._steps = list(state_dict["steps"])
         self.skipped_batches = int(state_dict["skipped_batches"])
         self._changed_at = state_dict.get("changed_at")
+        self._second_stage.seen = int(state_dict.get("batches_seen", 0))
         self._sums.earlier = (
             FISHERS[self.fisher].load(state_dict["file"]).state() if "file" in state_dict else state_dict["fisher"]
         )
@@ -317,6 +347,7 @@ class FisherAccumulator(Callback):
         self._detach()
 
     def _detach(self) -> None:
-        if self._watch is not None:
-            self._watch.detach()
-            self._watch = None
+        if self._collection is not None:
+            self._steps, self.skipped_batches = self._seen()
+            self._collection.detach()
+            self._collection = None

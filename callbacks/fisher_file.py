@@ -2,39 +2,89 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_unlearn.diffusion.objective import Objective
 from lightning_unlearn.fisher import Fisher
+from lightning_unlearn.fisher.early import of_the_product
+from lightning_unlearn.fisher.ekfac import EKFACFisher
+from lightning_unlearn.weights.parameters import layer_parameters
 
 
-def is_complete(total: Fisher) -> bool:
-    """Whether a Fisher can be used after training; a warning says why it can't.
+def completed(total: Fisher) -> Fisher | None:
+    """A Fisher that can be used after training; a warning says what it lacks.
 
     Args:
         total: Over all ranks.
 
     Returns:
-        Whether it has samples and came to its last stage.
+        It; for an EKFAC Fisher whose training ended before the eigenvalues, one with those of the Kronecker product;
+        nothing without any sample.
     """
+    if isinstance(total, EKFACFisher) and total.stage == total.stages[-1] and total.count == 0:
+        rank_zero_warn(
+            "FisherAccumulator came to the eigenvalues of the EKFAC Fisher, but training ended before any sample was "
+            "taken for them; let them start earlier by eigenvalue_step or eigenvalue_epoch. No Fisher is written."
+        )
+        return None
     if total.count == 0:
         rank_zero_warn(
-            "FisherAccumulator took no batch: start_step or start_epoch lies past the end of training, or no "
-            "gradient was finite. No Fisher is written."
+            "FisherAccumulator took no batch: start_step or start_epoch lies past the end of training, no gradient was "
+            "finite, or no optimizer step took the chosen weights' gradients. No Fisher is written."
         )
-        return False
-    if total.stages and total.stage != total.stages[-1]:
+        return None
+    if isinstance(total, EKFACFisher) and total.stage != total.stages[-1]:
         rank_zero_warn(
             f"FisherAccumulator took {total.stage} of {total.count} samples, but training ended before "
-            f"{total.stages[-1]}; let them start earlier by eigenvalue_step or eigenvalue_epoch. No Fisher is "
-            "written."
+            f"{total.stages[-1]}. The Fisher that is written has the eigenvalues of the Kronecker product (K-FAC), "
+            "scaled to each layer's mean squared gradient: coarser than EKFAC. For that, let the eigenvalues start "
+            "earlier by eigenvalue_step or eigenvalue_epoch, or run `lightning-unlearn fisher` afterwards."
         )
-        return False
-    return True
+        early = of_the_product(total)
+        early.provenance["eigenvalues"] = "of the Kronecker product of the covariances (K-FAC), to the measured trace"
+        return early
+    return total
+
+
+def write_fisher(
+    total: Fisher,
+    layers: Mapping[str, nn.Module],
+    trainer: Trainer,
+    module: LightningModule,
+    path: Path,
+    about: Mapping[str, Any],
+) -> None:
+    """Write the file of a training; every rank must call it.
+
+    Args:
+        total: Over all ranks.
+        layers: The chosen layers.
+        trainer: Of the training.
+        module: That was trained.
+        path: The file.
+        about: What else it says.
+    """
+    total.weights = {name: _whole(parameter.detach()) for name, parameter in layer_parameters(layers).items()}
+    total.provenance |= {**facts_of_training(trainer, module), **about}
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        rank_zero_info("fast_dev_run: no Fisher is written, as no checkpoint is.")
+        return
+    if trainer.is_global_zero:
+        total.save(path)
+    rank_zero_info(f"Fisher of {total.count} samples written to {path}")
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """A weight that may be sharded over ranks (FSDP2), whole on each."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def facts_of_training(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
@@ -48,9 +98,10 @@ def facts_of_training(trainer: Trainer, module: LightningModule) -> dict[str, An
         The module's class, whether weights were averaged beside it, and its objective if it has one of this package.
     """
     callbacks = getattr(trainer, "callbacks", [])
+    averaging = WeightAveraging | StochasticWeightAveraging
     facts: dict[str, Any] = {
         "module": f"{type(module).__module__}.{type(module).__qualname__}",
-        "averaged_weights_in_run": any(isinstance(callback, WeightAveraging) for callback in callbacks),
+        "averaged_weights_in_run": any(isinstance(callback, averaging) for callback in callbacks),
     }
     objective = getattr(module, "objective", None)
     if isinstance(objective, Objective):

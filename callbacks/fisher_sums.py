@@ -22,14 +22,16 @@ class FisherSums:
 
     Args:
         kind: Of Fisher.
+        file: Where the total will be written, for messages.
 
     Attributes:
         local: The sums of this rank in this fit.
         earlier: The state over all ranks of what came before, as :meth:`Fisher.state` gives it.
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, file: str) -> None:
         self.kind = kind
+        self.file = file
         self.local: Fisher | None = None
         self.earlier: dict[str, Any] | None = None
         self._trainer: Trainer | None = None  # while it trains
@@ -70,7 +72,11 @@ class FisherSums:
             InputError: If there was no training yet.
         """
         if self.local is None:
-            raise InputError("FisherAccumulator has no sums before training; call total() during fit or after it.")
+            raise InputError(
+                "FisherAccumulator has no sums before training; call total() during fit or after it. If fit ran in "
+                "processes of its own (ddp_spawn, ddp_fork, ddp_notebook), the sums stayed there: read the file that they "
+                f"wrote, {self.file} in the Trainer's default_root_dir, with load_fisher."
+            )
         total = self._new(self.local)
         total.load_tensors({name: tensor.clone() for name, tensor in self.local.tensors().items()})
         count = torch.tensor(float(self.local.count), dtype=torch.float64)

@@ -16,8 +16,9 @@ from torch import Tensor
 from torchmetrics.functional import spearman_corrcoef
 from typing_extensions import override
 
+from lightning_unlearn.data.files import write_atomically
 from lightning_unlearn.data.samples import Sample
-from lightning_unlearn.data.shards import ShardInfo, shard_id, write_atomically
+from lightning_unlearn.data.shards import ShardInfo, shard_id
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import digest
 from lightning_unlearn.scores.files import FAILED, read_run, run_digest, shard_path, write_shard_scores
@@ -236,9 +237,9 @@ class ScoreWriter(Callback):
     def _fail(self, shard: str, error: str) -> None:
         self.failures[shard] = error
         try:
-            (self.folder / FAILED).mkdir(parents=True, exist_ok=True)
+            (self.folder / FAILED).mkdir(exist_ok=True)
             write_atomically(self.folder / FAILED / f"{shard}.json", json.dumps({"error": error}).encode())
-        except OSError:
+        except OSError:  # a full disk, or a folder that is gone
             # Where the disk is full there is no room for a note either, and others would wait for it.
             self._unnoted = True
 
@@ -250,7 +251,10 @@ class ScoreWriter(Callback):
                 self._fail(name, f"Shard {name} was not read to its end; run the same command again, without limits.")
         if trainer.is_global_zero:
             run = read_run(self.folder)
-            assert run is not None
+            if run is None:
+                raise InputError(
+                    f"The folder {self.folder} was removed while the run went on; run the same command again."
+                )
             run["seconds"] += time.monotonic() - self._started
             if self.agreement is not None:
                 run["rank_correlation_with_float32"] = self.agreement

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
+from lightning_unlearn.data.addresses import is_address
 from lightning_unlearn.data.samples import Sample, SampleBatch, decode_sample
 from lightning_unlearn.data.shards import ShardInfo, shard_id
 from lightning_unlearn.data.targets import targets_of
-from lightning_unlearn.datamodules.reading import read_fields, read_keys, read_samples
+from lightning_unlearn.datamodules.reading import list_keys, read_fields, read_keys, read_samples
 from lightning_unlearn.datamodules.real import RealSamples
 from lightning_unlearn.datamodules.scoring import ScoringStream, check_shapes
-from lightning_unlearn.datamodules.sources import list_shards
+from lightning_unlearn.datamodules.sources import list_shards, with_facts
 from lightning_unlearn.draws.unlearning_draws import DrawBatch, RealStream, draw_batches, real_batches
 from lightning_unlearn.errors import InputError
 
@@ -28,7 +30,7 @@ class AttributionDataModule(LightningDataModule):
     do and is no error.
 
     Args:
-        shards: The training shards: folders, paths, brace patterns or http(s) addresses.
+        shards: The training shards: folders, paths, brace patterns or addresses (http(s), s3, gs, hf, …).
         queries: The queries, in shards of the same form.
         query_keys: Only these queries, in this order.
         targets_by: A field of the queries' json, e.g. ``artist``: those with the same value are unlearned together, and
@@ -91,19 +93,37 @@ class AttributionDataModule(LightningDataModule):
         Raises:
             InputError: If there is no query, a key stands twice, shapes differ, or a query does not say its target.
         """
-        self.shards = list_shards(self.shard_patterns, allow_pipe=self.allow_pipe)
+        # The order in which shards are dealt is that of the list, whatever their servers add to it.
+        self.shards = with_facts(list_shards(self.shard_patterns, allow_pipe=self.allow_pipe))
         self.queries = self._read_queries()
+        if self.keys is not None:
+            self._check_keys(self.keys)
         for shard in self._dealt():
             if shard_id(shard.url) in self._done:
                 continue
             for fields in read_fields(shard):
                 try:
-                    check_shapes(decode_sample(fields), self.queries[0], shard.url)
+                    check_shapes(decode_sample(fields), self.queries[0], shard.shown)
                 except InputError:
                     if self.on_bad_sample == "error":
                         raise
                     continue
                 break
+
+    def _check_keys(self, keys: frozenset[str]) -> None:
+        """Refuse keys of which no shard holds any; to know it, names alone are read, and of local shards alone."""
+        if any(is_address(shard.url) for shard in self.shards):
+            return
+        left = set(keys)
+        for shard in self.shards:
+            with suppress(InputError):  # a damaged shard is told of where it is read
+                for key in list_keys(shard):
+                    left.discard(key)
+            if len(left) < len(keys):
+                return
+        raise InputError(
+            f"No shard holds any of the {len(keys)} chosen keys, e.g. {min(keys)!r}; give keys that the shards hold."
+        )
 
     def _read_queries(self) -> list[Sample]:
         infos = list_shards(self.query_patterns, allow_pipe=self.allow_pipe)

@@ -4,67 +4,95 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
-from typing_extensions import override
-from webdataset import tariterators
-from webdataset.gopen import gopen
+from webdataset.tariterators import base_plus_ext
 
 from lightning_unlearn.data.masks import MASK_FIELD
-from lightning_unlearn.data.samples import PICTURE_FIELDS, Sample, decode_sample
+from lightning_unlearn.data.samples import ARRAY_FIELDS, PICTURE_FIELDS, REQUIRED_FIELDS, Sample, decode_sample
 from lightning_unlearn.data.shards import ShardInfo
-from lightning_unlearn.datamodules.remote import RemoteFile
+from lightning_unlearn.datamodules.archive import LARGEST_FILE, Archive
+from lightning_unlearn.datamodules.source import OpenShard
 from lightning_unlearn.errors import InputError
 
-FIELDS = frozenset({"latent.npy", "latent_flip.npy", "text.npy", "json"})
+FIELDS = frozenset({*ARRAY_FIELDS, *REQUIRED_FIELDS})
+# What macOS adds for a file's attributes, under the file's name with "._" before it.
+APPLE_DOUBLE = b"\x00\x05\x16\x07"
 
 
-def read_fields(shard: ShardInfo, *, pictures: bool = False, masks: bool = False) -> Iterator[dict[str, Any]]:
+def read_fields(
+    shard: ShardInfo, *, pictures: bool = False, masks: bool = False, fields: frozenset[str] = FIELDS
+) -> Iterator[dict[str, Any]]:
     """The samples of a shard as undecoded bytes.
 
     Args:
-        shard: Where it is. http(s) addresses are read with retries.
+        shard: Where it is.
         pictures: Whether pictures are read too.
         masks: Whether masks are read too, as they are of queries alone.
+        fields: What else is read.
 
     Yields:
-        Field name to bytes, with ``__key__`` and ``__url__``.
+        Field name to bytes, with ``__key__`` and ``__url__``; with ``__dotted__`` where a file was meant to be of
+        another key (see :func:`~lightning_unlearn.data.samples.decode_sample`).
 
     Raises:
-        InputError: If the shard can't be read to its end.
+        InputError: If the shard can't be read to its end, is not the one that its manifest describes, or its files
+            don't make samples.
     """
-    wanted = {*FIELDS, *(PICTURE_FIELDS if pictures else ()), *((MASK_FIELD,) if masks else ())}
+    wanted = frozenset({*fields, *(PICTURE_FIELDS if pictures else ()), *((MASK_FIELD,) if masks else ())})
     count = 0
     try:
-        for fields in tariterators.group_by_keys(_read_files(shard.url)):
-            count += 1
-            yield {name: value for name, value in fields.items() if name in wanted or name.startswith("__")}
+        with OpenShard(shard) as opened:
+            archive = Archive(opened.stream, opened.position)
+            for sample in _Groups(shard.shown, wanted).of(archive):
+                count += 1
+                yield sample
+            while opened.stream.read(2**20):  # what is known of the whole is checked at its end
+                pass
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(
-            f"Shard {shard.url} can't be read past its sample {count} ({_first_line(error)}); fetch or make it again."
+            f"Shard {shard.shown} can't be read past its sample {count} ({_first_line(error)}); fetch or make it again."
         ) from None
     if shard.samples is not None and count != shard.samples:
         raise InputError(
-            f"Shard {shard.url} holds {count} samples, but its manifest says {shard.samples}; "
+            f"Shard {shard.shown} holds {count} samples, but its manifest says {shard.samples}; "
             "it may be cut off: fetch or make it again."
         )
 
 
-def read_samples(shard: ShardInfo, *, pictures: bool = False, masks: bool = False) -> Iterator[Sample]:
+def read_samples(
+    shard: ShardInfo, *, pictures: bool = False, masks: bool = False, keys: frozenset[str] | None = None
+) -> Iterator[Sample]:
     """The samples of a shard, decoded and checked.
 
     Args:
         shard: Where it is.
         pictures: Whether pictures are read too.
         masks: Whether masks are read too, as they are of queries alone.
+        keys: If given, only samples with these keys; others are not decoded, and may be bad.
 
     Yields:
         The samples.
     """
     for fields in read_fields(shard, pictures=pictures, masks=masks):
-        yield decode_sample(fields)
+        if keys is None or fields["__key__"] in keys:
+            yield decode_sample(fields)
+
+
+def list_keys(shard: ShardInfo) -> Iterator[str]:
+    """The keys of a shard's samples, without reading these.
+
+    Args:
+        shard: Where it is.
+
+    Yields:
+        The keys.
+    """
+    for fields in read_fields(shard, fields=frozenset()):
+        yield fields["__key__"]
 
 
 def read_keys(keys: str | list[str]) -> frozenset[str]:
@@ -77,58 +105,105 @@ def read_keys(keys: str | list[str]) -> frozenset[str]:
         All of them.
 
     Raises:
-        InputError: If there is no such file, or it holds none.
+        InputError: If there is no such file, it is no text, or it holds none.
     """
     if not isinstance(keys, str):
         return frozenset(keys)
-    if not Path(keys).is_file():
-        raise InputError(f"There is no list of keys at {keys}; give a text file with one key a line.")
-    found = frozenset(line.strip() for line in Path(keys).read_text().splitlines() if line.strip())
+    remedy = "give a text file with one key a line"
+    try:
+        # Editors on Windows begin a text with a mark.
+        lines = Path(keys).read_text("utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise InputError(f"The list of keys {keys} is not UTF-8; {remedy}, in UTF-8.") from None
+    except (OSError, ValueError):
+        raise InputError(f"There is no list of keys at {keys}; {remedy}.") from None
+    found = frozenset(line.strip() for line in lines if line.strip())
     if not found:
-        raise InputError(f"The list of keys {keys} is empty; give a text file with one key a line.")
+        raise InputError(f"The list of keys {keys} is empty; {remedy}.")
     return found
 
 
-class _StrictTarInfo(tarfile.TarInfo):
-    # A damaged or missing header is an error. tarfile takes either for the end of the archive.
+class _Groups:
+    """Files that lie side by side and have one key make a sample, as in WebDataset; what it passes over is refused.
 
-    @classmethod
-    @override
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _StrictTarInfo:
-        try:
-            return super().frombuf(buf, encoding, errors)
-        except tarfile.HeaderError as error:
-            if len(buf) == tarfile.BLOCKSIZE and not any(buf):  # a block of zeros is how a tar file ends
-                raise
-            what = "it is no tar file, or damaged here" if len(buf) == tarfile.BLOCKSIZE else "it is cut off here"
-            raise tarfile.ReadError(f"{what}: {error}") from None
+    Args:
+        shard: As it is called in messages.
+        wanted: The fields that are read.
+    """
 
+    def __init__(self, shard: str, wanted: frozenset[str]) -> None:
+        self.shard = shard
+        self.wanted = wanted
+        self._fields_of: dict[str, frozenset[str]] = {}  # of each key that came
 
-def _read_files(url: str) -> Iterator[dict[str, Any]]:
-    # As WebDataset's tariterators, but for shards that are cut off between two files, or damaged.
-    stream = _open(url)
-    try:
-        with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo) as archive:
-            while (member := archive.next()) is not None:
-                content = archive.extractfile(member) if member.isreg() else None
-                if content is not None:
-                    yield {"fname": member.name, "data": content.read(), "__url__": url}
-                # It would keep the headers of all files.
-                archive.members = []  # type: ignore[attr-defined]
-        while stream.read(2**20):  # a command that fails shows it after its last byte
-            pass
-        stream.close()
-    finally:
-        with suppress(OSError):  # a command that is still writing when nobody reads on
-            stream.close()
+    def of(self, archive: Archive) -> Iterator[dict[str, Any]]:
+        """The samples of an archive.
 
+        Args:
+            archive: Not read yet.
 
-def _open(url: str) -> BinaryIO:
-    if url.startswith("pipe:"):
-        return cast(BinaryIO, gopen(url))
-    if url.startswith(("http://", "https://")):
-        return cast(BinaryIO, RemoteFile(url))
-    return open(url, "rb")
+        Yields:
+            Field name to bytes, with ``__key__`` and ``__url__``.
+
+        Raises:
+            InputError: If files don't make samples.
+        """
+        sample: dict[str, Any] | None = None
+        seen: set[str] = set()
+        for name, content in archive.files(self._is_read):
+            key, field = self._parts(name, content)
+            if key is None:
+                continue
+            if sample is None or key != sample["__key__"]:
+                if sample is not None:
+                    self._fields_of[sample["__key__"]] = frozenset(seen)
+                    yield sample
+                self._check_new(key, field)
+                sample, seen = {"__key__": key, "__url__": self.shard}, set()
+            if field in seen:
+                raise InputError(
+                    f"Shard {self.shard} can't be used ({name}: duplicate file name); keys must be unique, and upper and "
+                    "lower case don't tell fields apart."
+                )
+            seen.add(field)
+            if field in self.wanted:
+                sample[field] = content
+            elif any(field.endswith("." + known) for known in ("latent.npy", "text.npy")):
+                sample["__dotted__"] = field
+            if sum(len(part) for part in sample.values() if isinstance(part, bytes)) > LARGEST_FILE:
+                raise InputError(
+                    f"Sample {key!r} in shard {self.shard} has more than {LARGEST_FILE} bytes; leave it out."
+                )
+        if sample is not None:
+            yield sample
+
+    def _is_read(self, name: str) -> bool:
+        field = base_plus_ext(name)[1]
+        return name.rpartition("/")[2].startswith("._") or (field is not None and field.lower() in self.wanted)
+
+    def _parts(self, name: str, content: bytes) -> tuple[str | None, str]:
+        key, field = base_plus_ext(name)
+        if key is not None:
+            return key, field.lower()
+        own = name.rpartition("/")[2]
+        fields = (*FIELDS, *PICTURE_FIELDS)
+        if own.startswith(".") and own.lower().endswith(fields) and not content.startswith(APPLE_DOUBLE):
+            raise InputError(
+                f"Shard {self.shard} holds the file {name!r}, which begins with a dot and so has no key; pack the shard "
+                "again under another name."
+            )
+        return None, ""
+
+    def _check_new(self, key: str, field: str) -> None:
+        earlier = self._fields_of.get(key)
+        if earlier is None:
+            return
+        if field in earlier:
+            raise InputError(f"Shard {self.shard} holds the key {key!r} twice; keys must be unique.")
+        raise InputError(
+            f"Shard {self.shard} holds files of {key!r} in two places; a sample's files must follow each other, as "
+            "`tar --sort=name` packs them."
+        )
 
 
 def _first_line(error: BaseException) -> str:

@@ -71,7 +71,7 @@ class RealSamples:
             shards = sorted(self.shards, key=lambda shard: shard.url)
             random.Random(seed_of(self.stream, "shards", self.seed, turn)).shuffle(shards)
             order = random.Random(seed_of(self.stream, "samples", self.seed, turn))
-            read = ((fields, shard.url) for shard in shards for fields in read_fields(shard))
+            read = ((fields, shard.shown) for shard in shards for fields in read_fields(shard))
             any_usable = False
             for fields, url in shuffle_buffer(HELD, initial=HELD, rng=order)(read):
                 sample = self._usable(fields, url)

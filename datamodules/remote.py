@@ -1,34 +1,55 @@
-"""A file behind an http(s) address, read once from its start to its end."""
+"""A file behind an address, read once from its start to its end, over connections that break."""
 
 from __future__ import annotations
 
-import http
-import http.client
+import hashlib
 import time
-import urllib.error
-import urllib.request
+
+import fsspec
+
+from lightning_unlearn.data.addresses import scheme_of, shown_address
+from lightning_unlearn.datamodules.http_reply import Facts, HttpReply, Unusable, is_transient, reason_of
+from lightning_unlearn.errors import InputError
 
 # Seconds before another attempt: a server that restarts or is busy gets a quarter of a minute, and nobody waits longer.
 WAITS = (1.0, 2.0, 4.0, 8.0)
-TIMEOUT = 20.0
-TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
+# A file may take so many seconds, and one more for each so many bytes of it.
+PATIENCE = 300.0
+SLOWEST = 16 * 2**10
+# What is installed for a kind of address.
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "hf": "hf"}
 
 
 class RemoteFile:
-    """The bytes at an http(s) address; where a connection breaks, reading goes on from there.
+    """The bytes at an address; where a connection breaks, reading goes on from there if the file is still the same.
 
-    WebDataset reads from a ``curl`` process, which does not take up a connection that breaks within a file: the shard
-    would have to be read again from its start. Nor is a connection that is refused tried again.
+    A server's ETag says whether it is. Without one, what was read is read again and must have the same digest.
 
     Args:
         url: The address.
+        tag: What is known of the file's content (:attr:`Facts.tag`); it must not have changed since.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, tag: str | None = None) -> None:
         self.url = url
+        self._tag = tag
         self._position = 0
-        self._size: int | None = None
-        self._response: http.client.HTTPResponse | None = None
+        self._facts: Facts | None = None
+        self._digest = hashlib.sha256()  # of what was read, where there is no ETag
+        self._reply: HttpReply | StoredFile | None = None
+        self._seconds = 0.0
+
+    @property
+    def facts(self) -> Facts:
+        """What is known of the file; its connection is opened if it isn't yet.
+
+        Raises:
+            OSError: If it can't be opened.
+        """
+        if self._facts is None:
+            self._insistently(0)
+        assert self._facts is not None
+        return self._facts
 
     def read(self, size: int) -> bytes:
         """The next bytes.
@@ -42,56 +63,173 @@ class RemoteFile:
         Raises:
             OSError: If they can't be read: at once where another attempt is of no use, or after the last one.
         """
+        return self._insistently(size)
+
+    def _insistently(self, size: int) -> bytes:
         waits = iter(WAITS)
         while True:
+            started = time.monotonic()
             try:
-                return self._read(size)
-            except (OSError, http.client.HTTPException) as error:
+                content = self._read(size)
+            except Exception as error:  # each kind of storage has exceptions of its own
                 self.close()
-                if isinstance(error, urllib.error.HTTPError):
-                    error.close()  # it holds the connection
                 wait = next(waits, None)
-                if wait is None or not _is_transient(error):
-                    raise OSError(str(error) or type(error).__name__) from error
-                time.sleep(wait)
+                if wait is None or not is_transient(error):
+                    reason = reason_of(error).replace(self.url, shown_address(self.url))
+                    raise OSError(reason) from None
+                content = None
+            self._seconds += time.monotonic() - started
+            if self._seconds > PATIENCE + self._position / SLOWEST:
+                self.close()
+                raise OSError(f"it is too slow: {self._position} bytes took {self._seconds:.0f} seconds")
+            if content is not None:
+                return content
+            time.sleep(wait)
 
     def close(self) -> None:
         """Close the connection."""
-        if self._response is not None:
-            self._response.close()
-            self._response = None
+        if self._reply is not None:
+            self._reply.close()
+            self._reply = None
 
     def _read(self, size: int) -> bytes:
-        if self._response is None:
-            self._response = self._connect()
-        content = self._response.read(size)
-        if not content and self._response.length:
-            raise ConnectionError(f"the connection broke {self._response.length} bytes before the end")
+        if self._reply is None:
+            self._reply = self._connect()
+        if not size:
+            return b""
+        content = self._reply.read(size)
+        if not content:
+            self._reply.finish(self._position)
         self._position += len(content)
+        if self._facts is not None and not self._facts.is_exact:
+            self._digest.update(content)
         return content
 
-    def _connect(self) -> http.client.HTTPResponse:
-        headers = {"User-Agent": "lightning-unlearn"}
-        if self._position:
-            headers["Range"] = f"bytes={self._position}-"
-        request = urllib.request.Request(self.url, headers=headers)
-        response: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT)
-        start = self._position if response.status == http.HTTPStatus.PARTIAL_CONTENT else 0
-        size = None if response.length is None else start + response.length
-        if self._position and size != self._size:
-            raise ValueError(f"it was {self._size} bytes long, and {size} when the connection had to be made again")
-        self._size = size
-        while start < self._position:  # the server knows no ranges and sends all of it again
-            skipped = len(response.read(min(2**20, self._position - start)))
-            if not skipped:
+    def _connect(self) -> HttpReply | StoredFile:
+        start = self._position if self._facts is not None and self._facts.is_exact else 0
+        opened = HttpReply if scheme_of(self.url) in ("http", "https") else StoredFile
+        reply: HttpReply | StoredFile = opened(self.url, start, self._facts)
+        try:
+            if self._facts is not None and reply.facts != self._facts:
+                raise Unusable("it changed while it was read: the connection broke, and then it was another file")
+            if self._tag is not None and reply.facts.tag != self._tag:
+                raise Unusable("it was changed since this run began")
+            self._again(reply)
+        except BaseException:
+            reply.close()
+            raise
+        self._facts = reply.facts
+        return reply
+
+    def _again(self, reply: HttpReply | StoredFile) -> None:
+        digest = hashlib.sha256()
+        left = self._position - reply.start
+        while left:
+            content = reply.read(min(2**18, left))
+            if not content:
                 raise ConnectionError("the connection broke")
-            start += skipped
-        return response
+            digest.update(content)
+            left -= len(content)
+        if not reply.facts.is_exact and digest.digest() != self._digest.digest():
+            raise Unusable("it changed while it was read: the connection broke, and what was read before is another now")
 
 
-def _is_transient(error: Exception) -> bool:
-    if isinstance(error, urllib.error.HTTPError):
-        return error.code in TRANSIENT
-    if isinstance(error, urllib.error.URLError):
-        return isinstance(error.reason, OSError)  # otherwise it is a sentence about the address
-    return not isinstance(error, http.client.InvalidURL)
+class StoredFile:
+    """A file of any storage that fsspec knows; how it is reached is said by fsspec's own configuration.
+
+    Args:
+        url: The address.
+        start: Where reading begins.
+        facts: Unused: what is known of the file is asked for.
+
+    Attributes:
+        start: Where reading begins.
+        facts: What is known of the file.
+    """
+
+    def __init__(self, url: str, start: int, facts: Facts | None) -> None:
+        self._storage, self._path = fsspec.core.url_to_fs(url, use_listings_cache=False)
+        self.start = start
+        self.facts = self._ask()
+        self._file = self._storage.open(self._path, "rb")
+        self._file.seek(start)
+
+    def _ask(self) -> Facts:
+        about = self._storage.info(self._path)
+        if about.get("type") == "directory":
+            raise IsADirectoryError("it is a folder; name its files")
+        return Facts(self._storage.ukey(self._path), None, about.get("size"))
+
+    def read(self, size: int) -> bytes:
+        """The next bytes.
+
+        Args:
+            size: The most.
+
+        Returns:
+            The bytes.
+        """
+        content: bytes = self._file.read(size)
+        return content
+
+    def finish(self, position: int) -> None:
+        """At the end, refuse a file of which parts came from another one.
+
+        Args:
+            position: How many bytes were read.
+
+        Raises:
+            Unusable: If it was changed while it was read.
+            ConnectionError: If it is shorter than was said.
+        """
+        if self._ask() != self.facts:
+            raise Unusable("it changed while it was read")
+        if self.facts.size is not None and position < self.facts.size:
+            raise ConnectionError(f"it ended {self.facts.size - position} bytes before its end")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def check_kind(url: str) -> None:
+    """Refuse an address of a kind that can't be read here.
+
+    Args:
+        url: Not a path, nor a command.
+
+    Raises:
+        InputError: If nothing is known of it, or a package is missing for it.
+    """
+    kind, shown = scheme_of(url), shown_address(url)
+    if kind in ("file", "local"):
+        raise InputError(f"{shown!r} is on this machine; give its path.")
+    try:
+        fsspec.get_filesystem_class(kind)
+    except ValueError:
+        raise InputError(
+            f"Shards are not read from {shown!r}; give a path, an address that fsspec knows, such as http(s), s3, gs or "
+            "hf, or a `pipe:` command."
+        ) from None
+    except ImportError as error:
+        extra = EXTRAS.get(kind)
+        remedy = f"run `pip install 'lightning-unlearn[{extra}]'`" if extra else f"{error}".rstrip(".")
+        raise InputError(f"Reading {shown!r} needs another package; {remedy}.") from None
+
+
+def fresh_facts(url: str) -> Facts | None:
+    """What a server says of a file now.
+
+    Args:
+        url: Its address.
+
+    Returns:
+        What tells it from others; ``None`` if it can't be reached, which shows when it is read.
+    """
+    file = RemoteFile(url)
+    try:
+        return file.facts
+    except OSError:
+        return None
+    finally:
+        file.close()

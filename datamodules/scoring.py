@@ -48,30 +48,27 @@ class ScoringStream(IterableDataset[SampleBatch]):
 
     def _batches(self, shard: ShardInfo) -> Iterator[SampleBatch]:
         name = shard_id(shard.url)
-        seen: set[str] = set()
         pending: list[Sample] = []
-        skipped = 0
+        count, skipped = 0, 0
         try:
             for fields in read_fields(shard):
                 if self.keys is not None and fields["__key__"] not in self.keys:
                     continue
                 try:
                     sample = decode_sample(fields)
-                    check_shapes(sample, self.query, shard.url)
+                    check_shapes(sample, self.query, shard.shown)
                 except InputError:
                     if not self.skip_bad:
                         raise
                     skipped += 1
                     continue
-                if sample.key in seen:
-                    raise InputError(f"Shard {shard.url} holds the key {sample.key!r} twice; keys must be unique.")
-                seen.add(sample.key)
+                count += 1
                 if len(pending) == self.batch_size:
                     yield collate_samples(name, pending)
                     pending = []
                 pending.append(sample)
             if pending:
-                yield collate_samples(name, pending, end_of_shard=len(seen), skipped=skipped)
+                yield collate_samples(name, pending, end_of_shard=count, skipped=skipped)
             else:
                 yield SampleBatch(name, end_of_shard=0, skipped=skipped)
         except InputError as error:

@@ -22,7 +22,8 @@ from lightning_unlearn.fingerprints import seed_of
 class TrainingStream(IterableDataset[SampleBatch]):
     """One rank's endless shuffled samples, cut to a number of batches.
 
-    Shards are dealt over ranks and workers where there are enough of them; otherwise every one reads all shards and
+    If every sample is to come once an epoch, samples are dealt one by one instead, and a reader's share is cut into
+    batches as even as can be, of which all readers have the same number. Otherwise shards are dealt over ranks and workers where there are enough of them; otherwise every one reads all shards and
     keeps its own share of their samples. Who runs out of samples before the epoch ends starts over. What can't be read
     gives a batch with the error: an exception would leave a worker process with its whole stack trace for a message.
 
@@ -36,6 +37,7 @@ class TrainingStream(IterableDataset[SampleBatch]):
         keys: If given, only samples with these keys.
         shuffle: How many samples are held to be shuffled.
         cache: Whether shards are read once and their samples kept in memory, decoded.
+        total: The number of all samples, if each is to come once an epoch.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class TrainingStream(IterableDataset[SampleBatch]):
         keys: frozenset[str] | None,
         shuffle: int,
         cache: bool = False,
+        total: int | None = None,
     ) -> None:
         self.shards = shards
         self.rank = rank
@@ -58,6 +61,7 @@ class TrainingStream(IterableDataset[SampleBatch]):
         self.seed = seed
         self.keys = keys
         self.shuffle = shuffle
+        self.total = total
         self.epoch = 0
         # Address to a shard's samples, each decoded when it is first drawn.
         self._cached: dict[str, list[_Kept]] | None = {} if cache else None
@@ -65,13 +69,25 @@ class TrainingStream(IterableDataset[SampleBatch]):
     def __iter__(self) -> Iterator[SampleBatch]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        slot, slots = self.rank * workers + number, self.world_size * workers
+        samples = self._samples(slot, slots)
         steps = self.steps // workers + (number < self.steps % workers)
-        samples = self._samples(self.rank * workers + number, self.world_size * workers)
         try:
-            for _ in range(steps):
-                yield collate_samples("training", list(islice(samples, self.batch_size)))
+            for size in [self.batch_size] * steps if self.total is None else self._even_sizes(slot, slots):
+                yield collate_samples("training", list(islice(samples, size)))
         except InputError as error:
             yield SampleBatch("training", error=str(error))
+
+    def _even_sizes(self, slot: int, slots: int) -> list[int]:
+        """The sizes of the batches of one reader that has its share of all samples once."""
+        assert self.total is not None
+        if self.total < slots:
+            raise InputError(
+                f"{self.total} samples are too few for one on each of {slots} readers; use fewer workers or ranks."
+            )
+        batches = -(-self.total // (slots * self.batch_size))
+        mine = self.total // slots + (slot < self.total % slots)
+        return [mine // batches + (batch < mine % batches) for batch in range(batches)]
 
     def fill_cache(self) -> None:
         """Read all shards into the cache, for workers that end with the epoch and could not keep it."""
@@ -80,7 +96,7 @@ class TrainingStream(IterableDataset[SampleBatch]):
 
     def _samples(self, slot: int, slots: int) -> Iterator[Sample]:
         # Endless samples of one of ``slots`` readers.
-        by_shard = len(self.shards) >= slots
+        by_shard = len(self.shards) >= slots and self.total is None
         without: set[str] = set()  # shards read since the last sample
         turn = 0
         while True:
@@ -168,7 +184,7 @@ class TrainingDataModule(LightningDataModule):
     """Shards as a stream of shuffled training batches (:class:`~lightning_unlearn.data.samples.SampleBatch`).
 
     Args:
-        shards: Folders, paths, brace patterns or http(s) addresses.
+        shards: Folders, paths, brace patterns or addresses (http(s), s3, gs, hf, …).
         batch_size: Samples a batch and rank.
         seed: Of the shuffling; an epoch's order is a function of it and the epoch's number.
         num_workers: Processes that read, a rank.
@@ -177,6 +193,8 @@ class TrainingDataModule(LightningDataModule):
         shuffle: How many samples a reader holds to shuffle.
         allow_pipe: Whether ``pipe:`` addresses are let through.
         cache: Whether all samples are kept in memory, decoded, for data that is small and read many times.
+        every_sample: Whether an epoch is every sample once, in batches of at most ``batch_size``, instead of as many
+            full batches as there are.
 
     Raises:
         InputError: If the batch size is below 1.
@@ -193,6 +211,7 @@ class TrainingDataModule(LightningDataModule):
         shuffle: int = 5000,
         allow_pipe: bool = False,
         cache: bool = False,
+        every_sample: bool = False,
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -206,6 +225,7 @@ class TrainingDataModule(LightningDataModule):
         self.shuffle = shuffle
         self.allow_pipe = allow_pipe
         self.cache = cache
+        self.every_sample = every_sample
 
     def train_dataloader(self) -> _EpochLoader:
         """The training batches of this rank.
@@ -227,13 +247,26 @@ class TrainingDataModule(LightningDataModule):
                 )
             total = sum(counts)
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
-        steps = total // (self.batch_size * world_size)
+        if self.every_sample:
+            slots = world_size * max(1, self.num_workers)
+            steps = -(-total // (slots * self.batch_size)) * max(1, self.num_workers)
+        else:
+            steps = total // (self.batch_size * world_size)
         if steps < 1:
             raise InputError(
                 f"{total} samples are too few for one batch of {self.batch_size} on each of {world_size} ranks; "
                 "use a smaller batch_size."
             )
         stream = TrainingStream(
-            shards, rank, world_size, self.batch_size, steps, self.seed, keys, self.shuffle, self.cache
+            shards,
+            rank,
+            world_size,
+            self.batch_size,
+            steps,
+            self.seed,
+            keys,
+            self.shuffle,
+            self.cache,
+            total if self.every_sample else None,
         )
         return _EpochLoader(DataLoader(stream, batch_size=None, num_workers=self.num_workers), stream, self)

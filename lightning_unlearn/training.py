@@ -48,6 +48,7 @@ class DiffusionModule(LightningModule):
         super().__init__()
         self.network = load_network(network, weights, prefix).train()
         self.objective = objective or DenoisingObjective(network if isinstance(network, str) else None)
+        self.objective.check_network(self.network)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.flips = flips

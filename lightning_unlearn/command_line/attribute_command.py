@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,13 +19,13 @@ from lightning_unlearn.command_line.run_report import write_report
 from lightning_unlearn.command_line.scoring_words import Announcer, targets_in_words, wait_for_scores
 from lightning_unlearn.command_line.trainer_cli import TrainerCLI, attribution_parts, one_sentence
 from lightning_unlearn.datamodules import AttributionDataModule
-from lightning_unlearn.diffusion.loading import read_checkpoint
 from lightning_unlearn.errors import InputError, some_of
 from lightning_unlearn.scores.racing import Race
 from lightning_unlearn.scores.rules import RULES
 from lightning_unlearn.scores.table import ScoreTable
+from lightning_unlearn.unlearning.guards import check_processes
 from lightning_unlearn.unlearning.module import UnlearningModule
-from lightning_unlearn.weights.deltas import read_targets
+from lightning_unlearn.weights.delta_files import read_deltas
 
 UNLEARNING = "unlearning"
 # What only unlearning has, with its defaults.
@@ -71,7 +72,7 @@ def attribute(arguments: list[str]) -> None:
         else:
             _unlearn_and_score(cli, module, data, trainer, output)
         if trainer.is_global_zero:
-            _name_unscored(data, write_report(output, cli.config.top, allow_pipe=data.allow_pipe))
+            _name_unscored(data, write_report(output, cli.config.top, allow_pipe=data.allow_pipe, data=data))
 
 
 def _refuse_options_of_unlearning(cli: TrainerCLI, method: Baseline) -> None:
@@ -91,6 +92,7 @@ def _unlearn_and_score(
         check_race(race, module, data, output)
         if cli.config.keep_deviations:
             raise InputError("A race's table has scores of few and of all views; leave keep_deviations out.")
+    check_processes(trainer)
     make_folder(output)
     # Before the progress bar, so that a folder of another run is refused and the step announced before it is drawn.
     writer = ScoreWriter(str(output), cli.config.rule, data.on_bad_sample, cli.config.flips, cli.config.keep_deviations)
@@ -117,9 +119,13 @@ def _name_unscored(data: AttributionDataModule, table: ScoreTable) -> None:
 
 def _save(trainer: Trainer, path: Path) -> None:
     try:
+        if not path.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "the folder was removed while the run went on")
         trainer.save_checkpoint(path, weights_only=False)
-    except (OSError, RuntimeError) as error:  # torch's writer raises the latter where the disk is full
-        raise InputError(f"The deltas can't be written to {path} ({error}); free the disk and run again.") from None
+    except OSError as error:
+        raise InputError(
+            f"The deltas can't be written to {path} ({error.strerror}); see to the disk and run again."
+        ) from None
     say(f"Deltas: {path}")
 
 
@@ -127,7 +133,7 @@ def _is_unlearned(path: Path, module: UnlearningModule, data: AttributionDataMod
     """Whether a checkpoint holds the deltas that this run would make."""
     if not path.is_file():
         return False
-    theirs = read_targets(read_checkpoint(str(path)), str(path))["fingerprints"]
+    theirs = read_deltas(str(path))["fingerprints"]
     data.trainer = trainer  # so that each process looks at its own shards only
     data.setup("fit")
     ours = {

@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 import lightning_unlearn
+from lightning_unlearn.command_line.signals import PARENT, started_by_another, stoppable
 from lightning_unlearn.errors import InputError
 
 HELP = """\
@@ -49,7 +50,7 @@ def main(args: Sequence[str] | None = None) -> int:
         args: The command and its options; those of the process by default.
 
     Returns:
-        The process's exit status: 0, or 1 after one sentence on what is wrong.
+        The process's exit status: 0, or 1 after one sentence on what is wrong; 130 or 143 if a signal ended it.
     """
     if args is None and os.getcwd() not in sys.path:
         # As with `python -m`: a user's own classes, named in a config, lie where they work.
@@ -67,16 +68,21 @@ def main(args: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    try:
-        with _environment():
-            _run(arguments[0], _find_configs(arguments[1:]))
-    except InputError as error:
-        print(f"{_rank()}lightning-unlearn: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("lightning-unlearn: stopped.", file=sys.stderr)
-        return 130
-    return 0
+    with stoppable(program=args is None) as stop:
+        try:
+            with _environment():
+                _run(arguments[0], _find_configs(arguments[1:]))
+        except InputError as error:
+            if stop.signal is None:
+                print(f"{_rank()}lightning-unlearn: {error}", file=sys.stderr)
+                return 1
+        except BaseException:  # whatever a signal brought about on the way out
+            if stop.signal is None:
+                raise
+        else:
+            return 0
+        stop.say()
+        return stop.status
 
 
 @contextmanager
@@ -89,11 +95,18 @@ def _environment() -> Iterator[None]:
     }
     added = wanted.keys() - os.environ.keys()
     os.environ |= {name: wanted[name] for name in added}
+    before = os.environ.get(PARENT)
+    if not started_by_another():  # else the first of them stays the parent of all
+        os.environ[PARENT] = str(os.getpid())
     try:
         yield
     finally:
         for name in added:
             os.environ.pop(name, None)
+        if before is None:
+            os.environ.pop(PARENT, None)
+        else:
+            os.environ[PARENT] = before
 
 
 def _run(command: str, arguments: list[str]) -> None:

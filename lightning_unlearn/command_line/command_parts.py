@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_unlearn.errors import InputError
+from lightning_unlearn.data.files import check_folder
 
 # What a Trainer that a command steers need not have.
 BARE = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
@@ -23,18 +23,12 @@ def say(message: str) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder before long work, so that a wrong --output does not show after it.
+    """Make a folder and see that it can be written to, so that a wrong --output shows before long work, not after it.
 
     Args:
         folder: The folder.
-
-    Raises:
-        InputError: If it can't be made.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"The folder {folder} can't be made ({error.strerror}); choose another --output.") from None
+    check_folder(folder, "choose another --output")
 
 
 def many(number: int, one: str, more: str = "") -> str:

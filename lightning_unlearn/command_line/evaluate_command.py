@@ -14,8 +14,8 @@ from lightning_unlearn.command_line.command_parts import BARE, make_folder, say
 from lightning_unlearn.command_line.quiet import quiet
 from lightning_unlearn.command_line.retraining_cli import RetrainingCLI, study_of
 from lightning_unlearn.command_line.trainer_cli import one_sentence
+from lightning_unlearn.data.files import write_atomically
 from lightning_unlearn.data.samples import Sample
-from lightning_unlearn.data.shards import write_atomically
 from lightning_unlearn.datamodules import TrainingDataModule
 from lightning_unlearn.datamodules.reading import read_fields, read_samples
 from lightning_unlearn.datamodules.sources import list_shards

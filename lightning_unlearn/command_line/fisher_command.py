@@ -84,12 +84,13 @@ def fisher(arguments: list[str]) -> None:
 
 
 def _training_data(data: Any, seed: int) -> TrainingDataModule:
-    """The same shards, shuffled: a stream for training as it is, or that of an attribution's config."""
+    """The same shards, shuffled, every sample once a pass: a stream for training, or that of an attribution's config."""
     if isinstance(data, TrainingDataModule):
+        data.every_sample = True
         return data
     if isinstance(data, AttributionDataModule):
         return TrainingDataModule(
-            data.shard_patterns, data.batch_size, seed, data.num_workers, allow_pipe=data.allow_pipe
+            data.shard_patterns, data.batch_size, seed, data.num_workers, allow_pipe=data.allow_pipe, every_sample=True
         )
     raise InputError(
         "This command takes an AttributionDataModule or a TrainingDataModule as data, "

@@ -11,7 +11,7 @@ from lightning_unlearn.callbacks import ScoreWriter
 from lightning_unlearn.command_line.command_parts import many, say
 from lightning_unlearn.command_line.plain_parser import plain_parser
 from lightning_unlearn.command_line.scoring_words import Announcer, wait_for_scores
-from lightning_unlearn.data.shards import write_atomically
+from lightning_unlearn.data.files import write_atomically
 from lightning_unlearn.datamodules import AttributionDataModule
 from lightning_unlearn.draws.views import Views
 from lightning_unlearn.errors import InputError

@@ -14,6 +14,7 @@ from lightning_unlearn.command_line.command_parts import many, say
 from lightning_unlearn.data.shards import ShardInfo, shard_id
 from lightning_unlearn.data.targets import targets_of
 from lightning_unlearn.datamodules import AttributionDataModule
+from lightning_unlearn.errors import InputError
 from lightning_unlearn.scores.files import FAILED, SCORES, is_scored, read_run
 
 
@@ -91,9 +92,13 @@ def wait_for_scores(folder: Path) -> None:
 
     Args:
         folder: The run's folder.
+
+    Raises:
+        InputError: If the folder is gone.
     """
     run = read_run(folder)
-    assert run is not None
+    if run is None:
+        raise InputError(f"The folder {folder} was removed while the run went on; run the same command again.")
     waiting = {shard: info["version"] for shard, info in run["shards"].items()}
     said = False
     while waiting := {
@@ -105,3 +110,5 @@ def wait_for_scores(folder: Path) -> None:
             say("Waiting for the scores of other processes …")
             said = True
         time.sleep(0.5)
+        if not folder.is_dir():
+            raise InputError(f"The folder {folder} was removed while the run went on; run the same command again.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,18 +14,35 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from torch.multiprocessing import ProcessRaisedException
+from typing_extensions import override
 
 # Imported so that their classes can be named in a config without a path.
 from lightning_unlearn import callbacks, datamodules, training  # noqa: F401
 from lightning_unlearn.baselines import Baseline
+from lightning_unlearn.command_line.signals import current_stop
 from lightning_unlearn.command_line.usage import OneSentence
 from lightning_unlearn.datamodules import AttributionDataModule
 from lightning_unlearn.diffusion.loading import read_checkpoint
 from lightning_unlearn.diffusion.objective import Objective
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.strategies import Strategy
+from lightning_unlearn.unlearning.guards import check_processes
 from lightning_unlearn.unlearning.module import UnlearningModule
-from lightning_unlearn.weights.deltas import read_targets
+from lightning_unlearn.weights.delta_files import read_deltas
+
+
+class _TakesSignalsBack(Callback):
+    """Lets a signal end a command's own run at once: Lightning has just put itself before it."""
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if (stop := current_stop()) is not None:
+            stop.take_back()
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.on_train_start(trainer, pl_module)
 
 
 class _Parser(OneSentence, LightningArgumentParser):
@@ -102,8 +120,14 @@ class TrainerCLI(LightningCLI):
         Args:
             parser: The parser.
             args: Arguments.
+
+        Raises:
+            InputError: If the seed is none that NumPy takes.
         """
         self.config = parser.parse_args(args)
+        seed = (self.config.get(self.command) or self.config).get("seed_everything")
+        if not isinstance(seed, bool | None) and not 0 <= seed < 2**32:
+            raise InputError(f"seed_everything must be from 0 to {2**32 - 1}, but is {seed}; choose another.")
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning 2.6 lets settings that a checkpoint stored override the command line (its issue 20801)."""
@@ -140,11 +164,20 @@ class TrainerCLI(LightningCLI):
             for name, value in (("max_epochs", self.model.strategy.steps), ("log_every_n_steps", 1)):
                 if settings[name] is None:
                     kwargs[name] = value
-        return super().instantiate_trainer(**kwargs)
+        trainer: Trainer = super().instantiate_trainer(**kwargs)
+        if (stop := current_stop()) is not None:
+            trainer.callbacks.append(_TakesSignalsBack())  # type: ignore[attr-defined]
+            launcher = trainer.strategy.launcher
+            stop.tell_others(launcher.kill if launcher is not None else lambda number: None)
+        return trainer
 
     def before_fit(self) -> None:
-        """Look at the checkpoint before Lightning does."""
+        """Look at the checkpoint and the processes before Lightning does, and leave a user's training to it."""
         self._check_checkpoint()
+        if isinstance(self.model, UnlearningModule):
+            check_processes(self.trainer)
+        elif (stop := current_stop()) is not None:
+            stop.leave_to_lightning()
 
     def before_predict(self) -> None:
         """Look at the checkpoint before Lightning does, and that scores don't get lost.
@@ -171,9 +204,10 @@ class TrainerCLI(LightningCLI):
         if not Path(path).exists():
             raise InputError(f"There is no checkpoint at {path}; check ckpt_path, or the folder you run from.")
         if Path(path).is_file():
-            checkpoint = read_checkpoint(str(path))
             if isinstance(self.model, UnlearningModule):
-                read_targets(checkpoint, str(path))
+                read_deltas(str(path), finished=self.command != "fit")
+            else:
+                read_checkpoint(str(path))
 
 
 def attribution_parts(cli: TrainerCLI) -> tuple[UnlearningModule, AttributionDataModule, Trainer]:
@@ -219,6 +253,7 @@ def one_sentence() -> Iterator[None]:
 
     Raises:
         InputError: In their place.
+        ProcessRaisedException: What another process raised, if nobody has a sentence for it.
     """
     try:
         yield
@@ -227,6 +262,12 @@ def one_sentence() -> Iterator[None]:
     except ModuleNotFoundError as error:
         reason = " ".join(str(error).split())
         raise InputError(f"A setting needs a package that is missing ({reason}); install it or change that.") from error
+    except ProcessRaisedException as error:
+        # A process of a strategy that forks or spawns hands over what it said as text.
+        found = re.search(rf"{re.escape(InputError.__module__)}\.InputError: (.+)", str(error))
+        if found is None:
+            raise
+        raise InputError(found[1]) from error
     except torch.OutOfMemoryError as error:
         raise InputError(
             "The device has too little memory; use a smaller batch_size and draw_batch_size, or fewer queries."

@@ -103,7 +103,7 @@ class OneSentence:
     prog: str
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
-        """Parse; an interpolation in a YAML file that leads nowhere is an error like others.
+        """Parse; a YAML file that is no text, too deep or has an interpolation that leads nowhere is like others wrong.
 
         Args:
             *args: Jsonargparse's.
@@ -117,6 +117,10 @@ class OneSentence:
             return parser.parse_args(*args, **kwargs)
         except OmegaConfBaseException as error:
             return self.error(str(error))
+        except UnicodeDecodeError as error:
+            return self.error(f"A config must be text in UTF-8, but byte {error.start} of one is not; save it as that")
+        except RecursionError:
+            return self.error("A config is nested too deeply to be one; check it")
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Say what is wrong and leave.

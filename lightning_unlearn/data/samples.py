@@ -21,19 +21,20 @@ Nothing else is decoded, and arrays are read with ``allow_pickle=False``: a shar
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_unlearn.data.arrays import LARGEST_LATENT, LARGEST_TEXT, decode_array
 from lightning_unlearn.data.masks import MASK_FIELD, decode_mask
 from lightning_unlearn.errors import InputError
 
+ARRAY_FIELDS = ("latent.npy", "latent_flip.npy", "text.npy")
+REQUIRED_FIELDS = ("latent.npy", "text.npy", "json")
 PICTURE_FIELDS = ("png", "jpg", "jpeg", "webp")
 
 
@@ -133,33 +134,12 @@ class SampleBatch:
         )
 
 
-def _array(fields: Mapping[str, Any], name: str, dimensions: int, where: str) -> Tensor:
-    try:
-        # Not numpy.load, which also takes archives.
-        array = np.lib.format.read_array(io.BytesIO(fields[name]), allow_pickle=False)
-    except (
-        Exception
-    ) as error:  # a damaged header makes NumPy raise nearly anything, MemoryError and TokenError among it
-        reason = str(error).split("\n")[0][:160]
-        raise InputError(f"{where}: {name} is not a plain NumPy array ({reason}); write it with numpy.save.") from None
-    if array.dtype not in (np.float16, np.float32) or array.ndim != dimensions:
-        raise InputError(
-            f"{where}: {name} is {array.dtype} with {array.ndim} dimensions, but must be float16 or float32 with "
-            f"{dimensions}; make the shard again with `lightning-unlearn prepare`."
-        )
-    if array.size == 0:
-        raise InputError(f"{where}: {name} is empty, {array.shape}; make this sample again or leave it out.")
-    if not np.isfinite(array).all():
-        raise InputError(f"{where}: {name} holds NaN or infinity; make this sample again or leave it out.")
-    return torch.from_numpy(array.astype(np.float32))
-
-
 def decode_sample(fields: Mapping[str, Any]) -> Sample:
     """Decode and check one sample.
 
     Args:
         fields: Field name to bytes, with ``__key__`` and ``__url__`` as WebDataset adds them; with ``mask.png`` only if
-            the sample is a query.
+            the sample is a query. ``__dotted__`` is the field of a file whose key was meant to have dots.
 
     Returns:
         The sample, its arrays in float32.
@@ -168,12 +148,7 @@ def decode_sample(fields: Mapping[str, Any]) -> Sample:
         InputError: If a field is missing or malformed, or captions and text disagree.
     """
     where = f"Sample {fields['__key__']!r} in {fields.get('__url__', 'a shard')}"
-    missing = [name for name in ("latent.npy", "text.npy", "json") if name not in fields]
-    if missing:
-        raise InputError(
-            f"{where} lacks {', '.join(missing)}; the shard may be cut off, or was not made by "
-            "`lightning-unlearn prepare`."
-        )
+    _check_fields(fields, where)
     try:
         metadata = json.loads(fields["json"])
     except (ValueError, RecursionError) as error:
@@ -181,13 +156,17 @@ def decode_sample(fields: Mapping[str, Any]) -> Sample:
     captions = metadata.get("captions") if isinstance(metadata, dict) else None
     if not isinstance(captions, list) or not captions or not all(isinstance(text, str) for text in captions):
         raise InputError(f"{where} has no captions; its json needs a list of strings named 'captions'.")
-    latent = _array(fields, "latent.npy", 3, where)
-    text = _array(fields, "text.npy", 3, where)
+    if not _is_text(json.dumps(metadata, ensure_ascii=False)):
+        raise InputError(f"{where}: its json holds half a surrogate pair, which is no text; write it anew.")
+    latent = decode_array(fields["latent.npy"], "latent.npy", 3, LARGEST_LATENT, where)
+    text = decode_array(fields["text.npy"], "text.npy", 3, LARGEST_TEXT, where)
     if len(text) != len(captions):
         raise InputError(
             f"{where} has {len(captions)} captions but text for {len(text)}; text.npy needs one entry a caption."
         )
-    flip = _array(fields, "latent_flip.npy", 3, where) if "latent_flip.npy" in fields else None
+    flip = None
+    if "latent_flip.npy" in fields:
+        flip = decode_array(fields["latent_flip.npy"], "latent_flip.npy", 3, LARGEST_LATENT, where)
     if flip is not None and flip.shape != latent.shape:
         raise InputError(
             f"{where}: latent_flip.npy {tuple(flip.shape)} and latent.npy {tuple(latent.shape)} differ in shape."
@@ -195,6 +174,33 @@ def decode_sample(fields: Mapping[str, Any]) -> Sample:
     picture = next((fields[name] for name in PICTURE_FIELDS if name in fields), None)
     mask = decode_mask(fields[MASK_FIELD], latent.shape[-2], latent.shape[-1], where) if MASK_FIELD in fields else None
     return Sample(fields["__key__"], latent, text, metadata, flip, picture, mask)
+
+
+def _check_fields(fields: Mapping[str, Any], where: str) -> None:
+    key = fields["__key__"]
+    if not _is_text(key):
+        raise InputError(f"{where} has a name that is not UTF-8; pack the shard again with names in UTF-8.")
+    dotted = fields.get("__dotted__")
+    if dotted is not None:
+        raise InputError(
+            f"{where}: its file {key + '.' + dotted!r} gives the key {key!r} and the field {dotted!r}, since a key ends "
+            "at the first dot; pack the shard again with underscores for dots."
+        )
+    missing = [name for name in REQUIRED_FIELDS if name not in fields]
+    if missing:
+        raise InputError(
+            f"{where} lacks {', '.join(missing)} among the files that lie side by side; a sample's files must follow "
+            "each other in the shard, as `lightning-unlearn prepare` and `tar --sort=name` pack them."
+        )
+
+
+def _is_text(text: str) -> bool:
+    # JSON can write half a surrogate pair, and tarfile gives names that are not UTF-8 so.
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def named_arrays(samples: Sequence[Sample]) -> dict[str, Tensor]:

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import webdataset
 
+from lightning_unlearn.data.addresses import is_address, lasting_address, name_of, shown_address
+from lightning_unlearn.data.files import write_atomically
 from lightning_unlearn.data.masks import MASK_FIELD
 from lightning_unlearn.fingerprints import digest
 
@@ -25,22 +27,31 @@ class ShardInfo:
     """One shard as its manifest describes it.
 
     Attributes:
-        url: Path or http(s) address.
+        url: Path or address.
         samples: How many samples it holds, if known.
         bytes: Its size, if known.
-        sha256: Of its bytes, if known.
+        sha256: Of its bytes, if known; what is read is held against it.
+        tag: Of a remote shard, what changes when it is made anew, as its server says; if known.
     """
 
     url: str
     samples: int | None = None
     bytes: int | None = None
     sha256: str | None = None
+    tag: str | None = None
+
+    @property
+    def shown(self) -> str:
+        """What is printed of its address: nothing that is secret."""
+        return shown_address(self.url)
 
     @property
     def version(self) -> str:
-        """What changes when a local shard is made anew, if only with other numbers in it."""
+        """What changes when a shard is made anew, if only with other numbers in it."""
+        if is_address(self.url):
+            return f"{self.sha256 or self.tag}-{self.bytes}"
         path = Path(self.url)
-        stat = path.stat() if "://" not in self.url and path.is_file() else None
+        stat = path.stat() if path.is_file() else None
         size = stat.st_size if stat is not None else self.bytes
         if self.sha256 is not None:
             return f"{self.sha256}-{size}"
@@ -50,33 +61,17 @@ class ShardInfo:
 def shard_id(url: str) -> str:
     """The name under which a shard's scores are kept: its file name and a digest of its whole address.
 
-    Local paths are made absolute first, so that the same file has one name from any working directory.
+    Local paths are made absolute first, so that the same file has one name from any working directory; of an address
+    users, passwords and signatures don't count.
 
     Args:
-        url: Path or http(s) address.
+        url: Path or address.
 
     Returns:
         E.g. ``"coco-000017-1f0c9a3b5d7e8f90"``.
     """
-    address = url if "://" in url or url.startswith("pipe:") else str(Path(url).resolve())
-    stem = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in Path(url).name.split(".")[0])
-    return f"{stem[:64]}-{digest(address)[:16]}"
-
-
-def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file whole or not at all: under a temporary name in the same folder, then renamed.
-
-    Args:
-        path: The file.
-        content: Its bytes.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    stem = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in name_of(url).split(".")[0])
+    return f"{stem[:64]}-{digest(lasting_address(url))[:16]}"
 
 
 def npy_bytes(array: np.ndarray[Any, Any]) -> bytes:

@@ -146,10 +146,13 @@ def _from_diffusers(folder: Path) -> nn.Module:
         name = json.loads((folder / "config.json").read_bytes())["_class_name"]
         # Not AutoModel, which can't say what was missing (diffusers 0.42).
         network_class: Any = getattr(diffusers, name)
+        check_safetensors(folder, name)
         network, found = network_class.from_pretrained(
             str(folder),
             local_files_only=True,
             output_loading_info=True,
+            # Without it diffusers falls back on .bin, which is pickle.
+            use_safetensors=True,
             # By default it warns where accelerate is not installed.
             low_cpu_mem_usage=find_spec("accelerate") is not None,
         )
@@ -162,6 +165,32 @@ def _from_diffusers(folder: Path) -> nn.Module:
         raise InputError(f"{folder} lacks {len(missing)} weights of its network (e.g. {missing[0]}); save it again.")
     assert isinstance(network, nn.Module)
     return network
+
+
+def check_safetensors(folder: Path, name: str) -> None:
+    """Refuse a model's folder whose weights lie in ``.bin`` files: these are pickle, whoever loads them.
+
+    Args:
+        folder: As ``save_pretrained`` made it.
+        name: Of the model's class, for the message.
+
+    Raises:
+        InputError: If it has no safetensors, or an index of theirs names other files.
+    """
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            files += map(str, json.loads(index.read_bytes())["weight_map"].values())
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise InputError(f"{index} is no index of safetensors files; save the model again.") from None
+    other = [file for file in files if not file.endswith(".safetensors")]
+    pickled = sorted(path.name for path in [*folder.glob("*.bin"), *folder.glob("*.pt")])
+    if other or (pickled and not files):
+        raise InputError(
+            f"The weights in {folder} lie in {(other or pickled)[0]}, which is pickle and is never read; where you "
+            f'trust the file, convert it by {name}.from_pretrained("{folder}", use_safetensors=False)'
+            f'.save_pretrained("{folder}"), and delete the old one.'
+        )
 
 
 def _first_line(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, cast
@@ -88,6 +89,16 @@ class Objective(ABC):
         """
         raise InputError(_NOT_DRAWN.format(type(self).__name__))
 
+    def check_network(self, network: nn.Module) -> None:  # noqa: B027 -- most losses know no network that they refuse
+        """Refuse a network that this loss does not fit, before any long work; by default none is refused.
+
+        Args:
+            network: The denoiser.
+
+        Raises:
+            InputError: If it does not fit.
+        """
+
     def settings(self) -> dict[str, Any]:
         """What tells this objective from another, as JSON; it enters the fingerprint of every run.
 
@@ -163,7 +174,8 @@ class DenoisingObjective(Objective):
             ``None`` for no weighting.
 
     Raises:
-        InputError: If the scheduler can't be read, or is not one of a noise schedule.
+        InputError: If the scheduler can't be read, is not one of a noise schedule, or has a key or value that is not
+            known; or if ``snr_gamma`` is not above 0.
     """
 
     takes_masks: ClassVar[bool] = True
@@ -177,7 +189,22 @@ class DenoisingObjective(Objective):
         self.scheduler = load_scheduler(scheduler, prediction_type)
         self.num_timesteps = int(self.scheduler.config.num_train_timesteps)
         self.prediction_type: str = self.scheduler.config.prediction_type
+        if snr_gamma is not None and not (isinstance(snr_gamma, int | float) and 0 < snr_gamma < math.inf):
+            raise InputError(f"snr_gamma is a finite number above 0, not {snr_gamma!r}; leave it out for no weighting.")
         self.snr_gamma = snr_gamma
+
+    def check_network(self, network: nn.Module) -> None:
+        """Refuse a network that the family knows nothing of; see :meth:`Objective.check_network`.
+
+        Args:
+            network: The denoiser.
+
+        Raises:
+            InputError: If no family knows it, it takes more than the samples hold, or it predicts a variance too.
+        """
+        # A class that has a loss of its own calls networks of its own.
+        if _first_with(self, "check_network") is DenoisingObjective:
+            family_of(network).check(network)
 
     def __call__(self, network: nn.Module, batch: ViewBatch, timesteps: Tensor, noise: Tensor) -> Tensor:
         """The loss of each view; see :meth:`Objective.__call__`.

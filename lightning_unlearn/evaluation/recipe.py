@@ -8,6 +8,7 @@ from pathlib import Path
 from pydoc import locate
 from typing import Any
 
+from lightning_unlearn.data.addresses import is_address
 from lightning_unlearn.data.shards import ShardInfo
 from lightning_unlearn.fingerprints import digest, public_name
 
@@ -106,7 +107,7 @@ def _sha256(path: Path) -> str:
 
 def _content(shard: ShardInfo) -> str:
     path = Path(shard.url)
-    if shard.sha256 is not None or "://" in shard.url or not path.is_file():
+    if shard.sha256 is not None or is_address(shard.url) or not path.is_file():
         return shard.version
     # Without a manifest a shard's version holds the time of its last change, which a copy does not keep.
     return f"{_sha256(path)}-{path.stat().st_size}"

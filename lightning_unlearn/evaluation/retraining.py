@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from tqdm import tqdm
 
-from lightning_unlearn.data.shards import write_atomically
+from lightning_unlearn.data.files import write_atomically
 from lightning_unlearn.diffusion.objective import Objective, check_masks
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.evaluation.measuring import Measuring

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_unlearn.data.shards import write_atomically
+from lightning_unlearn.data.files import json_with_digest, read_json, write_atomically
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.evaluation.measuring import Outcome, outcome_fields
 from lightning_unlearn.evaluation.runs import Run
@@ -57,8 +57,7 @@ class Study:
         if read_settings(self.folder) is None or not any((self.folder / MODELS).glob("*.json")):
             try:
                 (self.folder / MODELS).mkdir(parents=True, exist_ok=True)
-                content = json.dumps(self.settings, indent=1, ensure_ascii=False)
-                write_atomically(self.folder / STUDY_FILE, content.encode() + b"\n")
+                write_atomically(self.folder / STUDY_FILE, json_with_digest(self.settings))
             except OSError as error:
                 raise InputError(
                     f"The study can't be kept in {self.folder} ({error.strerror}); choose another folder."
@@ -131,7 +130,7 @@ class Study:
         }
         try:
             self.path(run).parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path(run), json.dumps(content, ensure_ascii=False).encode() + b"\n")
+            write_atomically(self.path(run), json_with_digest(content))
         except OSError as error:
             raise InputError(
                 f"A finished model's numbers can't be written to {self.path(run)} ({error.strerror}); free the disk "
@@ -155,8 +154,8 @@ class Study:
             raise InputError(
                 f"A model of the study in {self.folder} is not trained yet; run the evaluation to its end."
             )
+        content = read_json(path, "is damaged", "remove it and run again")
         try:
-            content = json.loads(path.read_bytes())
             outcomes = {key: Outcome(**fields) for key, fields in content["outcomes"].items()}
             found = Run(tuple(content["removed"]), int(content["seed"]))
             seconds = float(content["seconds"])
@@ -244,10 +243,5 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     path = folder / STUDY_FILE
     if not path.is_file():
         return None
-    try:
-        settings = json.loads(path.read_bytes())
-    except ValueError:
-        settings = None
-    if not isinstance(settings, dict):
-        raise InputError(f"{path} is not the record of a study; choose another folder.")
-    return settings
+    settings = read_json(path, "is not the record of a study", "choose another folder")
+    return {name: value for name, value in settings.items() if name != "format"}

@@ -8,6 +8,7 @@ from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher.base import Fisher, Targets
 from lightning_unlearn.fisher.diagonal import DiagonalFisher
 from lightning_unlearn.fisher.ekfac import EKFACFisher
+from lightning_unlearn.fisher.files import read_about
 from lightning_unlearn.fisher.identity import IdentityFisher
 
 FISHERS: dict[str, type[Fisher]] = {kind.kind: kind for kind in (DiagonalFisher, EKFACFisher, IdentityFisher)}
@@ -27,7 +28,7 @@ def load_fisher(path: str | os.PathLike[str]) -> Fisher:
     Raises:
         InputError: If the file is missing, or not a Fisher this version knows.
     """
-    kind = Fisher.read_about(path)["kind"]
+    kind = read_about(path)["kind"]
     if kind not in FISHERS:
         raise InputError(
             f"{path} holds a Fisher of kind {kind!r}, which this version does not know ({', '.join(FISHERS)}); "

@@ -1,26 +1,20 @@
-"""What every Fisher can do, and the file it is kept in."""
+"""What every Fisher can do."""
 
 from __future__ import annotations
 
-import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from lightning_unlearn.data.shards import write_atomically
+from lightning_unlearn.data.files import reason_of
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.fisher.copies import with_copies, without_copies
+from lightning_unlearn.fisher.files import read_file, write_file
 from lightning_unlearn.weights.capture import CapturedLayer
 from lightning_unlearn.weights.parameters import LayerSpec
-
-FORMAT = 1
 
 # Of the losses whose gradients are taken: the data's (the empirical Fisher), or drawn from the model (the true one).
 Targets = Literal["data", "model"]
@@ -246,10 +240,7 @@ class Fisher(ABC):
         Args:
             path: The file; its folder is made.
         """
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         about = {
-            "format": FORMAT,
             "kind": self.kind,
             "count": self.count,
             "targets": self.targets,
@@ -260,38 +251,7 @@ class Fisher(ABC):
             about["stage"] = self.stage
         tensors = {f"fisher/{name}": tensor.detach().cpu().contiguous() for name, tensor in self.tensors().items()}
         tensors |= {f"weights/{name}": weight.detach().cpu().contiguous() for name, weight in self.weights.items()}
-        kept, about["copies"] = without_copies(tensors)
-        write_atomically(path, safetensors.torch.save(kept, {"lightning_unlearn": json.dumps(about)}))
-
-    @classmethod
-    def read_about(cls, path: str | os.PathLike[str]) -> dict[str, Any]:
-        """What a Fisher's file says about itself, without reading its tensors.
-
-        Args:
-            path: The file.
-
-        Returns:
-            Format, kind, count, targets (but in files from before there was a choice), layers, provenance and, for a
-            kind that has several, the stage.
-
-        Raises:
-            InputError: If it is missing or not a Fisher.
-        """
-        if not Path(path).is_file():
-            raise InputError(
-                f"There is no Fisher at {path}; train with FisherAccumulator, or run `lightning-unlearn fisher`, "
-                "to make one."
-            )
-        try:
-            with safetensors.safe_open(path, "pt") as file:
-                about = json.loads((file.metadata() or {})["lightning_unlearn"])
-        except (safetensors.SafetensorError, KeyError, ValueError) as error:
-            raise InputError(
-                f"{path} is not a Fisher of this package ({type(error).__name__}: {error}); make it again."
-            ) from None
-        if about.get("format") != FORMAT:
-            raise InputError(f"{path} has format {about.get('format')}, this version reads {FORMAT}; make it again.")
-        return dict(about)
+        write_file(path, about, tensors)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Fisher:
@@ -304,16 +264,18 @@ class Fisher(ABC):
             The Fisher, on the CPU.
 
         Raises:
-            InputError: If it is not a Fisher of this kind.
+            InputError: If it is not a Fisher of this kind, or was altered.
         """
-        about = cls.read_about(path)
+        about, tensors = read_file(path)
         if about["kind"] != cls.kind:
             raise InputError(f"{path} holds a {about['kind']} Fisher, not a {cls.kind} one.")
-        fisher = cls({fields["name"]: LayerSpec.from_json(fields) for fields in about["layers"]})
-        tensors = with_copies(safetensors.torch.load_file(path), about.get("copies", {}))
-        fisher.load_tensors(_under("fisher/", tensors))
+        try:
+            fisher = cls({fields["name"]: LayerSpec.from_json(fields) for fields in about["layers"]})
+            fisher.load_tensors(_under("fisher/", tensors))
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{path} is damaged ({reason_of(error)}); make it again.") from None
         fisher.weights = _under("weights/", tensors)
-        fisher.count = int(about["count"])
+        fisher.count = about["count"]
         fisher.targets = about.get("targets", "data")
         fisher.provenance = about["provenance"]
         return fisher
@@ -321,18 +283,3 @@ class Fisher(ABC):
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def accumulate(sums: dict[str, Tensor], name: str, addend: Tensor) -> None:
-    """Add to a sum, in place where it lies where the addend does and in a type that holds both; else it goes there.
-
-    Args:
-        sums: Name to tensor; the one may be replaced.
-        name: Which.
-        addend: Of its shape.
-    """
-    total = sums[name]
-    wide = torch.promote_types(total.dtype, addend.dtype)
-    if total.device != addend.device or total.dtype != wide:
-        total = sums[name] = total.to(addend.device, wide)
-    total += addend

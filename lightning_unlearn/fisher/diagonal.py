@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.fisher.base import Fisher, accumulate
+from lightning_unlearn.fisher.base import Fisher
+from lightning_unlearn.fisher.sums import accumulate
 from lightning_unlearn.weights.capture import CapturedLayer
 from lightning_unlearn.weights.parameters import LayerSpec
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.fisher.base import Fisher, accumulate
+from lightning_unlearn.fisher.base import Fisher
 from lightning_unlearn.fisher.diagonal import sum_of_squares
 from lightning_unlearn.fisher.kronecker import (
     eigenvectors,
@@ -19,8 +19,10 @@ from lightning_unlearn.fisher.kronecker import (
     outer_products,
     parted,
     refuse_what_does_not_fit,
+    squared_norm,
     with_ones,
 )
+from lightning_unlearn.fisher.sums import accumulate
 from lightning_unlearn.weights.capture import CapturedLayer
 from lightning_unlearn.weights.parameters import LayerSpec
 
@@ -87,15 +89,15 @@ class EKFACFisher(Fisher):
             outputs, inputs = matrix_shape(spec)
             square = "covariances" if stage == "covariances" else "bases"
             shapes |= {f"{square}/{name}/inputs": (inputs, inputs), f"{square}/{name}/outputs": (outputs, outputs)}
-            if stage == "eigenvalues":
-                shapes[f"eigenvalues/{name}"] = (outputs, inputs)
+            further = {f"traces/{name}": ()} if stage == "covariances" else {f"eigenvalues/{name}": (outputs, inputs)}
+            shapes |= further
         return shapes
 
     def tensors(self) -> dict[str, Tensor]:
         """Sums of outer products, or bases and sums of squares within them; see :meth:`Fisher.tensors`.
 
         Returns:
-            ``covariances/{layer}/inputs`` and ``…/outputs``; or ``bases/{layer}/inputs`` and ``…/outputs``, an
+            ``covariances/{layer}/inputs`` and ``…/outputs``, and ``traces/{layer}``, of samples' squared gradients; or ``bases/{layer}/inputs`` and ``…/outputs``, an
             eigenvector a column, and ``eigenvalues/{layer}`` ``(o, i + 1)``.
         """
         return self._tensors
@@ -144,6 +146,7 @@ class EKFACFisher(Fisher):
                 inputs = inputs * gradients.any(2).any(1)[:, None, None]
                 accumulate(self._tensors, f"covariances/{name}/inputs", outer_products(inputs))
                 accumulate(self._tensors, f"covariances/{name}/outputs", outer_products(gradients))
+                accumulate(self._tensors, f"traces/{name}", squared_norm(CapturedLayer(inputs, gradients)))
             else:
                 bases = [self._tensors[f"bases/{name}/{side}"].to(gradients.device) for side in SIDES]
                 wide = torch.promote_types(gradients.dtype, bases[0].dtype)

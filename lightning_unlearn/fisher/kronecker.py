@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.errors import InputError
+from lightning_unlearn.fisher.diagonal import sum_of_squares
+from lightning_unlearn.weights.capture import CapturedLayer
 from lightning_unlearn.weights.parameters import LayerSpec
 
 # The two factors of a layer, in float32, must fit in this: sides up to some 16,000. Their eigendecompositions, in
@@ -72,6 +74,24 @@ def outer_products(vectors: Tensor) -> Tensor:
     """
     rows = vectors.flatten(0, 1)
     return rows.mT @ rows
+
+
+def squared_norm(layer: CapturedLayer) -> Tensor:
+    """``Σ_s |G_s|²``, the squared norms of samples' gradients ``G_s = Σ_t g_t a_tᵀ``, added up.
+
+    Args:
+        layer: Inputs ``(B, T, i)`` and output gradients ``(B, T, o)``.
+
+    Returns:
+        A scalar.
+    """
+    inputs, gradients = layer.inputs, layer.output_gradients
+    positions, outputs = gradients.shape[1:]
+    width = inputs.shape[2]
+    if positions > 1 and positions * (outputs + width) >= outputs * width:
+        return sum_of_squares(layer).sum()
+    # Σ_t Σ_u (g_t · g_u)(a_t · a_u): smaller than the gradients themselves.
+    return (torch.bmm(gradients, gradients.mT) * torch.bmm(inputs, inputs.mT)).sum()
 
 
 def eigenvectors(covariance: Tensor, what: str) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -17,12 +18,18 @@ from tqdm.auto import tqdm
 
 from lightning_unlearn.data.shards import MANIFEST, ShardInfo, encode_sample, write_shards
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.preparation.inputs import Array, Item, LatentSource, TextSource
-from lightning_unlearn.preparation.pictures import crop_middle, open_picture, to_pixels, to_preview
-from lightning_unlearn.preparation.records import Record, read_records
+from lightning_unlearn.preparation.disk import say_size, size_on_disk
+from lightning_unlearn.preparation.inputs import Array, Item
+from lightning_unlearn.preparation.layouts import layout_of
+from lightning_unlearn.preparation.pictures import crop_middle, open_picture, to_preview
+from lightning_unlearn.preparation.records import Record
+from lightning_unlearn.preparation.resizing import resized, to_pixels
+from lightning_unlearn.preparation.survey import Survey
+from lightning_unlearn.preparation.tally import Tally
 
 SHARD_NAME = "shard"
 UNFINISHED = ".unfinished"
+FAULTS_KEPT = 100
 
 
 @dataclass
@@ -30,30 +37,27 @@ class Assembly:
     """What becomes of a source of samples.
 
     Attributes:
-        source: Folder or table, see :func:`~lightning_unlearn.preparation.records.read_records`.
-        with_pictures: Whether the samples have pictures.
-        key: Column with the samples' keys.
-        latents: Where latents come from.
-        text: Where text states come from.
+        survey: The source, and what is looked at before anything is encoded.
         mirrored: Whether latents of mirrored pictures are stored.
         dtype: ``"float16"`` or ``"float32"``.
         picture_size: Longer side of the stored picture; 0 stores none.
         batch_size: Samples encoded at a time.
-        skip: Whether bad samples are left out and counted, instead of being an error.
+        told: What else the manifest says of how the source was read.
         faults: What was wrong with those left out.
     """
 
-    source: str
-    with_pictures: bool
-    key: str | None
-    latents: LatentSource
-    text: TextSource
+    survey: Survey
     mirrored: bool
     dtype: str
     picture_size: int
     batch_size: int
-    skip: bool
+    told: dict[str, Any] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        survey = self.survey
+        self.source, self.reading = survey.source, survey.reading
+        self.latents, self.text = survey.latents, survey.text
 
     def write(self, folder: Path, samples_per_shard: int) -> list[ShardInfo]:
         """Check all samples as far as that is quick, then encode them and write shards and manifest.
@@ -68,19 +72,11 @@ class Assembly:
         Raises:
             InputError: If something is wrong with the samples, or the folder can't be written.
         """
-        total = self.check()
+        samples, size = self.check()
+        tqdm.write(say_size(samples, size, folder), file=sys.stderr)
         unfinished = folder / UNFINISHED
-        about = self._about()
         try:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            # `about` is filled while samples are made; the manifest is written after the last of them.
-            written = write_shards(
-                self._samples(total, about),
-                unfinished,
-                name=SHARD_NAME,
-                samples_per_shard=samples_per_shard,
-                about=about,
-            )
+            written = self.encode(samples, unfinished, SHARD_NAME, samples_per_shard)
             (folder / MANIFEST).unlink(missing_ok=True)
             for old in folder.glob(f"{SHARD_NAME}-*.tar"):
                 old.unlink()
@@ -88,66 +84,61 @@ class Assembly:
                 (unfinished / name).replace(folder / name)
         except OSError as error:
             raise InputError(f"Shards can't be written to {folder} ({error}); see to its space and rights.") from None
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        return [replace(shard, url=str(folder / Path(shard.url).name)) for shard in written]
+
+    def encode(self, samples: int, folder: Path, name: str, samples_per_shard: int) -> list[ShardInfo]:
+        """Encode the samples that were checked, and write them with a manifest.
+
+        Args:
+            samples: How many there are, bad ones included.
+            folder: Where they go; emptied before.
+            name: Of the shards.
+            samples_per_shard: The largest number of samples in a shard.
+
+        Returns:
+            The shards.
+
+        Raises:
+            InputError: If a sample is bad that only shows here, or memory is short.
+        """
+        about = self._about()
+        self.text.cut = Tally()
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            # `about` is filled while samples are made; the manifest is written after the last of them.
+            written = write_shards(
+                self._samples(samples, about), folder, name=name, samples_per_shard=samples_per_shard, about=about
+            )
         except torch.OutOfMemoryError:
             raise InputError(
                 f"The device has too little memory for {self.batch_size} samples; use a smaller batch_size."
             ) from None
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
         if self.faults:
             first = " ".join(self.faults[:3])
-            warnings.warn(f"{len(self.faults)} of {total} samples were left out. The first: {first}")
-        return [replace(shard, url=str(folder / Path(shard.url).name)) for shard in written]
+            warnings.warn(f"{len(self.faults)} of {samples} samples were left out. The first: {first}")
+        if lines := [*self.reading.tally.lines(), *self.text.cut.lines()]:
+            warnings.warn(f"Of {self.source}: {'; '.join(lines)}.")
+        return written
 
-    def check(self) -> int:
-        """Look at all samples without opening their pictures.
+    def check(self) -> tuple[int, int]:
+        """Look at all samples without reading their pictures whole.
 
         Returns:
-            How many there are, bad ones included.
+            How many there are, bad ones included, and how many bytes they will take.
 
         Raises:
-            InputError: If there is none, two share a key, one is bad and not to be skipped, or ready arrays don't fit.
+            InputError: If there is none, one is bad and not to be skipped, or ready arrays don't fit.
         """
-        keys: set[str] = set()
-        total = 0
-        for record in self._records():
-            total += 1
-            if record.key in keys:
-                raise InputError(
-                    f"Two samples have the key {record.key!r}, the second in {record.place}; "
-                    "rename one, or name a column of unique keys with `key`."
-                )
-            keys.add(record.key)
-            fault = self._fault(record)
-            if fault is not None and not self.skip:
-                raise InputError(fault)
-        if total == 0:
-            raise InputError(f"{self.source} holds no sample; name a folder with pictures, or a table with rows.")
-        for what, rows in (("latents", self.latents.rows), ("text states", self.text.rows)):
-            if rows is not None and rows != total:
-                raise InputError(
-                    f"There are {rows} ready {what} but {total} samples in {self.source}; "
-                    "they must go together, row by row."
-                )
-        return total
-
-    def _records(self) -> Iterator[Record]:
-        return read_records(self.source, pictures=self.with_pictures, key=self.key)
-
-    def _fault(self, record: Record) -> str | None:
-        if record.fault is not None:
-            return record.fault
-        if self.text.captions not in (None, len(record.captions)):
-            return (
-                f"{record.place} has {len(record.captions)} captions, but the ready text has {self.text.captions} "
-                "for each sample; they must agree."
-            )
-        return None
+        samples, captions = self.survey.take()
+        sides = (self.latents.shape, self.text.shape)
+        return samples, size_on_disk(samples, captions, *sides, self.dtype, self.mirrored, self.picture_size)
 
     def _items(self) -> Iterator[Item]:
         """The samples whose pictures can be read."""
-        for index, record in enumerate(self._records()):
-            fault = self._fault(record)
+        # What is not taken was counted when the samples were checked.
+        for index, (record, fault) in enumerate(self.survey.records(Tally())):
             if fault is not None:
                 self._leave_out(fault)
                 continue
@@ -159,18 +150,20 @@ class Assembly:
             yield item
 
     def _leave_out(self, fault: str) -> None:
-        if not self.skip:
+        if not self.survey.skip:
             raise InputError(fault)
         self.faults.append(fault)
 
     def _item(self, index: int, record: Record) -> Item:
         if record.picture is None or (self.latents.crop is None and not self.picture_size):
             return Item(index, record)
-        picture = open_picture(record.picture, self.latents.mode)
+        place = str(record.picture) if isinstance(record.picture, Path) else record.place
+        choices = self.reading.choices
+        picture = open_picture(record.picture, place, self.latents.mode, choices)
         pixels = None
         if self.latents.crop is not None:
+            pixels = to_pixels(resized(picture, *self.latents.crop, choices.resize))
             picture = crop_middle(picture, *self.latents.crop)
-            pixels = to_pixels(picture, *self.latents.crop)
         return Item(index, record, pixels, to_preview(picture, self.picture_size) if self.picture_size else None)
 
     def _samples(self, total: int, about: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -186,6 +179,11 @@ class Assembly:
         if not made:
             raise InputError(f"None of the {total} samples in {self.source} could be used. The first: {self.faults[0]}")
         about["skipped"] = len(self.faults)
+        about["left_out"] = {
+            # Without the way to this machine's folder.
+            "faults": [fault.replace(f"{self.source}/", "") for fault in self.faults[:FAULTS_KEPT]],
+            "counts": [*self.reading.tally.as_json(), *self.text.cut.as_json()],
+        }
 
     def _encode(self, batch: list[Item], about: dict[str, Any]) -> Iterator[dict[str, Any]]:
         latents = self.latents.latents(batch, mirrored=False)
@@ -193,12 +191,13 @@ class Assembly:
         states = self.text.states(batch)
         about["latent"]["shape"], about["text"]["shape"] = list(latents.shape[1:]), list(states[0].shape[1:])
         for row, item in enumerate(batch):
+            facts = self.latents.facts(item.record)
             try:
                 sample = encode_sample(
                     item.record.key,
                     self._stored(latents[row], "latent", item),
                     self._stored(states[row], "text", item),
-                    {**item.record.metadata, "captions": item.record.captions},
+                    {**item.record.metadata, **facts, "captions": item.record.captions},
                     latent_flip=None if flips is None else self._stored(flips[row], "mirrored latent", item),
                     picture=item.preview,
                     picture_format="webp",
@@ -221,14 +220,17 @@ class Assembly:
     def _about(self) -> dict[str, Any]:
         crop = self.latents.crop
         facts = dict(self.latents.about)
+        way = self.reading.choices.resize
         return {
             "made_by": f"lightning-unlearn {version('lightning-unlearn')} prepare",
             "space": facts.pop("space"),
             "latent": {"shape": None, "dtype": self.dtype, **facts},
             "text": {"shape": None, "dtype": self.dtype, **self.text.about},
             "flips": self.mirrored,
-            "pictures": crop and {"height": crop[0], "width": crop[1], "mode": self.latents.mode, "resize": "bicubic"},
+            "pictures": crop and {"height": crop[0], "width": crop[1], "mode": self.latents.mode, "resize": way},
             "preview_size": self.picture_size,
+            "reading": {"layout": layout_of(self.source), **self.told, "choices": self.reading.choices.as_json()},
             "skipped": 0,
+            "left_out": None,
             "versions": {name: version(name) for name in ("torch", "pillow")},
         }

@@ -14,9 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_unlearn.diffusion.loading import check_safetensors
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import generator_for, tensors_digest
 from lightning_unlearn.preparation.inputs import Array, Item, stack_pixels
+from lightning_unlearn.preparation.records import Record
+from lightning_unlearn.preparation.tally import Tally
 from lightning_unlearn.weights.precision import ExactFloat32
 
 
@@ -47,6 +50,7 @@ class VaeLatents:
 
         self.vae = _load_model(AutoencoderKL, folder / "vae", low_cpu_mem_usage=False).to(device)
         self.mode = "L" if config.get("in_channels") == 1 else "RGB"
+        self.shape: tuple[int, ...] = (config.get("latent_channels", 4), *(side // scale for side in self.crop))
         # Some VAEs normalise each channel (diffusers' latents_mean, latents_std), others have one shift for all.
         shift = config.get("latents_mean") or [config.get("shift_factor") or 0.0]
         spread = config.get("latents_std") or [1.0]
@@ -62,6 +66,10 @@ class VaeLatents:
             "factor": self.factor.flatten().tolist(),
             **({"seed": seed} if kept == "sample" else {}),
         }
+
+    def facts(self, record: Record) -> dict[str, Any]:
+        """See :class:`LatentSource`; it makes a latent of each picture."""
+        return {}
 
     @torch.inference_mode()
     def latents(self, items: Sequence[Item], *, mirrored: bool) -> Array:
@@ -100,6 +108,7 @@ class EncodedText:
     ) -> None:
         self.rows: int | None = None
         self.captions: int | None = None
+        self.cut = Tally()
         self.encoder, self.tokenizer = encoder, tokenizer
         self.tokens, self.masked, self.batch_size = tokens, masked, batch_size
         try:
@@ -110,6 +119,7 @@ class EncodedText:
                 f"The text encoder {name} can't encode a caption in {tokens} tokens ({reason}); "
                 "give another, or fewer `tokens`."
             ) from None
+        self.shape: tuple[int, ...] = (tokens, dim)
         self.about: dict[str, Any] = {
             "shape": [tokens, dim],
             "encoder": name,
@@ -131,12 +141,19 @@ class EncodedText:
     def states(self, items: Sequence[Item]) -> list[Array]:
         """See :class:`TextSource`."""
         captions = [caption for item in items for caption in item.record.captions]
+        self._count_cut(captions)
         parts = [
             self._encode(captions[start : start + self.batch_size])
             for start in range(0, len(captions), self.batch_size)
         ]
         ends = np.cumsum([len(item.record.captions) for item in items])[:-1]
         return np.split(np.concatenate(parts), ends)
+
+    def _count_cut(self, captions: list[str]) -> None:
+        whole = self.tokenizer(captions, truncation=False, verbose=False)["input_ids"]
+        for caption, ids in zip(captions, whole, strict=True):
+            if len(ids) > self.tokens:
+                self.cut.add(f"captions are longer than the {self.tokens} tokens that are read", caption[:60])
 
 
 def pipeline_text(folder: Path, device: torch.device, batch_size: int) -> EncodedText:
@@ -226,6 +243,7 @@ def _transformers() -> Any:
 
 
 def _load_model(kind: Any, folder: Path, **settings: Any) -> Any:
+    check_safetensors(folder, kind.__name__)
     if not any(folder.glob("*.safetensors")):
         raise InputError(f"{folder} has no .safetensors file; save the model again with save_pretrained.")
     model, info = _load(kind.from_pretrained, folder, use_safetensors=True, output_loading_info=True, **settings)

@@ -10,6 +10,7 @@ import numpy as np
 
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.preparation.records import Record
+from lightning_unlearn.preparation.tally import Tally
 
 Array = np.ndarray[Any, Any]
 
@@ -38,13 +39,19 @@ class LatentSource(Protocol):
         crop: ``(height, width)`` of the pictures it takes, ``None`` if it takes none.
         mode: Their mode, Pillow's ``"RGB"`` or ``"L"``.
         rows: How many latents there are, if they are ready.
+        shape: Of one latent, ``(C, H, W)``.
         about: What the manifest says of it.
     """
 
     crop: tuple[int, int] | None
     mode: str
     rows: int | None
+    shape: tuple[int, ...]
     about: dict[str, Any]
+
+    def facts(self, record: Record) -> dict[str, Any]:
+        """What it knows of a sample, for its json; an :class:`InputError` if it has no latent of it."""
+        ...
 
     def latents(self, items: Sequence[Item], *, mirrored: bool) -> Array:
         """Latents ``(B, C, H, W)`` of ``B`` samples' pictures, or of their mirror images."""
@@ -57,11 +64,15 @@ class TextSource(Protocol):
     Attributes:
         rows: How many samples it has text for, if it is ready.
         captions: How many captions each of these has.
+        shape: Of one caption, ``(tokens, dim)``.
+        cut: Captions that were longer than what is read of them; the first of these, and how many.
         about: What the manifest says of it.
     """
 
     rows: int | None
     captions: int | None
+    shape: tuple[int, ...]
+    cut: Tally
     about: dict[str, Any]
 
     def states(self, items: Sequence[Item]) -> list[Array]:
@@ -95,7 +106,12 @@ class PixelLatents:
         self.crop: tuple[int, int] | None = (size, size)
         self.mode = "L" if grey else "RGB"
         self.rows: int | None = None
+        self.shape: tuple[int, ...] = (1 if grey else 3, size, size)
         self.about: dict[str, Any] = {"space": "pixel"}
+
+    def facts(self, record: Record) -> dict[str, Any]:
+        """See :class:`LatentSource`; it has a latent of each sample."""
+        return {}
 
     def latents(self, items: Sequence[Item], *, mirrored: bool) -> Array:
         """See :class:`LatentSource`."""
@@ -125,7 +141,12 @@ class ReadyLatents:
         self.crop: tuple[int, int] | None = None
         self.mode = "RGB"
         self.rows: int | None = len(self.sides[False])
+        self.shape: tuple[int, ...] = self.sides[False].shape[1:]
         self.about: dict[str, Any] = {"space": "latent", "vae": "ready array"}
+
+    def facts(self, record: Record) -> dict[str, Any]:
+        """See :class:`LatentSource`; it has a latent of each sample."""
+        return {}
 
     def latents(self, items: Sequence[Item], *, mirrored: bool) -> Array:
         """See :class:`LatentSource`."""
@@ -147,6 +168,8 @@ class ReadyText:
         self.array = array if array.ndim == 4 else array[:, None]  # (N, captions, tokens, dim)
         self.rows: int | None = len(array)
         self.captions: int | None = self.array.shape[1]
+        self.shape: tuple[int, ...] = self.array.shape[2:]
+        self.cut = Tally()
         self.about: dict[str, Any] = {"encoder": "ready array"}
 
     def states(self, items: Sequence[Item]) -> list[Array]:

@@ -1,4 +1,4 @@
-"""Picture files as a network sees them: upright, on white, cut to its middle, resized; and small ones for people."""
+"""Picture files as they are read: upright, on white, or as a trainer left them; and small ones for people."""
 
 from __future__ import annotations
 
@@ -6,24 +6,26 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.preparation.inputs import Array
+from lightning_unlearn.preparation.choices import Choices
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+EXIF_ORIENTATION = 0x0112
 
-def open_picture(path: Path, mode: str) -> Image:
+
+def open_picture(source: Path | bytes, place: str, mode: str, choices: Choices) -> Image:
     """Read a picture whole.
 
-    It is turned as its EXIF orientation says, and laid over white where transparent. Of several frames the first is
-    taken.
+    It is turned as its EXIF orientation says, and laid over white where transparent, unless it was chosen otherwise. Of
+    several frames the first is taken.
 
     Args:
-        path: The file.
+        source: The file, or its bytes.
+        place: Where it stands, for messages.
         mode: ``"RGB"`` or ``"L"``.
+        choices: Whether it is turned, and what is transparent.
 
     Returns:
         The picture.
@@ -34,12 +36,13 @@ def open_picture(path: Path, mode: str) -> Image:
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as file:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
             if file.mode.startswith(("I", "F")):
                 # Pillow would cut these off at 255 and give a white picture.
-                raise InputError(f"{path} has more than 8 bits a channel (mode {file.mode}); save it with 8.")
-            picture = ImageOps.exif_transpose(file)
-            if picture.mode.upper().endswith("A") or "transparency" in picture.info:
+                raise InputError(f"{place} has more than 8 bits a channel (mode {file.mode}); save it with 8.")
+            picture = ImageOps.exif_transpose(file) if choices.exif == "turn" else file
+            see_through = picture.mode.upper().endswith("A") or "transparency" in picture.info
+            if see_through and choices.alpha == "white":
                 picture = picture.convert("RGBA")
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
             return picture.convert("RGB").convert(mode)
@@ -48,8 +51,28 @@ def open_picture(path: Path, mode: str) -> Image:
     except Exception as error:  # decoders raise nearly anything at damaged files
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise InputError(
-            f"{path} can't be read as a picture ({reason}); replace it, or leave it out with on_bad_sample=skip."
+            f"{place} can't be read as a picture ({reason}); replace it, or leave it out with on_bad_sample=skip."
         ) from None
+
+
+def picture_size(source: Path | bytes, choices: Choices) -> tuple[int, int] | None:
+    """The size of a picture, from its header alone.
+
+    Args:
+        source: The file, or its bytes.
+        choices: Whether it is turned.
+
+    Returns:
+        ``(width, height)``; ``None`` if it can't be read.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
+            turned = choices.exif == "turn" and file.getexif().get(EXIF_ORIENTATION, 1) >= 5
+            return (file.height, file.width) if turned else file.size
+    except Exception:  # decoders raise nearly anything at damaged files
+        return None
 
 
 def crop_middle(picture: Image, height: int, width: int) -> Image:
@@ -67,24 +90,6 @@ def crop_middle(picture: Image, height: int, width: int) -> Image:
     part_width, part_height = max(1, round(width * scale)), max(1, round(height * scale))
     left, top = (picture.width - part_width) // 2, (picture.height - part_height) // 2
     return picture.crop((left, top, left + part_width, top + part_height))
-
-
-def to_pixels(picture: Image, height: int, width: int) -> Array:
-    """Resize a picture, bicubic and antialiased, in 8 bits.
-
-    Args:
-        picture: In mode ``"RGB"`` or ``"L"``.
-        height: In pixels.
-        width: In pixels.
-
-    Returns:
-        ``(channels, height, width)`` float32 in [-1, 1].
-    """
-    from PIL import Image
-
-    resized = picture.resize((width, height), Image.Resampling.BICUBIC)
-    array = np.asarray(resized, dtype=np.float32).reshape(height, width, -1)  # (height, width, channels)
-    return np.ascontiguousarray(array.transpose(2, 0, 1)) / np.float32(127.5) - 1
 
 
 def to_preview(picture: Image, size: int) -> bytes:

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
-
-import torch
+from typing import Any, Literal
 
 from lightning_unlearn.data.shards import MANIFEST, ShardInfo
 from lightning_unlearn.errors import InputError
+from lightning_unlearn.fingerprints import digest
 from lightning_unlearn.preparation.assembly import Assembly
-from lightning_unlearn.preparation.encoders import VaeLatents, folder_text, pipeline_text
-from lightning_unlearn.preparation.inputs import LatentSource, PixelLatents, ReadyLatents, ReadyText, TextSource
+from lightning_unlearn.preparation.choices import (
+    Alpha,
+    CaptionFor,
+    CaptionLines,
+    Crop,
+    Exif,
+    Masks,
+    MissingCaption,
+    Repeats,
+    Resize,
+    Trainer,
+    choose,
+)
+from lightning_unlearn.preparation.records import Reading
+from lightning_unlearn.preparation.shard_by_shard import tars_of, write_shard_by_shard
+from lightning_unlearn.preparation.sources import device_called, latent_source, text_source
+from lightning_unlearn.preparation.survey import Survey
+from lightning_unlearn.preparation.tally import Tally
 
 
 def prepare(
@@ -30,6 +46,22 @@ def prepare(
     flips: bool = False,
     vae_sample: Literal["mean", "sample"] = "mean",
     seed: int = 0,
+    like: Trainer | None = None,
+    caption: str | None = None,
+    caption_for: CaptionFor | None = None,
+    caption_lines: CaptionLines | None = None,
+    caption_suffix: str | None = None,
+    missing_caption: MissingCaption | None = None,
+    repeats: Repeats | None = None,
+    exif: Exif | None = None,
+    alpha: Alpha | None = None,
+    crop: Crop | None = None,
+    resize: Resize | None = None,
+    masks: Masks | None = None,
+    picture_kinds: str | None = None,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    split: str | None = None,
     key: str | None = None,
     dtype: Literal["float16", "float32"] = "float16",
     picture_size: int = 256,
@@ -37,27 +69,32 @@ def prepare(
     batch_size: int = 16,
     device: str = "auto",
     on_bad_sample: Literal["error", "skip"] = "error",
+    index: int = 0,
+    count: int = 1,
     overwrite: bool = False,
 ) -> list[ShardInfo]:
     """Make shards from pictures and captions, or from latents and text embeddings that are ready.
 
-    Latents come from the VAE of `pipeline`, from the pictures themselves (`size` without `pipeline`), or from the
-    array `latents`. Text states come from the text encoder of `pipeline`, from `text_encoder`, or from the array
-    `text`. Pictures are turned as their EXIF orientation says, laid over white where transparent, cut to the largest
-    square in their middle and resized (bicubic, antialiased). Only local files are read, none with pickle. No shard is
-    left in `output` unless all of them are done.
+    Latents come from the VAE of `pipeline`, from the pictures themselves (`size` without `pipeline`), or from
+    `latents`. Text states come from the text encoder of `pipeline`, from `text_encoder`, or from the array `text`.
+    Pictures are turned as their EXIF orientation says, laid over white where transparent, cut to the largest square in
+    their middle and resized (bicubic, antialiased), if `like` or an option does not say otherwise. What is not taken is
+    counted and named at the end. Only local files are read, none with pickle. No shard is left in `output` unless all
+    of them are done; of tars, each is done alone, and a second run goes on where the first stopped.
 
     Args:
         output: Folder for the shards and their manifest.json.
-        images: Folder of pictures, or a table (.csv, .jsonl, .parquet) with a column file_name relative to its folder.
-            Captions come from a column text, caption or captions; in a folder without a metadata.csv, .jsonl or
-            .parquet from a.txt beside a.png, one caption a line. Other columns go into the samples' json.
+        images: Folder of pictures with captions in a.txt or a.caption beside a.png, or called as kohya's trainer has
+            them (10_sks dog); a folder with a metadata.csv, .jsonl or .parquet, or such a table; a Hugging Face data
+            set on the disk; or tars as img2dataset writes them (braces stand for several: laion/{00000..00099}.tar),
+            which become a shard each. Columns that have no meaning here go into the samples' json.
         pipeline: Folder of a diffusers pipeline (save_pretrained) with an AutoencoderKL and one CLIP text encoder.
         size: Side of the square pictures in pixels; with a pipeline by default what its network was trained on.
         grey: One channel instead of three, for a network that works on pixels.
         text_encoder: Folder of a transformers encoder with its tokenizer; states of padding are set to zero.
         tokens: Length that captions are padded or cut to for text_encoder; by default what its tokenizer says.
-        latents: Ready latents, an .npy file (N, C, H, W), shifted and scaled as the network was trained on them.
+        latents: Ready latents, an .npy file (N, C, H, W), shifted and scaled as the network was trained on them; or a
+            folder with *_sd.npz or *_sdxl.npz that kohya's trainer cached, which are scaled as it does.
         latents_flip: Ready latents of the mirrored pictures.
         text: Ready text states, an .npy file (N, captions, tokens, dim), or (N, tokens, dim) for one caption each.
         captions: Captions of ready latents without images, in the arrays' order: .json (a list) or .jsonl of texts,
@@ -65,6 +102,24 @@ def prepare(
         flips: Also store the latent of the mirrored picture, which is not the mirrored latent.
         vae_sample: Keep the mean of the VAE's distribution, or a draw from it (of seed and the sample's key alone).
         seed: Of these draws.
+        like: Trainer whose rules are followed; each option below, up to picture_kinds, takes precedence.
+        caption: One caption for samples.
+        caption_for: Whether it is for all samples (by default), or for those that are missing one.
+        caption_lines: What lines of a caption file are: each a caption (by default), the first alone, or all joined.
+        caption_suffix: Of caption files; by default .txt or .caption, whichever is there.
+        missing_caption: What a sample without a caption gets: an error (by default), the empty caption, or what its
+            folder's name says after the number of repeats.
+        repeats: Whether a folder's number of repeats becomes the weight in its samples' json; by default if all folders
+            have one, which then also name the samples that are missing a caption.
+        exif: Turn pictures as their EXIF orientation says (by default), or keep them.
+        alpha: Lay transparent pictures over white (by default), or drop transparency and show the colours beneath.
+        crop: Take the middle of pictures (by default), or refuse those that would lie in a bucket of another shape.
+        resize: As we do (bicubic), or as kohya's trainer or torchvision's Resize does.
+        masks: Leave files called as masks out (by default), or take them for pictures.
+        picture_kinds: Suffixes of the pictures to take, with commas; by default all.
+        image_column: Column with pictures or their paths; by default file_name, or a data set's one column of pictures.
+        caption_column: Column, or name in a tar's json, with captions; by default captions, caption or text.
+        split: Of a Hugging Face data set, where it has several.
         key: Column with each sample's unique name; by default the picture's path without suffix, or the row's number.
         dtype: Of the latents and text states in the shards.
         picture_size: Longer side, at most, of the picture stored for people to look at; 0 stores none.
@@ -72,6 +127,8 @@ def prepare(
         batch_size: Pictures, and captions, that are encoded at a time.
         device: Where encoders run, e.g. cpu or cuda; auto takes an accelerator if there is one.
         on_bad_sample: What to do when a picture can't be read or a caption is missing: stop, or leave it out and count.
+        index: Which of `count` processes this is; each makes its share of the shards of tars.
+        count: How many such processes there are.
         overwrite: Whether shards that are in the output already are made again.
 
     Returns:
@@ -80,8 +137,10 @@ def prepare(
     Raises:
         InputError: If settings don't fit together, an input is missing or malformed, or the output is done already.
     """
-    _at_least(1, size=size, tokens=tokens, samples_per_shard=samples_per_shard, batch_size=batch_size)
-    _at_least(0, picture_size=picture_size)
+    _at_least(1, size=size, tokens=tokens, samples_per_shard=samples_per_shard, batch_size=batch_size, count=count)
+    _at_least(0, picture_size=picture_size, index=index)
+    cached = latents is not None and Path(latents).expanduser().is_dir()
+    tars = tars_of(images)
     for applies, sentence in (
         (images is None and latents is None, "Nothing to prepare: name `images`, or ready `latents`."),
         (images is None and captions is None, "Ready `latents` need `captions`, or `images` in the same order."),
@@ -95,29 +154,64 @@ def prepare(
         (pipeline and latents and (text or text_encoder), "Latents and text are from elsewhere; leave `pipeline` out."),
         (latents_flip and not latents, "`latents_flip` goes with `latents`; name both, or set `flips` instead."),
         (latents and (size or grey), "Ready `latents` are stored as they are; leave `size` and `grey` out."),
-        (latents and flips, "Ready `latents` can't be mirrored; name `latents_flip` instead of `flips`."),
+        (
+            latents and flips and not cached,
+            "Ready `latents` can't be mirrored; name `latents_flip`, not `flips`.",
+        ),
+        (cached and latents_flip, "Cached latents have those of the mirrored pictures; set `flips` instead."),
+        (cached and images is None, "Cached latents go with the pictures beside them; name `images`."),
         (vae_sample != "mean" and (latents or not pipeline), "`vae_sample` is for a pipeline's VAE; leave it out."),
         (pipeline and grey, "`grey` is for pixels, and a pipeline's VAE has channels of its own; leave one out."),
         (tokens and not text_encoder, "`tokens` is for a `text_encoder`; name one, or leave it out."),
+        (tars and (latents or text), "Ready arrays don't go with tars of pictures; leave them out."),
+        (count > 1 and not tars, "`index` and `count` deal out tars; name several as `images`, or leave them out."),
+        (index >= count, f"`index` must be below `count`, which is {count}, but is {index}."),
+        (caption_for and caption is None, "`caption_for` says whose `caption` is; name one, or leave it out."),
     ):
         if applies:
             raise InputError(sentence)
+    choices, not_followed = choose(
+        like,
+        caption_lines=caption_lines,
+        caption_suffix=caption_suffix,
+        caption_for=caption_for,
+        missing_caption=missing_caption,
+        repeats=repeats,
+        exif=exif,
+        alpha=alpha,
+        crop=crop,
+        resize=resize,
+        masks=masks,
+        picture_kinds=picture_kinds,
+    )
     folder = Path(output).expanduser()
     _check_output(folder, overwrite)
-    place = _device(device)
-    assembly = Assembly(
-        source=str(images or captions),
-        with_pictures=images is not None,
-        key=key,
-        latents=_latent_source(latents, latents_flip, pipeline, size, grey, vae_sample, seed, place),
-        text=_text_source(text, text_encoder, tokens, pipeline, place, batch_size),
-        mirrored=flips or latents_flip is not None,
-        dtype=dtype,
-        picture_size=picture_size,
-        batch_size=batch_size,
-        skip=on_bad_sample == "skip",
+    place = device_called(device)
+    tally = Tally()
+    latents_from = latent_source(latents, latents_flip, pipeline, size, grey, vae_sample, seed, place, tally)
+    text_from = text_source(text, text_encoder, tokens, pipeline, place, batch_size)
+    reading = Reading(images is not None, key, image_column, caption_column, caption, split, choices, tally)
+
+    def assembly(source: str) -> Assembly:
+        return Assembly(
+            # What is not taken is counted for each tar alone.
+            Survey(source, replace(reading, tally=Tally() if tars else tally), latents_from, text_from, skip=skip),
+            mirrored=flips or latents_flip is not None,
+            dtype=dtype,
+            picture_size=picture_size,
+            batch_size=batch_size,
+            told={"like": like, "not_followed": not_followed, "caption": caption, "split": split},
+        )
+
+    skip = on_bad_sample == "skip"
+    if not tars:
+        return assembly(str(Path(str(images or captions)).expanduser())).write(folder, samples_per_shard)
+    how: list[Any] = [reading.key, caption_column, caption, flips, dtype, picture_size, skip, choices.as_json()]
+    how += [latents_from.about, latents_from.shape, text_from.about]
+    settings = digest(json.dumps(how, sort_keys=True))
+    return write_shard_by_shard(
+        tars, assembly, folder, settings=settings, index=index, count=count, overwrite=overwrite
     )
-    return assembly.write(folder, samples_per_shard)
 
 
 def _check_output(folder: Path, overwrite: bool) -> None:
@@ -145,53 +239,7 @@ def _check_output(folder: Path, overwrite: bool) -> None:
         )
 
 
-def _latent_source(
-    latents: str | None,
-    latents_flip: str | None,
-    pipeline: str | None,
-    size: int | None,
-    grey: bool,
-    vae_sample: str,
-    seed: int,
-    device: torch.device,
-) -> LatentSource:
-    if latents is not None:
-        return ReadyLatents(latents, latents_flip)
-    if pipeline is not None:
-        return VaeLatents(Path(pipeline).expanduser(), size, vae_sample, seed, device)
-    assert size is not None
-    return PixelLatents(size, grey)
-
-
-def _text_source(
-    text: str | None,
-    text_encoder: str | None,
-    tokens: int | None,
-    pipeline: str | None,
-    device: torch.device,
-    batch_size: int,
-) -> TextSource:
-    if text is not None:
-        return ReadyText(text)
-    if text_encoder is not None:
-        return folder_text(Path(text_encoder).expanduser(), tokens, device, batch_size)
-    assert pipeline is not None
-    return pipeline_text(Path(pipeline).expanduser(), device, batch_size)
-
-
 def _at_least(least: int, **settings: int | None) -> None:
     for name, value in settings.items():
         if value is not None and value < least:
             raise InputError(f"`{name}` must be at least {least}, but is {value}.")
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).splitlines() or [""])[0][:160]
-        raise InputError(f"There is no device {name!r} here ({reason}); use cpu, or auto.") from None
-    return device

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 
+# Of a stored picture that is decoded; a few hundred kilobytes can claim more than a memory holds.
+MOST_PIXELS = 2**26
 LARGEST_SIDE = 384  # pixels of a picture in the page; larger ones are made smaller
 LARGEST_PNG = 128  # up to this side a PNG is hardly larger than a JPEG, and exact
 LARGEST_COARSE = 48  # up to this side pixels are enlarged as squares, not smoothed
@@ -76,6 +78,8 @@ def picture_of(sample: Sample | None) -> Picture | None:
         try:
             with Image.open(io.BytesIO(sample.picture), formats=("PNG", "JPEG", "WEBP")) as stored:
                 stored.draft("RGB", (LARGEST_SIDE, LARGEST_SIDE))
+                if stored.width * stored.height > MOST_PIXELS:
+                    return None
                 upright = ImageOps.exif_transpose(stored).convert("RGBA")
         except Exception:  # damaged bytes make Pillow raise nearly anything
             return None

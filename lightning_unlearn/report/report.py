@@ -6,9 +6,8 @@ Content-Security-Policy forbids the page scripts and requests. The same run give
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_unlearn.data.files import write_atomically
 from lightning_unlearn.data.samples import Sample
-from lightning_unlearn.data.shards import write_atomically
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.report.figures import Floats, Picture, histogram, picture_of, power_of_ten
+from lightning_unlearn.report.words import duration, flatten, number, share
 from lightning_unlearn.scores.race_folder import outcome
+from lightning_unlearn.scores.step_reasons import WORDS
 from lightning_unlearn.scores.table import ScoreTable
 
 Rows = NDArray[np.intp]
@@ -160,7 +161,7 @@ def _render(
     unlearning = run.get("unlearning", {})
     sets = any("members" in target for target in run.get("targets", {}).values())
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": _number, "share": _share, "duration": _duration}
+    environment.filters |= {"number": number, "share": share, "duration": duration}
     template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text("utf-8"))
     return template.render(
         queries=[_query(table, column, queries, *rows, samples) for column, rows in enumerate(ends)],
@@ -176,11 +177,11 @@ def _render(
         race=outcome(run["race"], "set" if sets else "query") if "race" in run else None,
         run=run,
         settings={
-            "Unlearning": dict(_flatten({name: unlearning[name] for name in unlearning if name != "objective"})),
-            "Method": dict(_flatten(run.get("method", {}))),
-            "Objective": dict(_flatten(unlearning.get("objective", run.get("objective", {})))),
-            "Views": dict(_flatten(views)),
-            "Versions": dict(_flatten(run.get("versions", {}))),
+            "Unlearning": dict(flatten({name: unlearning[name] for name in unlearning if name != "objective"})),
+            "Method": dict(flatten(run.get("method", {}))),
+            "Objective": dict(flatten(unlearning.get("objective", run.get("objective", {})))),
+            "Views": dict(flatten(views)),
+            "Versions": dict(flatten(run.get("versions", {}))),
         },
     )
 
@@ -202,7 +203,7 @@ def _query(
     members = [_member(name, queries.get(name)) for name in shown_queries(table, key)] if in_set else []
     captions = sample.captions if sample else target.get("captions") or []
     metadata = sample.metadata if sample else {}
-    facts = dict(_flatten({name: value for name, value in metadata.items() if name != "captions"}))
+    facts = dict(flatten({name: value for name, value in metadata.items() if name != "captions"}))
     # A query that is a training picture says which; a key alone may be the same by chance.
     own = metadata.get("of") if metadata.get("of") in table.keys else None
     scores = table.scores[:, column].astype(np.float64)
@@ -220,6 +221,8 @@ def _query(
         "made": _named(key, target) | {name: facts.pop(name) for name in MADE if name in facts},
         "facts": facts,
         "target": target,
+        # A run of another version may know reasons that this one doesn't.
+        "out_of_range": [WORDS.get(reason, reason) for reason in target.get("out_of_range", [])],
         "own": own,
         "own_rank": table.rank(key, own) + 1 if own is not None else None,
         "top": _ranked(table, column, highest, 1, ranges, samples),
@@ -239,7 +242,7 @@ def _named(key: str, target: Mapping[str, Any]) -> dict[str, str]:
     """What a target is called, and what of it is unlearned."""
     if "members" in target:
         return {"name": key, "queries": f"{len(target['members']):,}"}
-    return {"key": key} | ({"region": f"{_share(target['region'])} of it"} if "region" in target else {})
+    return {"key": key} | ({"region": f"{share(target['region'])} of it"} if "region" in target else {})
 
 
 def _ranked(
@@ -279,36 +282,3 @@ def _rest(scores: Floats, base_losses: Floats, rule: str | None) -> dict[str, fl
         low, median, high = np.quantile(changes, (0.05, 0.5, 0.95)).tolist()
         rest |= {"low": low, "median": median, "high": high}
     return rest
-
-
-# ---------------------------------------------------------------------- words for numbers
-
-
-def _flatten(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
-    """Names and values of nested settings, as a person reads them."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{before}{name} ")
-        else:
-            yield before + name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _number(value: float, sign: bool = False) -> str:
-    """Three significant digits, and powers of ten where they need them."""
-    if value == 0:
-        return "0"
-    mantissa, _, exponent = f"{value:{'+' if sign else ''}#.3g}".partition("e")
-    power = f"\N{NO-BREAK SPACE}×\N{NO-BREAK SPACE}{power_of_ten(int(exponent))}" if exponent else ""
-    return mantissa.removesuffix(".").replace("-", "−") + power
-
-
-def _share(value: float, sign: bool = False) -> str:
-    return f"{_number(100 * value, sign)}\N{NO-BREAK SPACE}%"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if not hours and not minutes:
-        return f"{_number(seconds)} s" if seconds < 10 else f"{rest} s"
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

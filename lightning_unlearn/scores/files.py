@@ -9,102 +9,45 @@ they are kept, ``deviations:`` and the query's key is a list with the rule's val
 
 from __future__ import annotations
 
-import io
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from numpy.typing import NDArray
-from torch import Tensor
 
-from lightning_unlearn.data.shards import write_atomically
+from lightning_unlearn.data.files import read_json, reason_of
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import settings_digest
-from lightning_unlearn.scores.rules import Reduced
+from lightning_unlearn.scores.shard_file import (
+    DEVIATIONS,
+    ERRORS,
+    FINISHED,
+    PREFIX,
+    SCORES,
+    read_shard_scores,
+    shard_content,
+    shard_path,
+    write_shard_scores,
+)
 from lightning_unlearn.scores.table import ScoreTable
 
+__all__ = [
+    "FAILED",
+    "RUN_FILE",
+    "SCORES",
+    "is_scored",
+    "read_deviations",
+    "read_run",
+    "read_scores",
+    "run_digest",
+    "shard_path",
+    "write_shard_scores",
+]
+
 RUN_FILE = "run.json"
-SCORES = "scores"
 FAILED = "failed"
-PREFIX = "score:"
-ERRORS = "error:"
-DEVIATIONS = "deviations:"
-FINISHED = "finished"
-
-
-def shard_path(folder: Path, shard: str) -> Path:
-    """Where a shard's scores are kept.
-
-    Args:
-        folder: The run's folder.
-        shard: The shard's identifier.
-
-    Returns:
-        The path of its Parquet file.
-    """
-    return folder / SCORES / f"{shard}.parquet"
-
-
-def write_shard_scores(
-    folder: Path,
-    shard: str,
-    keys: Sequence[str],
-    reduced: Reduced,
-    queries: Sequence[str],
-    run: str,
-    version: str = "",
-    finished: NDArray[np.bool_] | None = None,
-) -> None:
-    """Write one shard's scores, whole or not at all.
-
-    Args:
-        folder: The run's folder.
-        shard: The shard's identifier.
-        keys: ``B`` sample keys.
-        reduced: Scores, base losses, and what is kept beside them.
-        queries: ``Q`` query keys.
-        run: Digest of the run's fingerprints, kept in the file.
-        version: Of the shard's content, kept in the file.
-        finished: ``(B,)`` which samples a race finished, if there was one.
-
-    Raises:
-        InputError: If the disk is full or the folder can't be written.
-    """
-    columns: dict[str, Any] = {
-        "key": pa.array(keys, pa.string()),
-        "shard": pa.array([shard] * len(keys), pa.string()),
-        "base_loss": pa.array(reduced.base_losses.float().numpy()),
-    }
-    for prefix, values in ((PREFIX, reduced.scores), (ERRORS, reduced.errors)):
-        if values is not None:
-            columns |= {prefix + query: _floats(values[:, number]) for number, query in enumerate(queries)}
-    if finished is not None:
-        columns[FINISHED] = pa.array(finished)
-    if reduced.deviations is not None:
-        for number, query in enumerate(queries):
-            values = reduced.deviations[:, number].flatten(1)  # (B, flips · draws)
-            columns[DEVIATIONS + query] = pa.FixedSizeListArray.from_arrays(_floats(values.flatten()), values.shape[1])
-    table = pa.table(columns).replace_schema_metadata({"run": run, "content": version})
-    stream = io.BytesIO()
-    pq.write_table(table, stream)
-    path = shard_path(folder, shard)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, stream.getvalue())
-    except OSError as error:
-        raise InputError(
-            f"The scores of shard {shard} can't be written to {path} ({error.strerror}); free the disk and run "
-            "again: finished shards are kept."
-        ) from None
-
-
-def _floats(values: Tensor) -> pa.Array:
-    return pa.array(values.float().contiguous().numpy())
 
 
 def is_scored(folder: Path, shard: str, version: str) -> bool:
@@ -119,21 +62,9 @@ def is_scored(folder: Path, shard: str, version: str) -> bool:
         Whether they are; a file that can't be read counts as none.
     """
     try:
-        return _content(folder, shard) == version
+        return shard_content(folder, shard) == version
     except InputError:
         return False
-
-
-def _content(folder: Path, shard: str) -> str | None:
-    """The version of the shard's content that a file of scores is of, ``None`` if there is no file."""
-    path = shard_path(folder, shard)
-    if not path.is_file():
-        return None
-    try:
-        metadata = pq.read_schema(path).metadata or {}
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path} can't be read ({str(error).splitlines()[0]}); run the same command again.") from None
-    return bytes(metadata.get(b"content", b"")).decode()
 
 
 def read_run(folder: str | Path) -> dict[str, Any] | None:
@@ -151,14 +82,21 @@ def read_run(folder: str | Path) -> dict[str, Any] | None:
     path = Path(folder) / RUN_FILE
     if not path.is_file():
         return None
-    try:
-        run: dict[str, Any] = json.loads(path.read_bytes())
-        run["fingerprints"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path} is not the record of a run ({type(error).__name__}); score into another folder."
-        ) from None
+    run = read_json(path, "is not the record of a run", "score into another folder")
+    if not _is_record(run):
+        raise InputError(f"{path} is not the record of a run (what it says is not whole); score into another folder.")
     return run
+
+
+def _is_record(run: Mapping[str, Any]) -> bool:
+    """Whether fingerprints and shards, by which files are found and known, are as they are written."""
+    fingerprints, shards = run.get("fingerprints"), run.get("shards")
+    return (
+        isinstance(fingerprints, dict)
+        and all(isinstance(value, str) for value in fingerprints.values())
+        and isinstance(shards, dict)
+        and all(isinstance(info, dict) and isinstance(info.get("url"), str) for info in shards.values())
+    )
 
 
 def run_digest(fingerprints: Mapping[str, str]) -> str:
@@ -238,35 +176,36 @@ def _read(folder: Path, partial: bool, wanted: Callable[[str], bool]) -> tuple[d
     run = read_run(folder)
     if run is None:
         raise InputError(f"There are no scores in {folder}; run `lightning-unlearn attribute` or `predict` first.")
-    missing = [shard for shard, info in run["shards"].items() if _content(folder, shard) != info.get("version", "")]
+    missing = [
+        shard for shard, info in run["shards"].items() if shard_content(folder, shard) != info.get("version", "")
+    ]
     if missing and not partial:
         # One that failed says why.
         example = next((shard for shard in missing if (folder / FAILED / f"{shard}.json").is_file()), missing[0])
-        note = folder / FAILED / f"{example}.json"
-        why = f" ({json.loads(note.read_bytes())['error']})" if note.is_file() else ""
         raise InputError(
             f"{len(missing)} of {len(run['shards'])} shards are not scored yet, e.g. "
-            f"{run['shards'][example]['url']}{why}; run the same command again."
+            f"{run['shards'][example]['url']}{_why(folder / FAILED / f'{example}.json')}; run the same command again."
         )
-    digest = run_digest(run["fingerprints"]).encode()
-    tables = []
-    for shard in sorted(set(run["shards"]) - set(missing)):
-        try:
-            with pq.ParquetFile(shard_path(folder, shard)) as file:
-                table = file.read([name for name in file.schema_arrow.names if wanted(name)])
-        except (pa.ArrowException, OSError) as error:
-            raise InputError(
-                f"{shard_path(folder, shard)} can't be read ({str(error).splitlines()[0]}); remove it and run the "
-                "same command again."
-            ) from None
-        if (table.schema.metadata or {}).get(b"run") != digest:
-            raise InputError(
-                f"The scores of {shard} in {folder} are of another run; remove them, or score into another folder."
-            )
-        tables.append(table)
+    digest, sealed = run_digest(run["fingerprints"]), "format" in run
+    tables = [
+        read_shard_scores(folder, shard, digest, wanted, sealed=sealed)
+        for shard in sorted(set(run["shards"]) - set(missing))
+    ]
     if not tables:
         raise InputError(f"No shard in {folder} is scored yet; run the same command again.")
-    joined = pa.concat_tables(tables)
+    try:
+        joined = pa.concat_tables(tables)
+    except pa.ArrowException as error:
+        raise InputError(
+            f"The files in {folder / SCORES} have different columns ({reason_of(error)}), so they are not of one run; "
+            "score into another folder."
+        ) from None
+    targets = run.get("targets")
+    queries = {name.removeprefix(PREFIX) for name in joined.column_names if name.startswith(PREFIX)}
+    if isinstance(targets, dict) and targets and not queries <= targets.keys():
+        raise InputError(
+            f"The scores in {folder / SCORES} are of other queries than {RUN_FILE} says; score into another folder."
+        )
     keys = joined.column("key").to_pylist()
     order = sorted(range(len(keys)), key=keys.__getitem__)
     shards = joined.column("shard").to_pylist()
@@ -277,3 +216,13 @@ def _read(folder: Path, partial: bool, wanted: Callable[[str], bool]) -> tuple[d
                 "over all shards."
             )
     return run, joined, order
+
+
+def _why(note: Path) -> str:
+    """What a failed shard's note says, in brackets."""
+    if not note.is_file():
+        return ""
+    try:
+        return f" ({read_json(note, 'is no note', 'run the same command again')['error']})"
+    except (InputError, KeyError):
+        return " (its note can't be read)"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lightning_unlearn.data.shards import ShardInfo, shard_id, write_atomically
+from lightning_unlearn.data.addresses import is_address, shown_address
+from lightning_unlearn.data.files import json_with_digest, write_atomically
+from lightning_unlearn.data.shards import ShardInfo, shard_id
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.scores.files import RUN_FILE, is_scored, read_run
 
@@ -75,13 +76,13 @@ def record_run(folder: Path, about: Mapping[str, Any], datamodule: Any, earlier:
 
 
 def write_run(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write ``run.json``, whole or not at all.
+    """Write ``run.json``, whole or not at all, with a digest of what it says.
 
     Args:
         folder: The run's folder.
         content: What it holds.
     """
-    write_atomically(folder / RUN_FILE, json.dumps(content, indent=1, ensure_ascii=False).encode())
+    write_atomically(folder / RUN_FILE, json_with_digest(content))
 
 
 def scored_shards(folder: Path, shards: list[ShardInfo]) -> frozenset[str]:
@@ -102,8 +103,11 @@ def _as_list(patterns: str | list[str]) -> list[str]:
 
 
 def _absolute(url: str) -> str:
-    """A local path as it is called from any folder, so that the report can be written from another one."""
-    return url if "://" in url or url.startswith("pipe:") else str(Path(url).expanduser().resolve())
+    """A local path as it is called from any folder, so that the report can be written from another one.
+
+    Of an address only what is not secret.
+    """
+    return shown_address(url) if is_address(url) else str(Path(url).expanduser().resolve())
 
 
 def _version(package: str) -> str:

@@ -5,6 +5,7 @@ from lightning_unlearn.strategies.descent import PenalisedDescent
 from lightning_unlearn.strategies.mirrored import Mirrored
 from lightning_unlearn.strategies.newton import NaturalGradient, Newton
 from lightning_unlearn.strategies.penalised import Penalised
+from lightning_unlearn.strategies.step_range import StepRange
 
 STRATEGIES: dict[str, type[Strategy]] = {"newton": Newton, "penalised": Penalised, "mirrored": Mirrored}
 
@@ -17,5 +18,6 @@ __all__ = [
     "Penalised",
     "PenalisedDescent",
     "Problem",
+    "StepRange",
     "Strategy",
 ]

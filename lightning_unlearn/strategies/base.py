@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.fisher import Fisher
+from lightning_unlearn.strategies.step_range import StepRange
 
 Deltas = dict[str, Tensor]
 
@@ -26,9 +27,13 @@ class Problem:
         targets: ``Q`` names, for messages.
         members: The keys of the queries in each of them.
         losses: The targets' mean losses ``(Q,)`` float64 over the fixed draws of the stream "rise", summed over
-            ranks, under given deltas (``None``: under θ₀). Every rank must call it.
+            ranks, under given deltas (``None``: under θ₀); of targets that a mask ``(Q,)`` chooses, NaN for the others
+            (``None``: of all). Every rank must call it.
+        others: The same of the samples to score, under the weights of each target, over fixed draws of the stream
+            "others"; ``None`` where there are none.
         data_loss: The mean loss of the samples to score under θ₀, over fixed draws of the stream "others", summed over
             ranks; for strategies that need it. Every rank must call it.
+        weights_length: Length of all chosen weights together, under θ₀.
         untrained: Each query's mean loss over the same draws, by its key, under a newly initialised network of the same
             kind. Every rank must call it.
     """
@@ -38,8 +43,10 @@ class Problem:
     given_fisher: Fisher | None
     targets: list[str]
     members: list[list[str]]
-    losses: Callable[[Deltas | None], Tensor]
+    losses: Callable[[Deltas | None, Tensor | None], Tensor]
+    others: Callable[[Deltas | None, Tensor | None], Tensor] | None
     data_loss: Callable[[], float]
+    weights_length: float
     untrained: Callable[[], dict[str, float]]
 
     @property
@@ -60,6 +67,11 @@ class Strategy(ABC):
         searches: Whether it measures losses many times over after its first step, to find how far that should go.
         needs_data_loss: Whether it asks for the mean loss of the samples to score.
         real_draws: Draws of training samples that each step of each target takes too; none by default.
+        step_range: Beyond what a target's delta is told of; strategies that search how far to go stop there.
+        facts: What the last step was like, ``(Q,)`` each, for the results: the rise before it (``risen_before``), what
+            it would be after it to first order (``first_order``), what it is (``rise``), the samples' mean losses
+            (``others_after``) and how often losses were measured (``evaluations``), whatever is known of these.
+        limited: Target to what kept its last step from going as far as wanted (:mod:`~lightning_unlearn.scores.step_reasons`).
     """
 
     steps: int
@@ -68,6 +80,11 @@ class Strategy(ABC):
     searches: bool = False
     needs_data_loss: bool = False
     real_draws: int = 0
+    step_range: StepRange = StepRange()
+
+    def __init__(self) -> None:
+        self.facts: dict[str, Tensor] = {}
+        self.limited: dict[str, str | None] = {}
 
     @property
     def needs_samples(self) -> bool:

@@ -86,6 +86,7 @@ class Mirrored(Strategy):
             raise InputError("lr is of the descent without an optimizer; give the optimizer its own instead.")
         if stop_share is not None and target_increase is not None:
             raise InputError("A target stops at a stop_share or at a target_increase; give only one of them.")
+        super().__init__()
         self.steps = steps
         self.lr = 1e-5 if lr is None else lr
         self.optimizer = optimizer
@@ -130,7 +131,7 @@ class Mirrored(Strategy):
 
     def _wanted_rises(self, problem: Problem) -> Tensor:
         """``(Q,)`` float64."""
-        base = problem.losses(None)
+        base = problem.losses(None, None)
         if self.target_increase is not None:
             return torch.full_like(base, self.target_increase)
         nulls = [math.fsum(self._null[key] for key in keys) for keys in problem.members]  # a set's loss is a sum

@@ -12,7 +12,9 @@ from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher import Fisher
 from lightning_unlearn.strategies.base import Deltas, Problem, Strategy
 from lightning_unlearn.strategies.optimizer import DeltaOptimizer, layer_groups, preconditioned
+from lightning_unlearn.strategies.others import hold_others
 from lightning_unlearn.strategies.scale import along, find_scales, positive
+from lightning_unlearn.strategies.step_range import StepRange, longest_scales
 
 # The default size of a step, by the benches (benchmarks/RESULTS.md), and the least rise where the way is short: a loss
 # of ε-predictions hardly tells a picture that the model knows from another, and small steps foretell badly.
@@ -48,8 +50,9 @@ class Newton(Strategy):
     after the last of them (``target_increase``), or, by default, as a share of the way from that loss to the model's
     mean loss of the training samples (``toward_data``): halfway, but up by at least a half. Unlike α, both rises carry
     over from one model to another, and the last one also to pictures that a model knows far better than others, as a
-    customised one its own. After step ``s`` of ``S`` the rise is ``s/S`` of it. A target whose loss can't rise so far
-    goes nearly as far as it can, with a warning; the results say how far.
+    customised one its own. After step ``s`` of ``S`` the rise is ``s/S`` of it. A target whose loss can't rise so far,
+    or whose step leaves the range in which it means something (:class:`~.step_range.StepRange`) before it does, goes
+    nearly as far as it can, with a warning; the results say how far and why.
 
     Args:
         steps: Number of steps.
@@ -59,6 +62,8 @@ class Newton(Strategy):
         toward_data: Wanted share of the way from each query's loss to the mean loss of the samples that are scored
             (over 64 draws; a set's loss is a sum, of as many as it has queries), but at least a rise of 0.5. By default
             0.5. A query's loss is that of its ``rise_draws``: of a few, it is a matter of chance.
+        step_range: Where a step ends at the latest, because its numbers mean nothing further away; with ``alpha`` it
+            goes as far as it is told, and the results say what is out of range. By default :class:`StepRange`'s.
 
     Raises:
         InputError: If a number is out of range, only one of ``alpha`` and ``N`` is given, or sizes of two kinds.
@@ -71,7 +76,9 @@ class Newton(Strategy):
         alpha: float | None = None,
         N: int | None = None,
         toward_data: float | None = None,
+        step_range: StepRange | None = None,
     ) -> None:
+        super().__init__()
         if (alpha is None) != (N is None):
             raise InputError("alpha and N belong together: the step is α/N; give both, or none and a rise.")
         sizes = {"target_increase": target_increase, "alpha": alpha, "toward_data": toward_data}
@@ -92,6 +99,7 @@ class Newton(Strategy):
         self.toward_data = given.get("toward_data")
         self.searches = alpha is None
         self.needs_data_loss = self.toward_data is not None
+        self.step_range = step_range or StepRange()
         self._size = {**given, **counted}
 
     def configure_optimizer(self, problem: Problem) -> NaturalGradient:
@@ -107,28 +115,59 @@ class Newton(Strategy):
         return NaturalGradient(layer_groups(problem), problem.fisher, step_size)
 
     def after_step(self, problem: Problem, before: Deltas, step: int) -> None:
-        """Scale the step of each target so that its loss has risen as wanted; nothing if α was given.
+        """Scale the step of each target so that its loss has risen as wanted; if α was given, only look at it.
 
         Args:
             problem: What it works on.
             before: The deltas before the step.
             step: Number of the step, from 1.
         """
-        if self.alpha is not None:
-            return
         directions = {name: delta.detach() - before[name] for name, delta in problem.deltas.items()}
-        base = positive(problem.losses(None), problem.targets)  # (Q,)
+        base = problem.losses(None, None)  # (Q,)
+        last = step == self.steps
+        if self.alpha is not None and not last:
+            return
+        risen = problem.losses(before, None) / base - 1 if step > 1 else torch.zeros_like(base)
+        # To first order the loss rises by gᵀd, and with d = c F⁻¹g that is dᵀFd / c.
+        size = 1.0 if self.alpha is None or self.N is None else self.alpha / self.N
+        slopes = problem.fisher.quadratic(directions).to(base) / size / base
+        self.facts, scales = {}, torch.ones_like(base)
+        if self.alpha is None:
+            scales = self._scaled(problem, before, directions, slopes, risen, step)
+            for name, scaled in along(before, directions, scales).items():
+                problem.deltas[name].detach().copy_(scaled)
+        self.facts |= {"first_order": risen + slopes * scales, "risen_before": risen}
+
+    def _scaled(
+        self, problem: Problem, before: Deltas, directions: Deltas, slopes: Tensor, risen: Tensor, step: int
+    ) -> Tensor:
+        """``(Q,)`` scales of the directions."""
+        base = positive(problem.losses(None, None), problem.targets)
 
         def rises(scales: Tensor) -> Tensor:
-            return problem.losses(along(before, directions, scales)) / base - 1
+            return problem.losses(along(before, directions, scales), ~scales.isnan()) / base - 1
 
-        # To first order the loss rises by c gᵀF⁻¹g, and with the direction d = F⁻¹g that is c dᵀFd.
-        slopes = problem.fisher.quadratic(directions).to(base) / base
-        risen = problem.losses(before) / base - 1 if step > 1 else torch.zeros_like(base)
-        wanted = self._wanted(problem, base) * step / self.steps
-        scales = find_scales(rises, slopes, wanted, problem.targets, risen, short=True)
-        for name, scaled in along(before, directions, scales).items():
-            problem.deltas[name].detach().copy_(scaled)
+        found = find_scales(
+            rises,
+            slopes,
+            self._wanted(problem, base) * step / self.steps,
+            problem.targets,
+            risen,
+            longest=longest_scales(before, directions, self.step_range.longest * problem.weights_length),
+            least_linear=self.step_range.least_linear,
+            short=True,
+        )
+        limited, scales = list(found.limited), found.scales
+        evaluations = found.evaluations
+        if problem.others is not None and step == self.steps:
+            held = hold_others(problem, before, directions, rises, scales, self.step_range.most_others)
+            scales = held.scales
+            self.facts |= {"others_after": held.losses, "rise": held.rises}
+            evaluations = evaluations + held.evaluations
+            limited = [late or early for late, early in zip(held.limited, limited, strict=True)]
+        self.limited = dict(zip(problem.targets, limited, strict=True))
+        self.facts["evaluations"] = evaluations
+        return scales
 
     def _wanted(self, problem: Problem, base: Tensor) -> Tensor:
         """``(Q,)`` relative rises after the last step."""
@@ -150,4 +189,4 @@ class Newton(Strategy):
         Returns:
             Its arguments.
         """
-        return {"strategy": "newton", "steps": self.steps, **self._size}
+        return {"strategy": "newton", "steps": self.steps, **self._size, "range": self.step_range.settings()}

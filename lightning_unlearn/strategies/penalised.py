@@ -53,6 +53,7 @@ class Penalised(Strategy):
             raise InputError("Penalised needs at least one step, and finite N, lr and target_increase above 0.")
         if optimizer is not None and lr is not None:
             raise InputError("lr is of the descent without an optimizer; give the optimizer its own instead.")
+        super().__init__()
         self.steps = steps
         self.N = N
         self.lr = 1.0 if lr is None else lr

@@ -25,8 +25,8 @@ def stop_at(problem: Problem, before: Deltas, wanted: Tensor, finished: list[boo
         InputError: If a loss is not above 0, or there is no place on the step's way where the loss is as wanted.
     """
     wanted = wanted.double()
-    base = positive(problem.losses(None), problem.targets)  # (Q,)
-    rises = problem.losses(problem.deltas) / base - 1
+    base = positive(problem.losses(None, None), problem.targets)  # (Q,)
+    rises = problem.losses(problem.deltas, None) / base - 1
     # A step after which the loss is NaN went too far.
     above = [
         place
@@ -37,19 +37,21 @@ def stop_at(problem: Problem, before: Deltas, wanted: Tensor, finished: list[boo
         return rises
     directions = {name: delta.detach() - before[name] for name, delta in problem.deltas.items()}
 
-    def shortened(scales: Tensor) -> Deltas:
-        every = torch.ones_like(base)
-        every[above] = scales
-        return along(before, directions, every)
+    def every(scales: Tensor) -> Tensor:
+        placed = torch.full_like(base, torch.nan)
+        placed[above] = scales
+        return placed
 
-    risen = (problem.losses(before) / base - 1)[above]
+    def risen_at(scales: Tensor) -> Tensor:
+        placed = every(scales)
+        return (problem.losses(along(before, directions, placed), ~placed.isnan()) / base - 1)[above]
+
+    risen = (problem.losses(before, None) / base - 1)[above]
     # The rise between the ends of the step is the first guess of its slope; beyond any bound, take the wanted one.
     slopes = (rises[above] - risen).where(rises[above].isfinite(), wanted[above] - risen)
     targets = [problem.targets[place] for place in above]
-    scales = find_scales(
-        lambda c: (problem.losses(shortened(c)) / base - 1)[above], slopes, wanted[above], targets, risen
-    )
-    for name, stack in shortened(scales).items():
+    found = find_scales(risen_at, slopes, wanted[above], targets, risen)
+    for name, stack in along(before, directions, every(found.scales)).items():
         problem.deltas[name].detach()[above] = stack[above]
     for place in above:
         finished[place] = True

@@ -12,20 +12,19 @@ from torch import Tensor, nn
 from lightning_unlearn.data.samples import Sample
 from lightning_unlearn.data.targets import Target, members_of, targets_of
 from lightning_unlearn.diffusion.objective import Objective, check_masks
-from lightning_unlearn.draws.unlearning_draws import DrawBatch, real_batches
+from lightning_unlearn.draws.unlearning_draws import DrawBatch
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher import Fisher
 from lightning_unlearn.fisher.source import find_fisher
 from lightning_unlearn.strategies import Problem, Strategy
-from lightning_unlearn.unlearning.fixed_draws import FixedDraws, draw_losses
+from lightning_unlearn.unlearning.fixed_draws import draw_losses
 from lightning_unlearn.unlearning.frozen import FrozenModule
-from lightning_unlearn.unlearning.guards import check_needs, check_precision, check_unlearning
+from lightning_unlearn.unlearning.guards import check_needs, check_precision, check_unlearning, set_steps
+from lightning_unlearn.unlearning.outcome import outcomes, tell_of_range
+from lightning_unlearn.unlearning.problem import fixed_draws, problem_of
 from lightning_unlearn.unlearning.provenance import fisher_digest, unlearning_digest
 from lightning_unlearn.weights.deltas import DeltaStore, target_weights
-from lightning_unlearn.weights.parameters import layer_parameters, layer_specs
-
-# Of the samples to score, where a strategy asks for their mean loss; once a run, however many queries there are.
-DATA_DRAWS = 64
+from lightning_unlearn.weights.parameters import layer_parameters
 
 
 class Unlearning(FrozenModule):
@@ -68,7 +67,6 @@ class Unlearning(FrozenModule):
         self.rise_draws = rise_draws
         self.parameters_selection = parameters
         self._problem: Problem | None = None
-        self._fixed: FixedDraws | None = None
 
     @property
     def _datamodule(self) -> Any:
@@ -112,11 +110,10 @@ class Unlearning(FrozenModule):
         # The network is in eval mode on purpose.
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
         # What an earlier fit of this module left; a checkpoint, if there is one, is loaded after this.
-        self._problem, self._fixed, self.results = None, None, {}
+        self._problem, self.results, self.unfinished = None, {}, True
         self._fingerprints = {}
         self.weights_fingerprint()  # before the Trainer's precision converts them
-        self.trainer.fit_loop.max_epochs = self.strategy.steps
-        self.trainer.fit_loop.epoch_loop.max_steps = -1
+        set_steps(self.trainer, self.strategy)
 
     def on_fit_start(self) -> None:
         """Load the Fisher, see that it is this network's, and set up the problem.
@@ -143,28 +140,10 @@ class Unlearning(FrozenModule):
         if self.members:
             self.settings["targets_by"] = self._datamodule.targets_by
         assert self.deltas is not None
-        self._fixed = self._fixed_draws()
-        self._problem = Problem(
-            deltas=self.deltas.named(),
-            layers={name: list(spec.parameter_shapes) for name, spec in layer_specs(self.layers).items()},
-            given_fisher=fisher,
-            targets=self.targets,
-            members=[[query.key for query in target.members] for target in self._fixed.targets],
-            losses=self._fixed.target_losses,
-            data_loss=self._fixed.data_loss,
-            untrained=self._fixed.untrained_losses,
-        )
-
-    def _fixed_draws(self) -> FixedDraws:
-        data, ranks = self._datamodule, (self.trainer.global_rank, self.trainer.world_size)
-        size = getattr(data, "draw_batch_size", self.rise_draws)
-        others: list[DrawBatch] = []
-        if self.strategy.needs_samples:
-            count = DATA_DRAWS if self.strategy.needs_data_loss else self.rise_draws
-            samples = data.real_samples("others", self.seed).take(0, count)
-            others = real_batches("others", self.seed, samples, 0, *ranks, size)
-        weights = layer_parameters(self.layers)
-        return FixedDraws(self.loss, weights, self._targets(), others, self.seed, self.rise_draws, size, self.trainer)
+        targets = self._targets()
+        about = (self.strategy, self.loss, self.layers, targets, self._datamodule)
+        fixed = fixed_draws(*about, self.seed, self.rise_draws, self.trainer)
+        self._problem = problem_of(self.strategy, self.deltas, self.layers, fisher, targets, fixed)
 
     def _given_fisher(self) -> Fisher | None:
         """``None`` if there is none and the strategy needs none."""
@@ -255,26 +234,31 @@ class Unlearning(FrozenModule):
 
     @torch.no_grad()
     def on_train_epoch_end(self) -> None:
-        """Log what each target's delta changed, and with a Fisher its penalty, ½ δᵀFδ.
+        """Log what each target's delta changed, and what of it is out of range.
 
         Raises:
             InputError: If a loss is beyond all numbers.
         """
-        problem, fixed = self._ready(), self._fixed
-        assert fixed is not None
-        found = fixed.changes(problem.deltas, others=self.strategy.real_draws > 0)
-        if problem.given_fisher is not None:
-            found["penalty"] = 0.5 * problem.given_fisher.quadratic(problem.deltas)
-        for number, target in enumerate(self.targets):
-            result = {name: float(values[number]) for name, values in found.items()}
-            if not abs(result["loss_after"]) < float("inf"):
-                raise InputError(
-                    f"The loss of {target!r} is {result['loss_after']} after unlearning; choose a smaller step or a "
-                    "larger N, and check the model and the Fisher."
-                )
-            self.results[target] = result
-            self.log_dict({f"{name}/{target}": value for name, value in result.items()}, rank_zero_only=True)
+        self.results = outcomes(self._ready(), self.strategy)
+        for target, result in self.results.items():
+            numbers = {f"{name}/{target}": value for name, value in result.items() if isinstance(value, float)}
+            self.log_dict(numbers, rank_zero_only=True)
+        self.unfinished = not (self.strategy.finished or self.trainer.global_step >= self.strategy.steps)
         self.trainer.should_stop |= self.strategy.finished
+        if self.strategy.finished or self.current_epoch + 1 == self.strategy.steps:
+            tell_of_range(self.results, self.strategy)
+
+    def on_train_end(self) -> None:
+        """Refuse deltas of a fit that something stopped: they are not what was asked for, and look as if they were.
+
+        Raises:
+            InputError: If not all steps were taken.
+        """
+        if self.unfinished:
+            raise InputError(
+                f"The unlearning was stopped after {self.trainer.global_step} of {self.strategy.steps} steps, so its "
+                "deltas are of no use; leave out the callback or the limit that stopped it, or go on from a checkpoint."
+            )
 
     def unlearning_settings(self) -> dict[str, Any]:
         """What deltas depend on besides weights, Fisher and queries.

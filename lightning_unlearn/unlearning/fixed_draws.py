@@ -76,52 +76,61 @@ class FixedDraws:
         self._others_base: Tensor | None = None
 
     @torch.no_grad()
-    def target_losses(self, deltas: Mapping[str, Tensor] | None) -> Tensor:
-        """Losses of all targets; under θ₀ measured only once.
+    def target_losses(self, deltas: Mapping[str, Tensor] | None, chosen: Tensor | None) -> Tensor:
+        """Losses of targets; under θ₀ measured only once.
 
         Args:
             deltas: Parameter name to ``(Q, *parameter)``; ``None`` for θ₀.
+            chosen: ``(Q,)`` bool, whose losses are measured under the deltas; ``None`` for all.
 
         Returns:
-            ``(Q,)`` float64.
+            ``(Q,)`` float64, NaN for those that are not chosen.
         """
-        if deltas is None:
-            if self._base is None:
-                self._base = self._measured_targets(lambda number: {})
-            return self._base
-        return self._measured_targets(lambda number: target_weights(self.parameters, deltas, number))
+        if deltas is not None:
+            return self._measured(deltas, chosen, self._target_loss)
+        if self._base is None:
+            losses = [self._target_loss(number, {}) for number in range(len(self.targets))]
+            self._base = self._reduced(torch.tensor(losses, dtype=torch.float64))
+        return self._base
 
-    def _measured_targets(self, weights_of: Callable[[int], Mapping[str, Tensor]]) -> Tensor:
-        sums = torch.zeros(len(self.targets), dtype=torch.float64)
-        for number, target in enumerate(self.targets):
-            weights = weights_of(number)
-            for query in target.members:
-                for batch in self._batches(query, number):
-                    # A set's loss is the sum of its queries'.
-                    sums[number] += self._sum(self.loss, batch, weights, "rise")
-        return self._reduced(sums) / self.draws
+    def _target_loss(self, number: int, weights: Mapping[str, Tensor]) -> float:
+        """This rank's part of a target's loss: a set's is the sum of its queries'."""
+        batches = [batch for query in self.targets[number].members for batch in self._batches(query, number)]
+        return sum(self._sum(self.loss, batch, weights, "rise") for batch in batches) / self.draws
 
     @torch.no_grad()
-    def other_losses(self, deltas: Mapping[str, Tensor] | None) -> Tensor:
+    def other_losses(self, deltas: Mapping[str, Tensor] | None, chosen: Tensor | None) -> Tensor:
         """The mean loss of the real samples under the weights of each target; under θ₀ measured only once.
 
         Args:
             deltas: Parameter name to ``(Q, *parameter)``; ``None`` for θ₀.
+            chosen: ``(Q,)`` bool, under whose deltas it is measured; ``None`` for all.
 
         Returns:
-            ``(Q,)`` float64.
+            ``(Q,)`` float64, NaN for those that are not chosen.
         """
-        if deltas is None:
-            if self._others_base is None:
-                self._others_base = self._reduced(self._measured_others({})).expand(len(self.targets))
-            return self._others_base
-        rows = (target_weights(self.parameters, deltas, number) for number in range(len(self.targets)))
-        return self._reduced(torch.cat([self._measured_others(weights) for weights in rows]))
+        if deltas is not None:
+            return self._measured(deltas, chosen, self._others_loss)
+        if self._others_base is None:
+            loss = torch.tensor([self._others_loss(0, {})], dtype=torch.float64)
+            self._others_base = self._reduced(loss).expand(len(self.targets))
+        return self._others_base
 
-    def _measured_others(self, weights: Mapping[str, Tensor]) -> Tensor:
-        """This rank's part of a mean ``(1,)``."""
-        total = sum(self._sum(self.loss, batch, weights, "others") / batch.total for batch in self.others)
-        return torch.tensor([total], dtype=torch.float64)
+    def _others_loss(self, number: int, weights: Mapping[str, Tensor]) -> float:
+        """This rank's part of the real samples' mean loss."""
+        return sum((self._sum(self.loss, batch, weights, "others") / batch.total for batch in self.others), 0.0)
+
+    def _measured(
+        self,
+        deltas: Mapping[str, Tensor],
+        chosen: Tensor | None,
+        loss_of: Callable[[int, Mapping[str, Tensor]], float],
+    ) -> Tensor:
+        asked = torch.ones(len(self.targets), dtype=torch.bool) if chosen is None else chosen.cpu()
+        sums = torch.zeros(len(self.targets), dtype=torch.float64)
+        for number in torch.nonzero(asked).flatten().tolist():
+            sums[number] = loss_of(number, target_weights(self.parameters, deltas, number))
+        return self._reduced(sums).where(asked, torch.nan)
 
     def data_loss(self) -> float:
         """The mean loss of the real samples under θ₀.
@@ -129,24 +138,7 @@ class FixedDraws:
         Returns:
             A number.
         """
-        return float(self.other_losses(None)[0])
-
-    def changes(self, deltas: Mapping[str, Tensor], *, others: bool) -> dict[str, Tensor]:
-        """What deltas do to losses.
-
-        Args:
-            deltas: Parameter name to ``(Q, *parameter)``.
-            others: Whether to the real samples' losses, too.
-
-        Returns:
-            ``loss_before``, ``loss_after`` and ``rise`` (relative) of the targets; with ``others`` ``others_before``
-            and ``others_after``, the mean loss of the real samples; each ``(Q,)``.
-        """
-        before, after = self.target_losses(None), self.target_losses(deltas)
-        found = {"loss_before": before, "loss_after": after, "rise": after / before - 1}
-        if others:
-            found |= {"others_before": self.other_losses(None), "others_after": self.other_losses(deltas)}
-        return found
+        return float(self.other_losses(None, None)[0])
 
     @torch.no_grad()
     def untrained_losses(self) -> dict[str, float]:
@@ -164,7 +156,7 @@ class FixedDraws:
         loss = NetworkLoss(network, self.loss.objective)
         queries = [query for target in self.targets for query in target.members]
         sums = [sum(self._sum(loss, batch, {}, "rise") for batch in self._batches(query, 0)) for query in queries]
-        means = self._reduced(torch.tensor(sums, dtype=torch.float64)) / self.draws
+        means = self._reduced(torch.tensor(sums, dtype=torch.float64) / self.draws)
         return dict(zip((query.key for query in queries), means.tolist(), strict=True))
 
     def _batches(self, query: Sample, number: int) -> list[DrawBatch]:

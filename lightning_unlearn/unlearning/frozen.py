@@ -14,7 +14,8 @@ from lightning_unlearn.data.samples import ViewBatch
 from lightning_unlearn.diffusion.objective import Objective
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import digest, settings_digest, tensors_digest
-from lightning_unlearn.weights.deltas import CHECKPOINT_KEY, DeltaStore, NetworkLoss, read_targets
+from lightning_unlearn.weights.delta_files import CHECKPOINT_KEY, read_targets, sealed_targets
+from lightning_unlearn.weights.deltas import DeltaStore, NetworkLoss
 from lightning_unlearn.weights.parameters import layer_parameters, select_layers
 from lightning_unlearn.weights.precision import ExactFloat32
 
@@ -43,8 +44,10 @@ class FrozenModule(LightningModule):
         # Target to its queries' keys, where targets are sets.
         self.members: dict[str, list[str]] = {}
         # Of the unlearning that the deltas come from: each target's losses, and the settings.
-        self.results: dict[str, dict[str, float]] = {}
+        self.results: dict[str, dict[str, Any]] = {}
         self.settings: dict[str, Any] = {}
+        # Whether the deltas are of a fit that has not ended, or was cut short.
+        self.unfinished = False
         self._fingerprints: dict[str, str] = {}
         self._float32 = ExactFloat32()
         # The checkpoint holds only the deltas.
@@ -76,13 +79,16 @@ class FrozenModule(LightningModule):
         """
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: value for name, value in state.items() if not name.startswith("loss.")}
-        checkpoint[CHECKPOINT_KEY] = {
+        prints = self.fingerprints()
+        about = {
             "targets": list(self.targets),
             "members": self.members,
             "results": self.results,
             "settings": self.settings,
-            "fingerprints": {name: self.fingerprints()[name] for name in ("weights", "fisher", "unlearning")},
+            "fingerprints": {name: prints[name] for name in ("weights", "fisher", "unlearning")},
+            "finished": not self.unfinished,
         }
+        checkpoint[CHECKPOINT_KEY] = sealed_targets(about, checkpoint["state_dict"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make room for the deltas of a checkpoint, and refuse those of another model.
@@ -133,6 +139,7 @@ class FrozenModule(LightningModule):
         self.members = {target: list(keys) for target, keys in about.get("members", {}).items()}
         self.results = {target: dict(result) for target, result in about["results"].items()}
         self.settings = dict(about["settings"])
+        self.unfinished = not about["finished"]
         self._fingerprints |= about["fingerprints"]
 
     def _exact(self) -> None:

@@ -70,6 +70,7 @@ class UnlearningModule(Unlearning):
         if objective is None:
             objective = DenoisingObjective(network if isinstance(network, str) else None)
         loaded = load_network(network, weights, prefix, averaged)
+        objective.check_network(loaded)
         super().__init__(loaded, objective, fisher, parameters, strategy or Newton(), damping, seed, rise_draws)
         self.views = views or Views()
 
@@ -83,13 +84,18 @@ class UnlearningModule(Unlearning):
         self.require_deltas()
 
     def require_deltas(self) -> None:
-        """Refuse to score without deltas.
+        """Refuse to score without deltas, or with those of a fit that was cut short.
 
         Raises:
-            InputError: If there are none.
+            InputError: If there are none, or the unlearning has not ended.
         """
         if not self.targets:
             raise InputError("There are no deltas to score with; run fit first, or pass its checkpoint as ckpt_path.")
+        if self.unfinished:
+            raise InputError(
+                "The unlearning of these deltas did not end, so they are not what is asked for; run fit to its end, "
+                "or go on from its checkpoint with fit and ckpt_path."
+            )
 
     def predict_step(self, batch: SampleBatch, batch_idx: int) -> Deviations:
         """Losses of a batch under θ₀ and under each target's weights.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from lightning_unlearn.data.addresses import name_of
 from lightning_unlearn.data.samples import named_arrays
 from lightning_unlearn.data.shards import ShardInfo
 from lightning_unlearn.data.targets import members_of
@@ -50,5 +50,9 @@ def unlearning_digest(settings: Mapping[str, Any], datamodule: Any, real: bool) 
 
 
 def _lasting(shard: ShardInfo) -> list[str]:
-    """Of a shard what stays as it is when it is copied to another place."""
-    return [Path(shard.url).name, str(shard.samples), str(shard.bytes), str(shard.sha256)]
+    """Of a shard what stays as it is when it is copied to another place.
+
+    Without a digest in a manifest nothing tells its content but size and time of change, or what its server says.
+    """
+    content = shard.sha256 if shard.sha256 is not None else shard.version
+    return [name_of(shard.url), str(shard.samples), str(shard.bytes), content]

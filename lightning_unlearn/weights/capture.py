@@ -7,6 +7,7 @@ that a training step leaves in ``.grad`` can't give this: ``(mean g)² ≠ mean 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_unlearn.errors import InputError
+from lightning_unlearn.weights.outermost_calls import OutermostCalls
 
 
 @dataclass(frozen=True)
@@ -63,16 +65,36 @@ class CapturedLayer:
         return self.output_gradients.sum(1)
 
 
+@dataclass(frozen=True)
+class Use:
+    """One use of a layer in a forward pass, with the gradient that came back to it.
+
+    Attributes:
+        order: Its number among all uses of the chosen layers since the last :meth:`GradientCapture.clear`.
+        call: The number of the outermost call that it was part of, of the network or of a part of it.
+        layer: What was captured.
+        dtype: The type that the layer worked in.
+    """
+
+    order: int
+    call: int
+    layer: CapturedLayer
+    dtype: torch.dtype
+
+
 class GradientCapture:
     """Watches layers during backward passes; use as a context manager, or call :meth:`attach` and :meth:`detach`.
 
-    Nothing of the computation is changed. Forward passes without gradient are not seen. A layer that is used several
-    times in one forward pass gives the sum of its uses (positions are put one after the other). When gradient
-    checkpointing runs a layer again, only the run through which the gradient flows counts, since capture happens on
-    gradients.
+    Nothing of the computation is changed. Forward passes without gradient, and uses of a layer whose weight takes none,
+    are not seen. A layer that is used several times in one forward pass gives the sum of its uses (positions are put
+    one after the other). When gradient checkpointing runs a layer again, only the run through which the gradient flows
+    counts, since capture happens on gradients, and inputs are kept as autograd keeps them: what checkpointing frees is
+    free.
 
     Args:
         layers: Layer name to Linear or Conv2d; the batch is the first dimension of their inputs.
+        network: Where the layers are, so that uses in one call of it are told from those in several; without it every
+            use is a call of its own.
 
     Example:
         >>> layer = nn.Linear(3, 2)
@@ -82,31 +104,42 @@ class GradientCapture:
         >>> assert torch.equal(gradients.sum(0), layer.weight.grad) and gradients.shape == (4, 2, 3)
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module], network: nn.Module | None = None) -> None:
         self.layers = dict(layers)
         self.enabled = True
+        self._calls = OutermostCalls(network, self.layers)
         self._handles: list[RemovableHandle] = []
-        self._captured: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._captured: dict[str, list[tuple[int, int, Tensor, Tensor]]] = {}
+        self._changed: str | None = None  # a layer whose input was changed in place
+        self._order = 0
+        self._cast: tuple[weakref.ref[Tensor], int, Tensor] | None = None  # the last input, its version, and its copy
 
     def attach(self) -> None:
         """Put the hooks on the layers."""
+        self._handles.extend(self._calls.attach())
         for name, layer in self.layers.items():
-            self._handles.append(layer.register_forward_hook(self._forward_hook(name), with_kwargs=True))
+            # Before hooks of others, which may change the output.
+            hook = self._forward_hook(name)
+            self._handles.append(layer.register_forward_hook(hook, with_kwargs=True, prepend=True))
 
     @property
     def pending(self) -> bool:
         """Whether gradients were captured that nobody took."""
         return bool(self._captured)
 
+    def forget(self) -> None:
+        """Forget what was captured, in the middle of a step whose forward pass is done."""
+        self._captured, self._changed, self._cast = {}, None, None
+
     def clear(self) -> None:
-        """Forget what was captured."""
-        self._captured = {}
+        """Forget what was captured, and number uses and calls anew."""
+        self.forget()
+        self._order = 0
+        self._calls.clear()
 
     def detach(self) -> None:
         """Take the hooks off and forget what was captured."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self.__exit__()
         self.clear()
 
     def __enter__(self) -> GradientCapture:
@@ -120,17 +153,78 @@ class GradientCapture:
         self._handles.clear()
 
     def _forward_hook(self, name: str) -> Any:
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
         def hook(layer: nn.Module, arguments: tuple[Tensor, ...], keywords: dict[str, Tensor], output: Tensor) -> None:
-            if not (self.enabled and output.requires_grad):
+            if not self.enabled or not isinstance(output, Tensor):
                 return
-            inputs = (arguments[0] if arguments else keywords["input"]).detach()
+            call = self._calls.of_a_use(name, differentiable=output.requires_grad)
+            if not output.requires_grad:
+                return
+            if not any(parameter.requires_grad for parameter in layer.parameters(recurse=False)):
+                return  # a pass through weights that have no turn: nobody's gradient
+            kept = _Kept.apply(  # type: ignore[no-untyped-call]
+                torch.zeros((), requires_grad=True),
+                self._as_used(arguments[0] if arguments else keywords["input"], output),
+            )
+            order = self._order
+            self._order += 1
 
             def on_gradient(gradient: Tensor) -> None:
-                self._captured.setdefault(name, []).append((inputs, gradient.detach()))
+                try:
+                    (inputs,) = kept.grad_fn.saved_tensors
+                except RuntimeError as error:
+                    if "inplace" not in str(error):
+                        raise
+                    self._changed = name
+                    return
+                self._captured.setdefault(name, []).append((order, call, inputs, gradient.detach()))
 
             output.register_hook(on_gradient)  # type: ignore[no-untyped-call]
 
         return hook
+
+    def _as_used(self, inputs: Tensor, output: Tensor) -> Tensor:
+        """The input in the type that the layer worked in.
+
+        Under autocast that is a copy, so that the input may be changed in place afterwards: others may do so, since the
+        layer keeps a copy, too.
+        """
+        narrower = inputs.dtype != output.dtype == torch.promote_types(inputs.dtype, output.dtype)
+        if inputs.dtype == output.dtype or narrower:
+            return inputs.detach()
+        # Many layers read the same text: one copy for those that come one after the other.
+        if self._cast is not None:
+            source, version, copy = self._cast
+            if source() is inputs and version == inputs._version and copy.dtype == output.dtype:
+                return copy
+        copy = inputs.detach().to(output.dtype)
+        self._cast = (weakref.ref(inputs), inputs._version, copy)
+        return copy
+
+    def take_uses(self) -> dict[str, list[Use]]:
+        """What was captured since the last call, use by use, and start anew.
+
+        Returns:
+            Layer name to its uses in the order of the forward pass, float32 or wider; layers that no gradient reached
+            are left out.
+
+        Raises:
+            InputError: If a layer's input was changed in place after its use.
+        """
+        captured, self._captured = self._captured, {}
+        changed, self._changed = self._changed, None
+        if changed is not None:
+            raise InputError(
+                f"The input of layer {changed} was changed in place after its use, so its gradient can't be captured; "
+                "change a copy instead, or leave the layer out by patterns."
+            )
+        return {
+            name: [
+                Use(order, call, CapturedLayer(*_positions(self.layers[name], inputs, gradients)), gradients.dtype)
+                for order, call, inputs, gradients in sorted(uses, key=lambda use: use[0])
+            ]
+            for name, uses in captured.items()
+        }
 
     def take(self) -> dict[str, CapturedLayer]:
         """What was captured since the last call, and start anew.
@@ -141,8 +235,7 @@ class GradientCapture:
         Raises:
             InputError: If layers saw different numbers of rows, so that rows can't be samples.
         """
-        captured, self._captured = self._captured, {}
-        taken = {name: _join(name, self.layers[name], uses) for name, uses in captured.items()}
+        taken = {name: _join(name, [use.layer for use in uses]) for name, uses in self.take_uses().items()}
         rows = {len(layer) for layer in taken.values()}
         if len(rows) > 1:
             example = {len(layer): name for name, layer in taken.items()}
@@ -154,16 +247,44 @@ class GradientCapture:
         return taken
 
 
-def _join(name: str, layer: nn.Module, uses: list[tuple[Tensor, Tensor]]) -> CapturedLayer:
-    pairs = [_positions(layer, inputs, gradients) for inputs, gradients in uses]
-    if len(pairs) == 1:
-        return CapturedLayer(*pairs[0])
-    if len({len(inputs) for inputs, _ in pairs}) > 1:
+class _Kept(torch.autograd.Function):
+    """Keeps a tensor as autograd keeps what it needs, so that checkpointing and offloading do with it as they do."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, kept: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(kept)
+        return anchor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:  # type: ignore[override]
+        return None, None  # nobody asks
+
+
+def _join(name: str, uses: list[CapturedLayer]) -> CapturedLayer:
+    if len(uses) == 1:
+        return uses[0]
+    if len({len(use) for use in uses}) > 1:
         raise InputError(
             f"Layer {name} was used on different numbers of rows in one backward pass, so a row is not a sample; "
             "leave it out by patterns."
         )
-    return CapturedLayer(torch.cat([pair[0] for pair in pairs], 1), torch.cat([pair[1] for pair in pairs], 1))
+    return in_positions(uses)
+
+
+def in_positions(uses: list[CapturedLayer]) -> CapturedLayer:
+    """Uses of a layer on the same rows as one, whose positions follow one another.
+
+    Args:
+        uses: Of ``B`` rows each.
+
+    Returns:
+        Of ``B`` rows.
+    """
+    if len(uses) == 1:
+        return uses[0]
+    return CapturedLayer(
+        torch.cat([use.inputs for use in uses], 1), torch.cat([use.output_gradients for use in uses], 1)
+    )
 
 
 def _positions(layer: nn.Module, inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,7 +303,11 @@ def _positions(layer: nn.Module, inputs: Tensor, gradients: Tensor) -> tuple[Ten
     inputs = inputs.to(gradients.dtype)
     if isinstance(layer, nn.Conv2d):
         assert not isinstance(layer.padding, str)
+        if inputs.ndim == 3:  # without a batch: one row
+            inputs, gradients = inputs[None], gradients[None]
         # (B, i, T)
         patches = nn.functional.unfold(inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
         return patches.mT, gradients.flatten(2).mT
+    if inputs.ndim == 1:
+        inputs, gradients = inputs[None], gradients[None]
     return inputs.reshape(len(inputs), -1, inputs.shape[-1]), gradients.reshape(len(gradients), -1, gradients.shape[-1])

@@ -1,9 +1,8 @@
-"""Deltas: how they are kept, and a network's loss under θ₀ + δ."""
+"""Deltas of all targets, and a network's loss under θ₀ + δ."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +10,6 @@ from torch.func import functional_call
 
 from lightning_unlearn.data.samples import ViewBatch
 from lightning_unlearn.diffusion.objective import Objective
-from lightning_unlearn.errors import InputError
-
-CHECKPOINT_KEY = "unlearning"
 
 
 class DeltaStore(nn.Module):
@@ -94,27 +90,6 @@ class NetworkLoss(nn.Module):
         named = {f"network.{name}": weight for name, weight in weights.items()}
         losses: Tensor = functional_call(self, named, (batch, timesteps, noise), tie_weights=self._tied)
         return losses
-
-
-def read_targets(checkpoint: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What a checkpoint says of its targets.
-
-    Args:
-        checkpoint: As Lightning loads it.
-        where: Its path, for the message.
-
-    Returns:
-        Keys ``targets``, ``members``, ``results``, ``settings`` and ``fingerprints``.
-
-    Raises:
-        InputError: If it is not one of an ``UnlearningModule``.
-    """
-    if CHECKPOINT_KEY not in checkpoint:
-        raise InputError(
-            f"{where} holds no deltas; unlearn the queries first, with `lightning-unlearn fit` or `attribute`."
-        )
-    about: dict[str, Any] = checkpoint[CHECKPOINT_KEY]
-    return about
 
 
 def relative_distance(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_unlearn.diffusion.families import family_of
@@ -118,7 +119,7 @@ def select_layers(network: nn.Module, selection: str | Sequence[str]) -> dict[st
         patterns = family_of(network).selections[selection]
     else:
         patterns = selection
-    covered = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    covered = {name: module for name, module in network.named_modules() if _seems_covered(module)}
     try:
         chosen: dict[str, nn.Module] = {
             name: module for name, module in covered.items() if any(re.fullmatch(pattern, name) for pattern in patterns)
@@ -134,9 +135,33 @@ def select_layers(network: nn.Module, selection: str | Sequence[str]) -> dict[st
     return chosen
 
 
+def _seems_covered(module: nn.Module) -> bool:
+    """Whether it is a Linear or Conv2d, or was one before it was scripted."""
+    scripted = getattr(module, "original_name", None) if isinstance(module, torch.jit.ScriptModule) else None
+    return isinstance(module, nn.Linear | nn.Conv2d) or scripted in ("Linear", "Conv2d")
+
+
 def _refuse_uncovered(layers: Mapping[str, nn.Module]) -> None:
     owners: dict[int, str] = {}
     for name, layer in layers.items():
+        if isinstance(layer, torch.jit.ScriptModule):
+            raise InputError(
+                f"Layer {name} is scripted by torch.jit, which hooks can't see into; use the network as it was before, or "
+                "leave the layer out by patterns."
+            )
+        own = {kind for kind, _ in layer.named_parameters(recurse=False)}
+        if "weight" not in own or nn.utils.parametrize.is_parametrized(layer):
+            raise InputError(
+                f"The weight of layer {name} is computed from other parameters (weight_norm, a parametrisation or "
+                "sharding), which have no per-sample gradient here; make it a plain weight, as "
+                "torch.nn.utils.parametrize.remove_parametrizations does, or leave the layer out by patterns."
+            )
+        if further := sorted(own - {"weight", "bias"}):
+            raise InputError(
+                f"Layer {name} is a {type(layer).__name__} with parameters of its own besides weight and bias "
+                f"({', '.join(further)}), which would not be seen, such as those of an adapter; use layers of their own "
+                "for them, as PEFT does, or leave the layer out by patterns."
+            )
         if isinstance(layer, nn.Conv2d) and (
             layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str)
         ):
@@ -147,7 +172,10 @@ def _refuse_uncovered(layers: Mapping[str, nn.Module]) -> None:
         for parameter in layer.parameters(recurse=False):
             owner = owners.setdefault(id(parameter), name)
             if owner != name:
-                raise InputError(f"Layers {owner} and {name} share a weight; choose only one of them.")
+                raise InputError(
+                    f"Layers {owner} and {name} share a weight, so neither has a gradient of its own; leave both out by "
+                    "patterns, or give each a weight of its own."
+                )
 
 
 def layer_specs(layers: Mapping[str, nn.Module]) -> dict[str, LayerSpec]:

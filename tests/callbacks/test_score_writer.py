@@ -21,7 +21,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from toys import LATENT, ToyDenoiser, ToyObjective, done_shards, toy_shards
 
-import lightning_unlearn.scores.files
+import lightning_unlearn.scores.shard_file
 from lightning_unlearn.callbacks import ScoreWriter
 from lightning_unlearn.data.samples import ViewBatch
 from lightning_unlearn.data.shards import MANIFEST, npy_bytes, shard_id, write_shards
@@ -181,11 +181,13 @@ def test_kept_deviations_give_the_scores_and_their_errors(folder: Path, rule: An
 def test_table_of_an_older_version_is_read_but_not_added_to(folder: Path) -> None:
     run(folder)
     about = json.loads((folder / "out" / RUN_FILE).read_bytes())
-    del about["fingerprints"]["flips"], about["fingerprints"]["columns"], about["timesteps"], about["flips"]
+    for name in ("timesteps", "flips", "format", "digest"):
+        del about[name]
+    del about["fingerprints"]["flips"], about["fingerprints"]["columns"]
     (folder / "out" / RUN_FILE).write_text(json.dumps(about))
     for path in (folder / "out" / SCORES).iterdir():
         old = pq.read_table(path).select(["key", "shard", "base_loss", "score:query-00000", "score:query-00001"])
-        metadata = {**old.schema.metadata, b"run": run_digest(about["fingerprints"])}
+        metadata = {b"content": old.schema.metadata[b"content"], b"run": run_digest(about["fingerprints"])}
         pq.write_table(old.replace_schema_metadata(metadata), path)
     table = read_scores(folder / "out")
     assert table.errors is None
@@ -484,7 +486,7 @@ def test_key_in_two_shards_is_found_when_the_table_is_read(folder: Path) -> None
 def test_full_disk_keeps_the_finished_shards_and_a_restart_completes_the_table(
     folder: Path, room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, written = lightning_unlearn.scores.files.write_atomically, []
+    real, written = lightning_unlearn.scores.shard_file.write_atomically, []
 
     def full(path: Path, content: bytes) -> None:
         if len(written) >= room:
@@ -493,7 +495,7 @@ def test_full_disk_keeps_the_finished_shards_and_a_restart_completes_the_table(
         real(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(lightning_unlearn.scores.files, "write_atomically", full)
+        patch.setattr(lightning_unlearn.scores.shard_file, "write_atomically", full)
         # Notes and run.json find no room either, once the first of them could be written.
         rest = only_first(real)
         for place in ("scores.run_record", "callbacks.score_writer"):

@@ -173,12 +173,34 @@ def test_command_that_is_asked_for_is_taken_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["s3://bucket/x.tar", "gs://x.tar", "file:///x.tar", "PIPE:curl http://x.tar", "ftp://x.tar", "hf://x.tar"]
+    ("url", "says"),
+    [
+        ("nothing://bucket/x.tar", "fsspec knows"),
+        ("file:///x.tar", "give its path"),
+        ("FILE:///x.tar", "give its path"),
+        ("local:///x.tar", "give its path"),
+        ("PIPE:curl http://x.tar", "http(s)"),
+        ("simplecache::http://x.tar", "http(s)"),
+    ],
 )
-def test_addresses_of_other_kinds_are_refused(url: str) -> None:
+def test_addresses_of_other_kinds_are_refused(url: str, says: str) -> None:
     with pytest.raises(InputError) as error:
         list_shards(url, allow_pipe=True)
-    assert_one_sentence(error, url, "http(s)")
+    assert_one_sentence(error, url, says)
+
+
+@pytest.mark.parametrize(("kind", "extra"), [("s3", "s3"), ("gs", "gs"), ("hf", "hf")])
+def test_package_that_is_missing_for_an_address_is_named(
+    kind: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(kind: str) -> None:
+        raise ImportError("Please install it")
+
+    monkeypatch.setattr("fsspec.get_filesystem_class", missing)
+    with pytest.raises(InputError) as error:
+        list_shards(f"{kind}://me:secret@bucket/x.tar")
+    assert_one_sentence(error, f"{kind}://bucket/x.tar", f"lightning-unlearn[{extra}]")
+    assert "secret" not in str(error.value)
 
 
 @pytest.mark.parametrize("url", [" pipe:touch made", "PIPE:touch made", "Pipe:touch made", "-", "file:made"])

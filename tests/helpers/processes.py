@@ -80,6 +80,12 @@ class Script:
         """Its exit status; the signal that ended it, below zero; None while it runs."""
         return self._process.exitcode
 
+    @property
+    def pid(self) -> int:
+        """Its number."""
+        assert self._process.pid is not None
+        return self._process.pid
+
     def said(self) -> str:
         """What it said until now."""
         return self._said.read_text()

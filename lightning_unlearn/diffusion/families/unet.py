@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from lightning_unlearn.data.samples import ViewBatch
-from lightning_unlearn.diffusion.families.base import Family
+from lightning_unlearn.diffusion.families.base import OWN_OBJECTIVE, Family, setting
+from lightning_unlearn.errors import InputError
+
+# Settings by which a U-Net takes more than latents, timesteps and text states, the values with which it does not, and
+# what it would take.
+PLAIN: dict[str, tuple[tuple[Any, ...], str]] = {
+    "class_embed_type": ((None,), "class labels"),
+    "num_class_embeds": ((None,), "class labels"),
+    "addition_embed_type": ((None, "text"), "more conditions, as Stable Diffusion XL takes pooled text and sizes"),
+    "encoder_hid_dim_type": ((None, "text_proj"), "states of a picture beside those of the text"),
+    "time_cond_proj_dim": ((None,), "a guidance scale, as a guidance-distilled network does"),
+}
 
 
 class UNetFamily(Family):
@@ -25,8 +36,56 @@ class UNetFamily(Family):
         "feed_forward": (r".*\.ff\.net\.(0\.proj|2)",),
     }
 
-    def predict(self, network: nn.Module, noisy: Tensor, timesteps: Tensor, batch: ViewBatch) -> Tensor:
-        """Call the U-Net with its text states; see :meth:`Family.predict`.
+    def check(self, network: nn.Module) -> None:
+        """Refuse a U-Net that takes more than text, or predicts a variance too; see :meth:`Family.check`.
+
+        Args:
+            network: The U-Net.
+
+        Raises:
+            InputError: If its config says so.
+        """
+        name = type(network).__name__
+        for key, (values, what) in PLAIN.items():
+            value = setting(network, key)
+            if value not in values:
+                raise InputError(
+                    f"This {name} takes {what} (its config has {key} {value!r}), which samples don't hold; "
+                    f"{OWN_OBJECTIVE}."
+                )
+        takes, gives = setting(network, "in_channels"), setting(network, "out_channels")
+        if takes != gives:
+            what = "predicts a variance beside the noise" if gives == 2 * takes else "takes or gives more than latents"
+            raise InputError(f"This {name} takes {takes} channels and gives {gives}, so it {what}; {OWN_OBJECTIVE}.")
+
+    def check_batch(self, network: nn.Module, noisy: Tensor, batch: ViewBatch) -> None:
+        """Refuse latents with other channels, and text states of another width; see :meth:`Family.check_batch`.
+
+        Args:
+            network: The U-Net.
+            noisy: ``(B, C, H, W)``.
+            batch: With the text.
+
+        Raises:
+            InputError: If the U-Net does not take them.
+        """
+        name, channels = type(network).__name__, setting(network, "in_channels")
+        if noisy.ndim != 4 or (channels is not None and noisy.shape[1] != channels):
+            raise InputError(
+                f"Latents (C, H, W) are {tuple(noisy.shape[1:])}, but this {name} takes {channels} channels; use the "
+                "samples, or the network, of one model."
+            )
+        width = setting(network, "encoder_hid_dim") or setting(network, "cross_attention_dim")
+        # One width for each block is possible; then the network itself must know.
+        known = isinstance(width, int) and batch.text.shape[-1] != width
+        if batch.text.ndim != 3 or len(batch.text) != len(noisy) or known:
+            raise InputError(
+                f"Text states are {tuple(batch.text.shape)} for {len(noisy)} latents, but this {name} takes (views, "
+                f"tokens, {width}); use the samples' own text encoder, or the network of this text."
+            )
+
+    def call(self, network: nn.Module, noisy: Tensor, timesteps: Tensor, batch: ViewBatch) -> Tensor:
+        """Call the U-Net with its text states; see :meth:`Family.call`.
 
         Args:
             network: The U-Net.

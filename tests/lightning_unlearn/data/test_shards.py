@@ -15,7 +15,7 @@ import pytest
 import webdataset
 from toys import toy_fields, toy_shards
 
-from lightning_unlearn.data.shards import MANIFEST, encode_sample, npy_bytes, shard_id, write_atomically, write_shards
+from lightning_unlearn.data.shards import MANIFEST, encode_sample, npy_bytes, shard_id, write_shards
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -135,26 +135,6 @@ def test_objects_are_never_pickled_into_a_shard() -> None:
 def test_no_samples_make_a_manifest_without_shards(tmp_path: Path) -> None:
     assert write_shards([], tmp_path / "deep" / "folder") == []
     assert contents(tmp_path / "deep" / "folder") == {MANIFEST: b'{\n "shards": []\n}\n'}
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
-
-    def full_disk(self: Path, content: bytes) -> int:
-        with self.open("wb") as file:
-            file.write(content[:2])
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "write_bytes", full_disk)
-        with pytest.raises(OSError, match="No space left"):
-            write_atomically(path, b"new content")
-    assert contents(tmp_path) == {"file": b"old"}
-    write_atomically(path, b"new content")
-    assert contents(tmp_path) == {"file": b"new content"}
 
 
 def test_interrupted_writing_leaves_whole_shards_only(tmp_path: Path) -> None:

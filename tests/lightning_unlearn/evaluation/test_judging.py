@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from lightning_unlearn.data.files import json_with_digest
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.evaluation import Run, Study
 from lightning_unlearn.evaluation.floors import Floors
@@ -165,7 +166,7 @@ def test_measures_that_a_query_lacks_are_left_out(tmp_path: Path) -> None:
     path = invented.study.path(run)
     content = json.loads(path.read_text())
     del content["outcomes"][QUERIES[1]]["ssim"]
-    path.write_text(json.dumps(content))
+    path.write_bytes(json_with_digest(content))
     assert floors.measured() == ["loss"]
 
 

@@ -21,6 +21,7 @@ from lightning_unlearn.data.samples import ViewBatch
 from lightning_unlearn.diffusion.objective import DenoisingObjective
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher import DiagonalFisher, Fisher, load_fisher
+from lightning_unlearn.fisher.files import read_about
 from lightning_unlearn.weights.capture import CapturedLayer, GradientCapture
 from lightning_unlearn.weights.parameters import LayerSpec, layer_parameters, layer_specs, select_layers
 
@@ -380,19 +381,26 @@ def test_file_brings_everything_back(tmp_path: Path) -> None:
         assert_same(loaded.weights, fisher.weights, rtol=0)
         assert (loaded.layers, loaded.count, loaded.provenance) == (fisher.layers, 5, fisher.provenance)
         assert list(loaded.layers) == list(fisher.layers)
-    about = Fisher.read_about(path)
+    about = read_about(path)
     assert (about["kind"], about["count"], about["provenance"]) == ("diagonal", 5, fisher.provenance)
 
 
 def other_tensors(path: Path) -> None:
     tensors = safetensors.torch.load_file(path)
     tensors.pop("fisher/linear.bias")
-    safetensors.torch.save_file(tensors, path, {"lightning_unlearn": json.dumps(Fisher.read_about(path))})
+    about = read_about(path) | {"format": 1}  # as older versions wrote it, without a digest
+    safetensors.torch.save_file(tensors, path, {"lightning_unlearn": json.dumps(about)})
+
+
+def one_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
 
 
 def with_about(**changes: Any) -> Any:
     def write(path: Path) -> None:
-        about = json.dumps(Fisher.read_about(path) | changes)
+        about = json.dumps(read_about(path) | changes)
         safetensors.torch.save_file(safetensors.torch.load_file(path), path, {"lightning_unlearn": about})
 
     return write
@@ -411,7 +419,16 @@ def with_about(**changes: Any) -> Any:
         (with_about(format=99), "format 99"),
         (with_about(kind="ekfoc"), "kind 'ekfoc'.*diagonal"),
         (other_tensors, "other layers"),
-        (with_about(layers=[LINEAR.to_json()]), "other layers"),
+        (with_about(format=1, layers=[LINEAR.to_json()]), "other layers"),
+        (with_about(layers=[LINEAR.to_json()]), "was altered after it was written; make it again"),
+        (with_about(count=6), "was altered"),
+        (with_about(format=1, count=-6), "its header says no count"),
+        (with_about(format=1, count=6.5), "its header says no count"),
+        (with_about(provenance=None), "its header says no provenance"),
+        (with_about(format=1, layers=[{"name": 3}, 4]), r"is damaged \(\w+.*make it again"),
+        (with_about(copies=3), "is damaged"),
+        (with_about(digest=None), "was altered"),
+        (one_bit, "was altered"),
     ],
 )
 def test_file_that_is_not_such_a_fisher_is_an_input_error(tmp_path: Path, spoil: Any, says: str) -> None:

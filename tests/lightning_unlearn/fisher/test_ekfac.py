@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from collections.abc import Mapping
@@ -31,6 +32,7 @@ from lightning_unlearn.callbacks import FisherAccumulator
 from lightning_unlearn.command_line.cli import main
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher import DiagonalFisher, EKFACFisher, Fisher, load_fisher
+from lightning_unlearn.fisher.files import read_about
 from lightning_unlearn.scores.files import read_scores
 from lightning_unlearn.weights.capture import CapturedLayer, GradientCapture
 from lightning_unlearn.weights.parameters import LayerSpec, layer_parameters, layer_specs, select_layers
@@ -440,7 +442,7 @@ def test_file_and_state_bring_everything_back_and_go_on(stage: str, tmp_path: Pa
     fisher.provenance = {"steps": [3, 9]}
     fisher.weights = random_like(fisher)
     fisher.save(tmp_path / "fisher.safetensors")
-    assert Fisher.read_about(tmp_path / "fisher.safetensors")["stage"] == stage
+    assert read_about(tmp_path / "fisher.safetensors")["stage"] == stage
     torch.save(fisher.state(), tmp_path / "state.pt")
     loaded, restored = load_fisher(tmp_path / "fisher.safetensors"), EKFACFisher(fisher.layers)
     restored.load_state(torch.load(tmp_path / "state.pt", weights_only=True))
@@ -468,7 +470,7 @@ def test_file_of_a_mixture_of_stages_or_other_layers_is_an_input_error(tmp_path:
     fisher = fisher_of(Network(), [pictures()], [pictures()])
     fisher.save(path)
     with safetensors.safe_open(path, "pt") as file:
-        about = file.metadata()
+        about = {"lightning_unlearn": json.dumps(json.loads(file.metadata()["lightning_unlearn"]) | {"format": 1})}
     mixed = {f"fisher/{name}": tensor.contiguous() for name, tensor in fisher.tensors().items()}
     mixed["fisher/covariances/conv/inputs"] = mixed.pop("fisher/bases/conv/inputs")
     safetensors.torch.save_file(mixed, path, about)

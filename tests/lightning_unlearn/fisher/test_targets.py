@@ -25,6 +25,7 @@ from lightning_unlearn.diffusion.objective import DenoisingObjective, Objective,
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import digest, generator_for, tensors_digest
 from lightning_unlearn.fisher import DiagonalFisher, EKFACFisher, Fisher, load_fisher
+from lightning_unlearn.fisher.files import read_about
 from lightning_unlearn.training import FisherPass
 from lightning_unlearn.unlearning.module import UnlearningModule
 from lightning_unlearn.weights.capture import GradientCapture
@@ -343,8 +344,8 @@ def test_file_state_and_sums_keep_their_targets_and_do_not_mix(kind: type[Fisher
     drawn, plain = small(kind, "model"), small(kind, "data")
     drawn.save(tmp_path / "drawn.safetensors")
     plain.save(tmp_path / "plain.safetensors")
-    assert kind.read_about(tmp_path / "drawn.safetensors")["targets"] == "model"
-    assert kind.read_about(tmp_path / "plain.safetensors")["targets"] == "data"
+    assert read_about(tmp_path / "drawn.safetensors")["targets"] == "model"
+    assert read_about(tmp_path / "plain.safetensors")["targets"] == "data"
     drawn, plain = load_fisher(tmp_path / "drawn.safetensors"), load_fisher(tmp_path / "plain.safetensors")
     assert (drawn.targets, plain.targets) == ("model", "data")
     assert drawn.empty().targets == "model"
@@ -367,6 +368,7 @@ def test_older_files_are_of_the_data_and_keep_their_fingerprint(tmp_path: Path) 
     with safetensors.safe_open(source, "pt") as file:
         about = json.loads(file.metadata()["lightning_unlearn"])
     assert about.pop("targets") == "data"
+    about["format"] = 1
     tensors = safetensors.torch.load_file(source)
     safetensors.torch.save_file(tensors, tmp_path / "old.safetensors", {"lightning_unlearn": json.dumps(about)})
     about["targets"] = "model"

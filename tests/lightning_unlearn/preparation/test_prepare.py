@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import socket
-import string
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,55 +10,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from prepare_toys import TEXT_DIM, manifest, read, tiny_text_encoder, tiny_tokenizer
 from torch import Tensor
 from toys import tiny_unet
 
 from lightning_unlearn.data.samples import Sample
-from lightning_unlearn.datamodules.reading import read_samples
-from lightning_unlearn.datamodules.sources import list_shards
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import generator_for, tensors_digest
 from lightning_unlearn.preparation.prepare import prepare
 
-TEXT_DIM = 12
 VAE_SCALE = 2
 SIDE = 16  # pixels: the network's sample_size 8 times the VAE's scale
 CAPTIONS = {"ball": ["a red ball", "round thing"], "cat": ["a cat"], "house": ["a house by the sea"]}
-
-
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any) -> None:
-        raise AssertionError("prepare went to the network")
-
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-
-
-def tiny_tokenizer() -> Any:
-    from transformers import CLIPTokenizer
-
-    letters = [*string.ascii_lowercase, *(f"{letter}</w>" for letter in string.ascii_lowercase)]
-    words = ["<|startoftext|>", "<|endoftext|>", *letters]
-    return CLIPTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[], model_max_length=77)
-
-
-def tiny_text_encoder() -> Any:
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    config = CLIPTextConfig(
-        vocab_size=54,
-        hidden_size=TEXT_DIM,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=77,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    return CLIPTextModel(config).eval()
 
 
 def tiny_vae(**overrides: Any) -> Any:
@@ -101,16 +62,6 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def text_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "encoder"
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        tiny_text_encoder().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
 def noise_picture(seed: int, width: int = 24, height: int = 20) -> Image.Image:
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
@@ -125,14 +76,6 @@ def photos(tmp_path: Path) -> Path:
         noise_picture(number).save(folder / f"{name}.png")
         (folder / f"{name}.txt").write_text("\n".join(captions) + "\n")
     return folder
-
-
-def read(folder: Path) -> dict[str, Sample]:
-    return {sample.key: sample for shard in list_shards(str(folder)) for sample in read_samples(shard, pictures=True)}
-
-
-def manifest(folder: Path) -> dict[str, Any]:
-    return dict(json.loads((folder / "manifest.json").read_bytes()))
 
 
 def seen_by_network(picture: Image.Image, side: int = SIDE, mirrored: bool = False) -> Tensor:
@@ -602,11 +545,17 @@ def test_nothing_left_is_an_error(pixels: dict[str, Any], photos: Path, tmp_path
     assert_nothing_written(tmp_path / "out")
 
 
-def test_two_samples_of_one_key_are_an_error(pixels: dict[str, Any], photos: Path, tmp_path: Path) -> None:
+def test_of_two_samples_of_one_key_the_second_is_an_error_or_left_out(
+    pixels: dict[str, Any], photos: Path, tmp_path: Path
+) -> None:
     noise_picture(7).save(photos / "cat.jpg")
     with pytest.raises(InputError, match=r"Two samples have the key 'cat'.*cat\.png"):
-        prepare(**pixels, on_bad_sample="skip")
+        prepare(**pixels)
     assert_nothing_written(tmp_path / "out")
+    with pytest.warns(UserWarning, match=r"1 of 4 samples were left out.*cat\.png"):
+        prepare(**pixels, on_bad_sample="skip")
+    assert read(tmp_path / "out")["cat"].metadata["file_name"] == "cat.jpg"
+    assert "the key 'cat'" in manifest(tmp_path / "out")["left_out"]["faults"][0]
 
 
 def test_keys_that_only_differ_in_what_a_tar_file_can_not_keep_are_one(pixels: dict[str, Any], photos: Path) -> None:

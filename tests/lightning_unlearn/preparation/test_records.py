@@ -8,11 +8,12 @@ import pyarrow.parquet
 import pytest
 
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.preparation.records import Record, read_records
+from lightning_unlearn.preparation.layouts import read_records
+from lightning_unlearn.preparation.records import Reading, Record
 
 
 def records(source: Path, **settings: Any) -> list[Record]:
-    return list(read_records(str(source), **({"pictures": True} | settings)))
+    return list(read_records(str(source), Reading(**settings)))
 
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> Path:

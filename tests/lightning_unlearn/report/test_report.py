@@ -21,7 +21,8 @@ from PIL import Image
 
 from lightning_unlearn.data.samples import Sample
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.report.report import MEMBERS, _duration, _number, shown_queries, write_report
+from lightning_unlearn.report.report import MEMBERS, shown_queries, write_report
+from lightning_unlearn.report.words import duration, number
 from lightning_unlearn.scores.table import ScoreTable
 
 EVIL = [
@@ -443,8 +444,8 @@ def test_pictures_are_fetched_once_and_only_those_that_are_shown(tmp_path: Path)
     ],
 )
 def test_numbers_have_three_digits_and_powers_of_ten_where_they_need_them(value: float, text: str) -> None:
-    assert _number(value).replace("\N{NO-BREAK SPACE}", " ") == text
-    assert _number(value, sign=True).startswith("+" if value > 0 else text[0])
+    assert number(value).replace("\N{NO-BREAK SPACE}", " ") == text
+    assert number(value, sign=True).startswith("+" if value > 0 else text[0])
 
 
 @pytest.mark.parametrize(
@@ -452,7 +453,7 @@ def test_numbers_have_three_digits_and_powers_of_ten_where_they_need_them(value:
     [(0.0, "0 s"), (2.345, "2.35 s"), (59.7, "1 min 0 s"), (75.2, "1 min 15 s"), (7322.0, "2 h 2 min")],
 )
 def test_durations_are_told_in_their_two_largest_units(seconds: float, text: str) -> None:
-    assert _duration(seconds) == text
+    assert duration(seconds) == text
 
 
 # ---------------------------------------------------------------------- how firm scores are

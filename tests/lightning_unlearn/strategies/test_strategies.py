@@ -364,12 +364,12 @@ def test_scales_are_found_on_any_rising_function(
     curves = [one for one in curves if curve(*one)[1] > 1.01 * wanted] or [("power", 1.0, 1.0)]
     rises, names = rises_of(curves), [f"query-{n}" for n in range(len(curves))]
     slopes = torch.tensor([slope for _, slope, _ in curves], dtype=torch.float64) * misjudged
-    scales = find_scales(rises, slopes, wanted, names)
+    scales = find_scales(rises, slopes, wanted, names).scales
     assert scales.dtype == torch.float64
     torch.testing.assert_close(rises(scales), torch.full_like(scales, wanted), rtol=2e-6, atol=0)
     # All at once is each alone.
     for place, one in enumerate(curves):
-        alone = find_scales(rises_of([one]), slopes[place : place + 1], wanted, names[:1])
+        alone = find_scales(rises_of([one]), slopes[place : place + 1], wanted, names[:1]).scales
         assert torch.equal(alone, scales[place : place + 1])
 
 
@@ -401,7 +401,7 @@ def test_a_rise_that_cannot_be_reached_may_be_had_nearly_as_far_as_it_goes(
         reachable = ("power", 1.0, 1.0)
     rises, names = rises_of([reachable, (kind, 1.0, bend)]), ["another", "the short one"]
     with pytest.warns(UserWarning, match=r"1 target .* as far as it goes \('the short one': .* of "):
-        scales = find_scales(rises, torch.tensor([reachable[1], 1.0]), wanted, names, short=True)
+        scales = find_scales(rises, torch.tensor([reachable[1], 1.0]), wanted, names, short=True).scales
     found = rises(scales)
     # The other is where it would be without it, and the short one is just below the top.
     assert float(found[0]) == pytest.approx(wanted, rel=2e-6)
@@ -418,7 +418,7 @@ def test_a_jump_over_the_wanted_rise_is_not_taken_for_it() -> None:
     with pytest.raises(InputError, match="can't be raised"):
         find_scales(jump, torch.tensor([0.1]), 1.0, ["query"])
     with pytest.warns(UserWarning, match="'query': 0.0475 of 1"):
-        assert float(find_scales(jump, torch.tensor([0.1]), 1.0, ["query"], short=True)) == pytest.approx(0.475)
+        assert float(find_scales(jump, torch.tensor([0.1]), 1.0, ["query"], short=True).scales) == pytest.approx(0.475)
 
 
 @settings(max_examples=100)
@@ -432,11 +432,11 @@ def test_a_loss_that_falls_again_is_raised_nearly_as_far_as_it_was_seen_to_rise(
 
     slopes = torch.tensor([misjudged * top / at, 50 * top / at], dtype=torch.float64)
     with pytest.warns(UserWarning, match="as far as it goes"):
-        scales = find_scales(hill, slopes[:1], 1.0, ["query"], short=True)
+        scales = find_scales(hill, slopes[:1], 1.0, ["query"], short=True).scales
     assert 0.95 * 0.5 * top <= float(hill(scales)) <= 0.951 * top
     assert float(scales) <= at
     with pytest.warns(UserWarning, match="as far as it goes"):
-        together = find_scales(hill, slopes, 1.0, ["query", "another"], short=True)
+        together = find_scales(hill, slopes, 1.0, ["query", "another"], short=True).scales
     assert torch.equal(together[:1], scales)
 
 
@@ -445,7 +445,7 @@ def test_a_wanted_rise_that_the_first_guess_stepped_over_is_found(short: bool) -
     def hump(scales: Tensor) -> Tensor:
         return (scales + 100 * scales**2) * (-((scales / 0.2) ** 2)).exp()
 
-    scales = find_scales(hump, torch.tensor([1.0, 0.5]), 1.0, ["query", "another"], short=short)
+    scales = find_scales(hump, torch.tensor([1.0, 0.5]), 1.0, ["query", "another"], short=short).scales
     torch.testing.assert_close(hump(scales), torch.ones(2, dtype=torch.float64), rtol=2e-6, atol=0)
 
 

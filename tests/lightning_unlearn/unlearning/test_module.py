@@ -20,8 +20,8 @@ from attribution_runs import (
     trainer,
     unlearn,
 )
-from lightning.pytorch import Callback, LightningDataModule
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from reference_attribution import Loss, Naive, toy_loss, unet_loss
@@ -37,7 +37,9 @@ from lightning_unlearn.fingerprints import generator_for
 from lightning_unlearn.fisher import DiagonalFisher
 from lightning_unlearn.scores.files import read_scores
 from lightning_unlearn.strategies import Newton
+from lightning_unlearn.unlearning.guards import check_processes
 from lightning_unlearn.unlearning.module import UnlearningModule
+from lightning_unlearn.weights.delta_files import read_deltas
 from lightning_unlearn.weights.deltas import DeltaStore, NetworkLoss
 from lightning_unlearn.weights.parameters import layer_parameters
 from lightning_unlearn.weights.precision import BACKENDS
@@ -312,6 +314,72 @@ def test_trainer_takes_the_strategys_number_of_steps_whatever_it_is_told(
 def test_trainer_that_leaves_draws_out_is_refused(folder: Path, settings: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="leaves draws out"):
         unlearn(module(), toy_data(folder), **settings)
+
+
+class Impatient(Callback):
+    """Somebody's own reason to end a fit, after its first batch or its first step."""
+
+    def __init__(self, after: str) -> None:
+        self.after = after
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        trainer.should_stop |= self.after == "batch" or trainer.global_step > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "callbacks", "says"),
+    [
+        ({"max_time": "00:01:00:00"}, [], "by max_time or a Timer"),
+        ({}, [Timer("00:00:00:01")], "by max_time or a Timer"),
+        ({}, [EarlyStopping("rise/query-00000")], "by EarlyStopping"),
+        ({"limit_train_batches": 0}, [], "by limit_train_batches: 0"),
+    ],
+)
+def test_trainer_that_may_end_the_unlearning_early_is_refused_before_it_starts(
+    folder: Path, settings: dict[str, Any], callbacks: list[Callback], says: str
+) -> None:
+    found = module()
+    with pytest.raises(InputError, match=says):
+        trainer(folder, *callbacks, **settings).fit(found, toy_data(folder, draws=12))
+    assert found.deltas is None
+
+
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
+def test_processes_that_end_with_fit_are_refused(folder: Path, strategy: str) -> None:
+    with pytest.raises(InputError, match="forks or spawns processes that end with fit, and their deltas with them"):
+        check_processes(trainer(folder, strategy=strategy, devices=2))
+
+
+@pytest.mark.parametrize(("after", "steps"), [("batch", 0), ("step", 1)])
+def test_fit_that_something_stopped_is_refused_and_its_deltas_score_nothing(
+    folder: Path, tmp_path: Path, after: str, steps: int
+) -> None:
+    found, kept = module(strategy=Newton(2, alpha=1.0, N=20)), tmp_path / "cut.ckpt"
+    run = trainer(folder, Impatient(after))
+    with pytest.raises(InputError, match=f"stopped after {steps} of 2 steps"):
+        run.fit(found, toy_data(folder, draws=12, draw_batch_size=4))
+    with pytest.raises(InputError, match="did not end"):
+        score(found, toy_data(folder), tmp_path / "out", None)
+    run.save_checkpoint(kept)
+    with pytest.raises(InputError, match=r"cut\.ckpt is of an unlearning that did not end"):
+        read_deltas(str(kept))
+    assert not read_deltas(str(kept), finished=False)["finished"]
+    with pytest.raises(InputError, match="did not end"):
+        score(module(), toy_data(folder), tmp_path / "out", kept)
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
+def test_fit_that_goes_on_from_a_cut_checkpoint_ends_as_if_nothing_had_happened(folder: Path, tmp_path: Path) -> None:
+    expected = unlearned(folder, module(strategy=Newton(2, alpha=1.0, N=20)))
+    keep = ModelCheckpoint(tmp_path, "cut", save_on_train_epoch_end=True)
+    with pytest.raises(InputError, match="stopped after 1 of 2"):
+        trainer(folder, Impatient("step"), keep, enable_checkpointing=True).fit(
+            module(strategy=Newton(2, alpha=1.0, N=20)), toy_data(folder, draws=12)
+        )
+    found = module(strategy=Newton(2, alpha=1.0, N=20))
+    trainer(folder).fit(found, toy_data(folder, draws=12), ckpt_path=str(tmp_path / "cut.ckpt"))
+    assert_equal(expected, deltas_of(found))
+    score(found, toy_data(folder), tmp_path / "out", None)
 
 
 def scaling() -> MixedPrecision:

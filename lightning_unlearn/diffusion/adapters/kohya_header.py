@@ -1,0 +1,259 @@
+"""What kohya's trainer wrote into a LoRA file's header: how it was trained, and what follows from it for a measurement.
+
+Keys are those of sd-scripts' ``train_network.py`` and ``flux_train_network.py``; all values are text.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_unlearn.errors import InputError
+
+_NONE = {"", "None", "null"}
+
+
+@dataclass(frozen=True)
+class TrainingFolder:
+    """A folder of pictures.
+
+    Attributes:
+        name: Its name, without where it lay.
+        repeats: How often a picture was seen in an epoch, relative to others.
+        images: How many pictures.
+        regularisation: Whether they keep the class as it was (prior preservation).
+    """
+
+    name: str
+    repeats: int
+    images: int
+    regularisation: bool = False
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """How a LoRA was trained; ``None`` where the header does not say.
+
+    Attributes:
+        base_model: The file that it was trained on.
+        base_model_sha256: Of its bytes.
+        prediction_type: ``"epsilon"`` or ``"v_prediction"``.
+        min_snr_gamma: Min-SNR's clipping point.
+        zero_terminal_snr: Whether the schedule was rescaled to end in pure noise.
+        noise_offset: Offset of a channel's noise.
+        resolution: ``(width, height)`` in pixels.
+        buckets: Whether pictures were sorted by their aspect ratio.
+        caption_dropout: Share of captions left out.
+        clip_skip: From which layer of CLIP, counted from its end, text states come.
+        flips: Whether pictures were mirrored.
+        folders: The pictures.
+        others: What else bears on the loss or on what training saw, by its key, where it was set.
+    """
+
+    base_model: str | None = None
+    base_model_sha256: str | None = None
+    prediction_type: str | None = None
+    min_snr_gamma: float | None = None
+    zero_terminal_snr: bool = False
+    noise_offset: float = 0.0
+    resolution: tuple[int, int] | None = None
+    buckets: bool = False
+    caption_dropout: float = 0.0
+    clip_skip: int | None = None
+    flips: bool = False
+    folders: tuple[TrainingFolder, ...] = ()
+    others: Mapping[str, str] | None = None
+
+    def objective(self) -> dict[str, Any]:
+        """The arguments of ``DenoisingObjective`` that follow.
+
+        Returns:
+            Those that differ from its defaults; the schedule is the pipeline's.
+        """
+        found = {"prediction_type": self.prediction_type, "snr_gamma": self.min_snr_gamma}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def preparation(self) -> dict[str, Any]:
+        """The options of ``prepare`` that follow.
+
+        Returns:
+            Those that differ from its defaults.
+        """
+        found: dict[str, Any] = {"flips": True} if self.flips else {}
+        if self.resolution is not None and self.resolution[0] == self.resolution[1] and not self.buckets:
+            found["size"] = self.resolution[0]
+        return found
+
+    def weights(self) -> dict[str, float]:
+        """How often a picture of each folder was seen, relative to one of a folder without repeats.
+
+        Returns:
+            Folder name to repeats, without those of regularisation.
+        """
+        return {folder.name: float(folder.repeats) for folder in self.folders if not folder.regularisation}
+
+    def unfollowed(self) -> tuple[str, ...]:
+        """What the training did that a measurement here does not do.
+
+        Returns:
+            One sentence each.
+        """
+        return tuple(self._unfollowed())
+
+    def _unfollowed(self) -> Iterator[str]:
+        trained = "the adapter was trained with"
+        if self.noise_offset:
+            yield f"{trained} a noise offset of {self.noise_offset:g}, losses are measured with plain noise."
+        if self.zero_terminal_snr:
+            yield f"{trained} zero terminal SNR, so the scheduler needs rescale_betas_zero_snr: true."
+        if self.buckets or (self.resolution and self.resolution[0] != self.resolution[1]):
+            yield f"{trained} pictures in buckets of aspect ratios; prepare cuts squares unless it is told otherwise."
+        if self.caption_dropout:
+            yield f"{trained} {self.caption_dropout:.0%} of captions left out; every caption is scored."
+        if self.clip_skip is not None and self.clip_skip > 1:
+            yield f"{trained} clip skip {self.clip_skip}; text states of a pipeline come from its own layer."
+        if self.base_model_sha256 or self.base_model:
+            name = self.base_model or "a file"
+            mark = f" (sha256 {self.base_model_sha256[:12]}…)" if self.base_model_sha256 else ""
+            yield f"it was trained on {name}{mark}; see that the network is that one, it is not compared."
+        if len({folder.repeats for folder in self.folders if not folder.regularisation}) > 1:
+            said = ", ".join(f"{name}: {repeats:g}" for name, repeats in self.weights().items())
+            yield f"training repeated folders differently ({said}); samples count alike unless they have weights."
+        if any(folder.regularisation for folder in self.folders):
+            yield f"{trained} regularisation pictures; they are samples only if they are prepared, too."
+        for key, value in (self.others or {}).items():
+            name = f"{trained} {key.removeprefix('ss_')} = {value}"
+            yield (
+                f"{name}; the objective must be given the same." if key in _FLOW else f"{name}, which is not followed."
+            )
+
+
+# What bears on the loss or on what training saw, and the values that mean that it was off.
+_OTHERS: Mapping[str, frozenset[str]] = {
+    "ss_multires_noise_iterations": frozenset({"0"}),
+    "ss_adaptive_noise_scale": frozenset({"0", "0.0"}),
+    "ss_ip_noise_gamma": frozenset({"0", "0.0"}),
+    "ss_debiased_estimation": frozenset({"False"}),
+    "ss_loss_type": frozenset({"l2"}),
+    "ss_scale_v_pred_loss_like_noise_pred": frozenset({"False"}),
+    "ss_v_pred_like_loss": frozenset({"0", "0.0"}),
+    "ss_caption_dropout_every_n_epochs": frozenset({"0"}),
+    "ss_caption_tag_dropout_rate": frozenset({"0", "0.0"}),
+    "ss_shuffle_caption": frozenset({"False"}),
+    "ss_random_crop": frozenset({"False"}),
+    "ss_color_aug": frozenset({"False"}),
+    "ss_face_crop_aug_range": frozenset(),
+}
+# The same of flow matching, which an objective can be told.
+_FLOW: Mapping[str, frozenset[str]] = {
+    "ss_weighting_scheme": frozenset({"none", "uniform"}),
+    "ss_timestep_sampling": frozenset(),
+    "ss_discrete_flow_shift": frozenset({"1", "1.0"}),
+    "ss_sigmoid_scale": frozenset({"1", "1.0"}),
+    "ss_guidance_scale": frozenset(),
+    "ss_model_prediction_type": frozenset({"raw"}),
+    "ss_apply_t5_attn_mask": frozenset({"False"}),
+}
+
+
+def read_training_record(path: str, header: Mapping[str, str]) -> TrainingRecord | None:
+    """Read a header.
+
+    Args:
+        path: The file, for messages.
+        header: What a safetensors file says of itself.
+
+    Returns:
+        What it says, or ``None`` if kohya's trainer did not write it.
+
+    Raises:
+        InputError: If a value is of another form than its key promises.
+    """
+    said = {key: value for key, value in header.items() if value not in _NONE}
+    if not any(key.startswith("ss_") for key in said):
+        return None
+    reader = _Reader(path, said)
+    datasets = reader.items("ss_datasets")
+    return TrainingRecord(
+        base_model=said.get("ss_sd_model_name"),
+        base_model_sha256=said.get("ss_new_sd_model_hash"),
+        prediction_type={"v": "v_prediction"}.get(kind := said.get("modelspec.prediction_type", ""), kind or None),
+        min_snr_gamma=reader.number("ss_min_snr_gamma") or None,
+        zero_terminal_snr=said.get("ss_zero_terminal_snr") == "True",
+        noise_offset=reader.number("ss_noise_offset") or 0.0,
+        resolution=reader.resolution(datasets),
+        buckets=said.get("ss_enable_bucket") == "True" or any(entry.get("enable_bucket") for entry in datasets),
+        caption_dropout=reader.number("ss_caption_dropout_rate") or 0.0,
+        clip_skip=None if (skip := reader.number("ss_clip_skip")) is None else int(skip),
+        flips=said.get("ss_flip_aug") == "True" or any(subset.get("flip_aug") for subset in _subsets(datasets)),
+        folders=tuple(reader.folders(datasets)),
+        others={key: said[key] for key, off in {**_OTHERS, **_FLOW}.items() if key in said and said[key] not in off},
+    )
+
+
+def _subsets(datasets: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [subset for entry in datasets for subset in entry.get("subsets", [])]
+
+
+class _Reader:
+    def __init__(self, path: str, said: Mapping[str, str]) -> None:
+        self._path, self._said = path, said
+
+    def _bad(self, key: str, wanted: str) -> InputError:
+        return InputError(
+            f"{self._path}: {key} in its header is {self._said[key][:80]!r}, not {wanted}; take the file as the "
+            "trainer wrote it, or leave the key out."
+        )
+
+    def number(self, key: str) -> float | None:
+        if key not in self._said:
+            return None
+        try:
+            value = float(self._said[key])
+        except ValueError:
+            raise self._bad(key, "a number") from None
+        if not math.isfinite(value) or value < 0:
+            raise self._bad(key, "a number of at least 0")
+        return value
+
+    def _json(self, key: str, kind: type) -> Any:
+        try:
+            found = json.loads(self._said[key])
+        except ValueError:
+            found = None
+        if not isinstance(found, kind) or not all(isinstance(entry, dict) for entry in _entries(found)):
+            raise self._bad(key, "JSON of the form that the trainer writes")
+        return found
+
+    def items(self, key: str) -> list[dict[str, Any]]:
+        return list(self._json(key, list)) if key in self._said else []
+
+    def resolution(self, datasets: list[dict[str, Any]]) -> tuple[int, int] | None:
+        found = [tuple(entry["resolution"]) for entry in datasets if "resolution" in entry]
+        if "ss_resolution" in self._said:
+            numbers = [int(number) for number in re.findall(r"\d+", self._said["ss_resolution"])]
+            if len(numbers) not in {1, 2}:
+                raise self._bad("ss_resolution", "one or two numbers")
+            found = [(numbers[0], numbers[-1])]
+        return (int(found[0][0]), int(found[0][1])) if len(set(found)) == 1 else None
+
+    def folders(self, datasets: list[dict[str, Any]]) -> Iterator[TrainingFolder]:
+        for subset in _subsets(datasets):
+            name = str(subset.get("image_dir") or subset.get("metadata_file") or "?")
+            repeats, count = int(subset.get("num_repeats", 1)), int(subset.get("img_count", 0))
+            yield TrainingFolder(name, repeats, count, bool(subset.get("is_reg")))
+        if datasets:
+            return
+        for key, regularisation in (("ss_dataset_dirs", False), ("ss_reg_dataset_dirs", True)):
+            if key in self._said:
+                for name, about in self._json(key, dict).items():
+                    repeats, count = int(about.get("n_repeats", 1)), int(about.get("img_count", 0))
+                    yield TrainingFolder(name, repeats, count, regularisation)
+
+
+def _entries(found: Any) -> list[Any]:
+    return list(found.values()) if isinstance(found, dict) else list(found)

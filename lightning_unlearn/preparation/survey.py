@@ -1,0 +1,121 @@
+"""A look at all samples before anything long is done with them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from lightning_unlearn.errors import InputError
+from lightning_unlearn.preparation.inputs import LatentSource, TextSource
+from lightning_unlearn.preparation.layouts import read_records
+from lightning_unlearn.preparation.pictures import picture_size
+from lightning_unlearn.preparation.records import SKIP, Reading, Record
+from lightning_unlearn.preparation.tally import Tally
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A source of samples, and what can be told of them quickly.
+
+    Attributes:
+        source: Folder, table, tar or data set, see :func:`~lightning_unlearn.preparation.layouts.read_records`.
+        reading: How it is read.
+        latents: Where latents come from.
+        text: Where text states come from.
+        skip: Whether bad samples are left out and counted, instead of being an error.
+    """
+
+    source: str
+    reading: Reading
+    latents: LatentSource
+    text: TextSource
+    skip: bool
+
+    def take(self) -> tuple[int, int]:
+        """Look at all samples without reading their pictures whole.
+
+        Returns:
+            How many there are, bad ones included, and how many captions the good ones have.
+
+        Raises:
+            InputError: If there is none, one is bad and not to be skipped, or ready arrays don't fit.
+        """
+        samples = captions = 0
+        shapes = Counter[str]()
+        for record, fault in self.records(self.reading.tally):
+            samples += 1
+            if fault is not None:
+                if not self.skip:
+                    raise InputError(fault)
+                continue
+            captions += len(record.captions)
+            if self.reading.choices.crop == "bucket":
+                shapes[self._other_shape(record)] += 1
+        if samples == 0:
+            lines = "".join(f" ({line})" for line in self.reading.tally.lines())
+            raise InputError(
+                f"{self.source} holds no sample{lines}; name a folder with pictures, or a table with rows."
+            )
+        for what, rows in (("latents", self.latents.rows), ("text states", self.text.rows)):
+            if rows is not None and rows != samples:
+                raise InputError(
+                    f"There are {rows} ready {what} but {samples} samples in {self.source}; "
+                    "they must go together, row by row."
+                )
+        self._refuse_buckets(shapes)
+        return samples, captions
+
+    def records(self, tally: Tally) -> Iterator[tuple[Record, str | None]]:
+        """The samples, each with what is wrong with it.
+
+        Args:
+            tally: Counts what is not taken.
+
+        Yields:
+            A sample, and one sentence on what keeps it out, if anything does.
+        """
+        keys: set[str] = set()
+        for record in read_records(self.source, replace(self.reading, tally=tally)):
+            if record.key in keys:
+                fault = (
+                    f"Two samples have the key {record.key!r}, the second in {record.place}; "
+                    f"rename one, name a column of unique keys with `key`, or {SKIP}."
+                )
+                yield record, fault
+                continue
+            keys.add(record.key)
+            yield record, self._fault(record)
+
+    def _fault(self, record: Record) -> str | None:
+        if record.fault is not None:
+            return record.fault
+        if self.text.captions not in (None, len(record.captions)):
+            return (
+                f"{record.place} has {len(record.captions)} captions, but the ready text has {self.text.captions} "
+                "for each sample; they must agree."
+            )
+        try:
+            self.latents.facts(record)
+        except InputError as error:
+            return str(error)
+        return None
+
+    def _other_shape(self, record: Record) -> str:
+        """The shape of a picture that is not the network's; nothing where it is, or can't be known."""
+        if self.latents.crop is None or record.picture is None:
+            return ""
+        size = picture_size(record.picture, self.reading.choices)
+        height, width = self.latents.crop
+        return "" if size is None or size[0] * height == size[1] * width else f"{size[0]}x{size[1]}"
+
+    def _refuse_buckets(self, shapes: Counter[str]) -> None:
+        others = {shape: count for shape, count in shapes.most_common() if shape}
+        if others:
+            named = ", ".join(f"{count} of {shape}" for shape, count in list(others.items())[:3])
+            height, width = self.latents.crop or (0, 0)
+            raise InputError(
+                f"{sum(others.values())} of {sum(shapes.values())} pictures in {self.source} have not the proportions "
+                f"of {width}x{height} ({named}): they were trained on in buckets of other shapes, which samples can't "
+                "have yet; say crop=middle to take their middle instead, or give latents that the trainer cached."
+            )

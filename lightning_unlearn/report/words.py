@@ -1,0 +1,72 @@
+"""Words for the report's numbers and settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lightning_unlearn.report.figures import power_of_ten
+
+
+def flatten(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
+    """Names and values of nested settings, as a person reads them.
+
+    Args:
+        tree: Settings.
+        before: What their names begin with.
+
+    Yields:
+        A name and its value.
+    """
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{before}{name} ")
+        else:
+            yield before + name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def number(value: float, sign: bool = False) -> str:
+    """Three significant digits, and powers of ten where they need them.
+
+    Args:
+        value: A number.
+        sign: Whether a plus is written.
+
+    Returns:
+        E.g. ``1.23 × 10⁻⁵``.
+    """
+    if value == 0:
+        return "0"
+    mantissa, _, exponent = f"{value:{'+' if sign else ''}#.3g}".partition("e")
+    power = f"\N{NO-BREAK SPACE}×\N{NO-BREAK SPACE}{power_of_ten(int(exponent))}" if exponent else ""
+    return mantissa.removesuffix(".").replace("-", "−") + power
+
+
+def share(value: float, sign: bool = False) -> str:
+    """A share in per cent.
+
+    Args:
+        value: 1 for all.
+        sign: Whether a plus is written.
+
+    Returns:
+        E.g. ``12.0 %``.
+    """
+    return f"{number(100 * value, sign)}\N{NO-BREAK SPACE}%"
+
+
+def duration(seconds: float) -> str:
+    """A time in the units that fit it.
+
+    Args:
+        seconds: The time.
+
+    Returns:
+        E.g. ``1 h 3 min``.
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if not hours and not minutes:
+        return f"{number(seconds)} s" if seconds < 10 else f"{rest} s"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
