@@ -13,7 +13,7 @@ from typing import Any
 import griffe
 from latex2mathml.converter import convert
 
-FORMULA = re.compile(r"^( *)\.\. math::\n((?:\n|\1 +.*(?:\n|\Z))+)", re.MULTILINE)
+FORMULA = re.compile(r"^( *)\.\. math::(.*(?:\n|\Z)(?:\n|\1 +.*(?:\n|\Z))*)", re.MULTILINE)
 INLINE = re.compile(r":math:`([^`]+)`")
 ROLE = re.compile(r":(?:class|func|meth|attr|mod):`(~?)([\w.]+)`")
 EXAMPLE = re.compile(r"^( *)Example::$", re.MULTILINE)

@@ -187,6 +187,13 @@ def test_an_option_that_there_is_not_is_seen(place: Path, capsys: pytest.Capture
         check_command(shlex.split("lightning-unlearn report --folders attribution"), place)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_the_prose_names_are_there(page: Path) -> None:
+    folders = "benchmarks|callbacks|configs|datamodules|lightning_unlearn|scripts|tests"
+    for name in re.findall(rf"`(?:python )?((?:{folders})/[\w./-]+)[` ]", page.read_text("utf-8")):
+        assert (ROOT / name).exists(), name
+
+
 # ---------------------------------------------------------------------- README
 
 
