@@ -81,11 +81,7 @@ class TrainingStream(IterableDataset[SampleBatch]):
     def _even_sizes(self, slot: int, slots: int) -> list[int]:
         """The sizes of the batches of one reader that has its share of all samples once."""
         assert self.total is not None
-        if self.total < slots:
-            raise InputError(
-                f"{self.total} samples are too few for one on each of {slots} readers; use fewer workers or ranks."
-            )
-        batches = -(-self.total // (slots * self.batch_size))
+        batches = even_batches(self.total, slots, self.batch_size)
         mine = self.total // slots + (slot < self.total % slots)
         return [mine // batches + (batch < mine % batches) for batch in range(batches)]
 
@@ -136,6 +132,27 @@ class TrainingStream(IterableDataset[SampleBatch]):
         if shard.url not in self._cached:
             self._cached[shard.url] = [_Kept(fields, keep=True) for fields in read_fields(shard)]
         return self._cached[shard.url]
+
+
+def even_batches(total: int, readers: int, batch_size: int) -> int:
+    """How many batches each reader has, where each sample comes once and all readers have as many.
+
+    Args:
+        total: The number of all samples.
+        readers: Over all ranks.
+        batch_size: Samples a batch; with 1 some batches have two where readers have not as many samples.
+
+    Returns:
+        The number.
+
+    Raises:
+        InputError: If there is a reader without a sample.
+    """
+    if total < readers:
+        raise InputError(
+            f"{total} samples are too few for one on each of {readers} readers; use fewer workers or ranks."
+        )
+    return min(-(-total // (readers * batch_size)), total // readers)
 
 
 class _Kept:
@@ -248,8 +265,8 @@ class TrainingDataModule(LightningDataModule):
             total = sum(counts)
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
         if self.every_sample:
-            slots = world_size * max(1, self.num_workers)
-            steps = -(-total // (slots * self.batch_size)) * max(1, self.num_workers)
+            workers = max(1, self.num_workers)
+            steps = even_batches(total, world_size * workers, self.batch_size) * workers
         else:
             steps = total // (self.batch_size * world_size)
         if steps < 1:

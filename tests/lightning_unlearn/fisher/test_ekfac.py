@@ -626,11 +626,13 @@ def test_training_of_unknown_length_needs_the_window(tmp_path: Path) -> None:
     assert_same(load_fisher(tmp_path / "fisher.safetensors"), expected)
 
 
-def test_training_that_ends_before_the_eigenvalues_warns_and_writes_nothing(tmp_path: Path) -> None:
+def test_training_that_ends_before_the_eigenvalues_warns_and_writes_those_of_the_product(tmp_path: Path) -> None:
     trainer = trainer_for(tmp_path, accumulator(eigenvalue_step=99), max_epochs=1)
     with pytest.warns(UserWarning, match=r"covariances of 8 samples, but training ended before eigenvalues"):
         trainer.fit(Training(), DataLoader(pictures(8), batch_size=3))  # type: ignore[arg-type]
-    assert not (tmp_path / "fisher.safetensors").exists()
+    fisher = load_fisher(tmp_path / "fisher.safetensors")
+    assert (fisher.count, fisher.stage) == (8, "eigenvalues")
+    assert "K-FAC" in fisher.provenance["eigenvalues"]
 
 
 @pytest.mark.parametrize(
