@@ -97,7 +97,7 @@ def test_every_sample_comes_once_an_epoch_in_as_many_batches_on_every_rank(
         lengths.add(len(batches))
         seen += [key for batch in batches for key in batch.keys]
     assert len(lengths) == 1
-    assert Counter(seen) == Counter({key: 1 for key in set(seen)})
+    assert Counter(seen) == Counter(set(seen))
     assert len(seen) == 24
 
 
