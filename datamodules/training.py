@@ -22,10 +22,11 @@ from lightning_unlearn.fingerprints import seed_of
 class TrainingStream(IterableDataset[SampleBatch]):
     """One rank's endless shuffled samples, cut to a number of batches.
 
-    If every sample is to come once an epoch, samples are dealt one by one instead, and a reader's share is cut into
-    batches as even as can be, of which all readers have the same number. Else shards are dealt over ranks and workers
-    where there are enough of them; otherwise every one reads all shards and keeps its own share of their samples. Who runs out of samples before the epoch ends starts over. What can't be read
-    gives a batch with the error: an exception would leave a worker process with its whole stack trace for a message.
+    If every sample is to come once an epoch, samples are dealt one by one, and a reader's share is cut into batches as
+    even as can be, of which all readers have the same number. Otherwise shards are dealt over ranks and workers where
+    there are enough of them, or every one reads all shards and keeps its own share of their samples. Who runs out of
+    samples before the epoch ends starts over. What can't be read gives a batch with the error: an exception would leave
+    a worker process with its whole stack trace for a message.
 
     Args:
         shards: All shards.

@@ -188,6 +188,9 @@ class GradientCapture:
 
         Under autocast that is a copy, so that the input may be changed in place afterwards: others may do so, since the
         layer keeps a copy, too.
+
+        Returns:
+            It, detached.
         """
         narrower = inputs.dtype != output.dtype == torch.promote_types(inputs.dtype, output.dtype)
         if inputs.dtype == output.dtype or narrower:

@@ -159,8 +159,8 @@ def _refuse_uncovered(layers: Mapping[str, nn.Module]) -> None:
         if further := sorted(own - {"weight", "bias"}):
             raise InputError(
                 f"Layer {name} is a {type(layer).__name__} with parameters of its own besides weight and "
-                f"bias ({', '.join(further)}), which would not be seen, such as those of an adapter; use layers of their own "
-                "for them, as PEFT does, or leave the layer out by patterns."
+                f"bias ({', '.join(further)}), which would not be seen, such as those of an adapter; use layers of "
+                "their own for them, as PEFT does, or leave the layer out by patterns."
             )
         if isinstance(layer, nn.Conv2d) and (
             layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str)

@@ -209,10 +209,13 @@ def test_block_that_was_compiled_before_is_refused_or_right(tmp_path: Path) -> N
     net = network()
     net[0].compile(backend="eager")
     net(torch.zeros(BATCH, WIDTH, dtype=torch.float64))
+    refusal = ""
     try:
         fit(tmp_path, Training(net), pairs())
-    except InputError as refusal:
-        assert "layer 0" in str(refusal)
+    except InputError as caught:
+        refusal = str(caught)
+    if refusal:
+        assert "layer 0" in refusal
     else:
         assert_right(tmp_path, net, lambda sample: error(net(sample["x"]), sample["y"]), pairs())
 
@@ -329,7 +332,7 @@ def test_sequence_first_and_uncertain_batches_are_refused(tmp_path: Path) -> Non
             "t": torch.zeros(9),
         },
     )
-    with pytest.raises(InputError, match="not certain .*begin with 4 and 9"):
+    with pytest.raises(InputError, match=r"not certain .*begin with 4 and 9"):
         fit_loader(tmp_path, Training(network(), unstacked), loader)
 
 
