@@ -109,8 +109,8 @@ class Collection:
         if self._stepped:
             raise InputError(
                 f"Several optimizers step parts of the chosen layers of {self._target!r} after backward passes of "
-                "their own, so the layers would be of different losses; use a FisherAccumulator for each optimizer, with the "
-                "layers that it steps and a path of its own."
+                "their own, so the layers would be of different losses; use a FisherAccumulator for each optimizer, "
+                "with the layers that it steps and a path of its own."
             )
         if self._passes.waiting and self._watch.no_gradients():
             if self._alone:

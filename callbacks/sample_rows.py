@@ -18,9 +18,9 @@ RowsPerSample = int | str | Callable[[int, int], Tensor]
 
 _HOW_TO_SAY = (
     "If a row is a sample all the same, set rows_per_sample=1 of FisherAccumulator; if each sample has r rows that "
-    "stand in r parts one after another, as torch.cat puts them, rows_per_sample=r; else give a function of the numbers of "
-    "rows and samples that says which sample each row is of, e.g. `lambda rows, samples: torch.arange(rows) // (rows "
-    "// samples)` for rows that stand together."
+    "stand in r parts one after another, as torch.cat puts them, rows_per_sample=r; else give a function of the "
+    "numbers of rows and samples that says which sample each row is of, e.g. `lambda rows, samples: "
+    "torch.arange(rows) // (rows // samples)` for rows that stand together."
 )
 
 
