@@ -120,7 +120,7 @@ class BatchWatch:
             return None
         self._saw_gradient = True
         self._refuse_partly_frozen(uses)
-        ratios, names = self._growth.differences({name: found for name, found in uses.items()}, grown)
+        ratios, names = self._growth.differences(uses, grown)
         tensors = [tensor for found in uses.values() for use in found for tensor in _tensors(use)]
         finite = [tensor.isfinite().all() for tensor in tensors]
         device = ratios.device

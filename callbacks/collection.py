@@ -102,12 +102,15 @@ class Collection:
 
         Args:
             loss: From which it goes.
+
+        Raises:
+            InputError: If only some of the chosen parameters were stepped after the pass before.
         """
         if self._stepped:
             raise InputError(
-                f"Several optimizers step parts of {self._target!r}'s chosen layers after backward passes of their own, "
-                "so the layers would be of different losses; use a FisherAccumulator for each optimizer, with the "
-                "layers that it steps and a path of its own."
+                f"Several optimizers step parts of the chosen layers of {self._target!r} after backward passes of "
+                "their own, so the layers would be of different losses; use a FisherAccumulator for each optimizer, "
+                "with the layers that it steps and a path of its own."
             )
         if self._passes.waiting and self._watch.no_gradients():
             if self._alone:

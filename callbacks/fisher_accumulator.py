@@ -7,23 +7,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_unlearn.callbacks.collection import Collection
 from lightning_unlearn.callbacks.fisher_file import completed, write_fisher
-from lightning_unlearn.callbacks.fisher_sums import FisherSums
+from lightning_unlearn.callbacks.resumed_sums import ResumedSums
 from lightning_unlearn.callbacks.sample_rows import RowsPerSample, check_rows_per_sample
 from lightning_unlearn.callbacks.second_stage import SecondStage
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.fisher import FISHERS, Fisher, Targets
+from lightning_unlearn.fisher import FISHERS, Targets
 from lightning_unlearn.training import FisherPass
 from lightning_unlearn.weights.parameters import find_network, layer_parameters, layer_specs, select_layers
 
 
-class FisherAccumulator(Callback):
+class FisherAccumulator(ResumedSums):
     """Collects the Fisher information of chosen weights in any LightningModule's ``fit``, out of its backward passes.
 
     Per-sample gradients are taken by hooks, so nothing of the training changes, not a bit of its numbers or its random
@@ -124,10 +124,10 @@ class FisherAccumulator(Callback):
                 f"(here {fisher!r}), and must lie after start_step {start_step} or start_epoch {start_epoch}, so that "
                 "there are covariances first."
             )
+        second_stage = SecondStage(eigenvalue_step, eigenvalue_epoch)
+        super().__init__(fisher, path, second_stage, save_in_checkpoint)
         self.target = target
         self.parameters = parameters
-        self.fisher = fisher
-        self.path = path
         self.start_step = start_step
         self.start_epoch = start_epoch
         self.every_n_batches = every_n_batches
@@ -135,16 +135,6 @@ class FisherAccumulator(Callback):
         self.loss_scale = loss_scale
         self.sample_weights = sample_weights
         self.rows_per_sample = rows_per_sample
-        self.save_in_checkpoint = save_in_checkpoint
-
-        self.skipped_batches = 0
-        self._sums = FisherSums(fisher, path)
-        self._collection: Collection | None = None
-        self._trainer: Trainer | None = None
-        self._failed = False
-        self._steps: list[int] = []  # first and last optimizer step seen
-        self._second_stage = SecondStage(eigenvalue_step, eigenvalue_epoch)
-        self._changed_at: int | None = None  # step at which the stages changed
 
     @property
     @override
@@ -267,17 +257,6 @@ class FisherAccumulator(Callback):
         if self._collection is not None:
             self._collection.refuse_silence()
 
-    def total(self) -> Fisher:
-        """The sums over all ranks and earlier runs; during training, every rank must call it.
-
-        Returns:
-            A new Fisher.
-
-        Raises:
-            InputError: If there was no training yet.
-        """
-        return self._sums.total()
-
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add up the ranks and write the file."""
@@ -291,49 +270,6 @@ class FisherAccumulator(Callback):
             about["eigenvalues_from_step"] = self._changed_at
         layers = select_layers(find_network(pl_module, self.target), self.parameters)
         write_fisher(total, layers, trainer, pl_module, Path(trainer.default_root_dir) / self.path, about)
-
-    def _seen(self) -> tuple[list[int], int]:
-        """The first and last optimizer step, and how many batches were left out, over this fit and earlier ones."""
-        if self._collection is None:
-            return self._steps, self.skipped_batches
-        ends = [*self._steps, *self._collection.steps]
-        return ends[:1] + ends[-1:], self.skipped_batches + self._collection.skipped_batches
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        """The sums so far, over all ranks and earlier runs.
-
-        After a failure on one rank there must be no collective, so what is kept then is the last resume's.
-
-        Returns:
-            Numbers, strings and tensors only, so that it loads with ``weights_only=True``.
-        """
-        steps, skipped = self._seen()
-        state: dict[str, Any] = {"steps": steps, "skipped_batches": skipped, "batches_seen": self._second_stage.seen}
-        if self._changed_at is not None:
-            state["changed_at"] = self._changed_at
-        if self._sums.local is None or (self._failed and self._trainer is not None and self._trainer.world_size > 1):
-            return {**state, "fisher": self._sums.earlier}
-        total = self.total()
-        if self.save_in_checkpoint:
-            return {**state, "fisher": total.state()}
-        assert self._trainer is not None
-        path = Path(self._trainer.default_root_dir) / self.path
-        path = path.with_name(f"{path.stem}-step={self._trainer.global_step}.safetensors")
-        if self._trainer.is_global_zero:
-            total.save(path)
-        return {**state, "file": str(path)}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint; its sums are kept apart from those of this run."""
-        self._steps = list(state_dict["steps"])
-        self.skipped_batches = int(state_dict["skipped_batches"])
-        self._changed_at = state_dict.get("changed_at")
-        self._second_stage.seen = int(state_dict.get("batches_seen", 0))
-        self._sums.earlier = (
-            FISHERS[self.fisher].load(state_dict["file"]).state() if "file" in state_dict else state_dict["fisher"]
-        )
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -74,8 +74,8 @@ class FisherSums:
         if self.local is None:
             raise InputError(
                 "FisherAccumulator has no sums before training; call total() during fit or after it. If fit ran in "
-                "processes of its own (ddp_spawn, ddp_fork, ddp_notebook), the sums stayed there: read the file that they "
-                f"wrote, {self.file} in the Trainer's default_root_dir, with load_fisher."
+                "processes of its own (ddp_spawn, ddp_fork, ddp_notebook), the sums stayed there: read the file that "
+                f"they wrote, {self.file} in the Trainer's default_root_dir, with load_fisher."
             )
         total = self._new(self.local)
         total.load_tensors({name: tensor.clone() for name, tensor in self.local.tensors().items()})

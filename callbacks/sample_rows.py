@@ -17,10 +17,10 @@ from lightning_unlearn.weights.capture import CapturedLayer, Use, in_positions
 RowsPerSample = int | str | Callable[[int, int], Tensor]
 
 _HOW_TO_SAY = (
-    "If a row is a sample all the same, set rows_per_sample=1 of FisherAccumulator; if each sample has r rows that stand "
-    "in r parts one after another, as torch.cat puts them, rows_per_sample=r; else give a function of the numbers of rows "
-    "and samples that says which sample each row is of, e.g. `lambda rows, samples: torch.arange(rows) // (rows // "
-    "samples)` for rows that stand together."
+    "If a row is a sample all the same, set rows_per_sample=1 of FisherAccumulator; if each sample has r rows that "
+    "stand in r parts one after another, as torch.cat puts them, rows_per_sample=r; else give a function of the "
+    "numbers of rows and samples that says which sample each row is of, e.g. `lambda rows, samples: "
+    "torch.arange(rows) // (rows // samples)` for rows that stand together."
 )
 
 
@@ -137,8 +137,9 @@ class SampleRows:
             # That every row is a sample of its own may be of more samples than the batch has, as generated ones are.
             if rest or (self.per_sample > 1 and len(sizes) == 1 and sizes != (samples,)):
                 raise InputError(
-                    f"Layer {name} saw {rows} rows for the {' or '.join(map(str, sizes))} samples of the batch, which are "
-                    f"not rows_per_sample={self.per_sample} rows for each; correct it, or leave the layer out by patterns."
+                    f"Layer {name} saw {rows} rows for the {' or '.join(map(str, sizes))} samples of the batch, which "
+                    f"are not rows_per_sample={self.per_sample} rows for each; correct it, or leave the layer out by "
+                    "patterns."
                 )
             of = torch.arange(rows) % samples
         else:
@@ -160,8 +161,8 @@ class SampleRows:
         fits = of.shape == (rows,) and not of.is_floating_point()
         if not fits or int(of.min()) < 0 or int(of.max()) >= samples:
             raise InputError(
-                f"rows_per_sample gave {of.dtype} {tuple(of.shape)} for {rows} rows of layer {name} and {samples} samples; "
-                f"it must give a sample's number, from 0 to {samples - 1}, for each row."
+                f"rows_per_sample gave {of.dtype} {tuple(of.shape)} for {rows} rows of layer {name} and {samples} "
+                f"samples; it must give a sample's number, from 0 to {samples - 1}, for each row."
             )
         return of.long()
 
@@ -180,14 +181,15 @@ def _as_samples(name: str, calls: list[CapturedLayer], sizes: tuple[int, ...]) -
         return _one_after_another(calls)
     if all(count == samples for count in rows):
         raise InputError(
-            f"The network was called {len(rows)} times before one backward pass, each time on {samples} rows for the {samples} "
-            f"samples of the batch (layer {name}): rows of several calls may be of the same samples (set "
+            f"The network was called {len(rows)} times before one backward pass, each time on {samples} rows for the "
+            f"{samples} samples of the batch (layer {name}): rows of several calls may be of the same samples (set "
             f"rows_per_sample={len(rows)} of FisherAccumulator, and they are summed before squaring), or of others, "
             "as real and generated ones are (rows_per_sample=1)."
         )
     raise InputError(
-        f"Layer {name} saw {_many(rows)} rows for the {samples} samples of the batch, so a row is not a sample; put "
-        f"the batch first where the network has another axis first, or leave the layer out by patterns. {_HOW_TO_SAY}"
+        f"Layer {name} saw {_many(rows)} rows for the {samples} samples of the batch, so a row is not a sample; "
+        "put the batch first where the network has another axis first, or leave the layer out by patterns. "
+        f"{_HOW_TO_SAY}"
     )
 
 
@@ -200,6 +202,12 @@ def _by_call(name: str, uses: Sequence[Use], sizes: tuple[int, ...]) -> list[Cap
 
     Within a call, uses on all rows are positions of one another, as those of a layer that is used again; uses on parts
     of them are the batch in parts.
+
+    Returns:
+        A layer's captured gradients of each call.
+
+    Raises:
+        InputError: If uses in one call are neither.
     """
     calls: dict[int, list[CapturedLayer]] = {}
     for use in uses:

@@ -22,10 +22,11 @@ from lightning_unlearn.fingerprints import seed_of
 class TrainingStream(IterableDataset[SampleBatch]):
     """One rank's endless shuffled samples, cut to a number of batches.
 
-    If every sample is to come once an epoch, samples are dealt one by one instead, and a reader's share is cut into
-    batches as even as can be, of which all readers have the same number. Otherwise shards are dealt over ranks and workers where there are enough of them; otherwise every one reads all shards and
-    keeps its own share of their samples. Who runs out of samples before the epoch ends starts over. What can't be read
-    gives a batch with the error: an exception would leave a worker process with its whole stack trace for a message.
+    If every sample is to come once an epoch, samples are dealt one by one, and a reader's share is cut into batches as
+    even as can be, of which all readers have the same number. Otherwise shards are dealt over ranks and workers where
+    there are enough of them, or every one reads all shards and keeps its own share of their samples. Who runs out of
+    samples before the epoch ends starts over. What can't be read gives a batch with the error: an exception would leave
+    a worker process with its whole stack trace for a message.
 
     Args:
         shards: All shards.
@@ -81,11 +82,7 @@ class TrainingStream(IterableDataset[SampleBatch]):
     def _even_sizes(self, slot: int, slots: int) -> list[int]:
         """The sizes of the batches of one reader that has its share of all samples once."""
         assert self.total is not None
-        if self.total < slots:
-            raise InputError(
-                f"{self.total} samples are too few for one on each of {slots} readers; use fewer workers or ranks."
-            )
-        batches = -(-self.total // (slots * self.batch_size))
+        batches = even_batches(self.total, slots, self.batch_size)
         mine = self.total // slots + (slot < self.total % slots)
         return [mine // batches + (batch < mine % batches) for batch in range(batches)]
 
@@ -136,6 +133,27 @@ class TrainingStream(IterableDataset[SampleBatch]):
         if shard.url not in self._cached:
             self._cached[shard.url] = [_Kept(fields, keep=True) for fields in read_fields(shard)]
         return self._cached[shard.url]
+
+
+def even_batches(total: int, readers: int, batch_size: int) -> int:
+    """How many batches each reader has, where each sample comes once and all readers have as many.
+
+    Args:
+        total: The number of all samples.
+        readers: Over all ranks.
+        batch_size: Samples a batch; with 1 some batches have two where readers have not as many samples.
+
+    Returns:
+        The number.
+
+    Raises:
+        InputError: If there is a reader without a sample.
+    """
+    if total < readers:
+        raise InputError(
+            f"{total} samples are too few for one on each of {readers} readers; use fewer workers or ranks."
+        )
+    return min(-(-total // (readers * batch_size)), total // readers)
 
 
 class _Kept:
@@ -248,8 +266,8 @@ class TrainingDataModule(LightningDataModule):
             total = sum(counts)
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
         if self.every_sample:
-            slots = world_size * max(1, self.num_workers)
-            steps = -(-total // (slots * self.batch_size)) * max(1, self.num_workers)
+            workers = max(1, self.num_workers)
+            steps = even_batches(total, world_size * workers, self.batch_size) * workers
         else:
             steps = total // (self.batch_size * world_size)
         if steps < 1:

@@ -84,7 +84,7 @@ def fisher(arguments: list[str]) -> None:
 
 
 def _training_data(data: Any, seed: int) -> TrainingDataModule:
-    """The same shards, shuffled, every sample once a pass: a stream for training, or that of an attribution's config."""
+    """The same shards, shuffled, every sample once a pass: those of a training, or of an attribution's config."""
     if isinstance(data, TrainingDataModule):
         data.every_sample = True
         return data

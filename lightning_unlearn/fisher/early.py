@@ -11,9 +11,9 @@ from lightning_unlearn.fisher.ekfac import SIDES, EKFACFisher
 def of_the_product(fisher: EKFACFisher) -> EKFACFisher:
     r"""The Fisher whose eigenvalues are those of the Kronecker product of the covariances, to the exact trace.
 
-    With covariances :math:`A = \sum_s \sum_t a_t a_t^\top` and :math:`S = \sum_s \sum_t g_t g_t^\top`, K-FAC (Martens and
-    Grosse, arXiv 1503.05671) takes inputs for independent of output gradients, and so :math:`F ∝ S ⊗ A`. By how much is
-    uncertain where a sample has many positions (Eschenhagen et al., arXiv 2311.00636), so the factor is not assumed:
+    With covariances :math:`A = \sum_s \sum_t a_t a_t^\top` and :math:`S = \sum_s \sum_t g_t g_t^\top`, K-FAC (Martens
+    and Grosse, arXiv 1503.05671) takes inputs for independent of output gradients, and so :math:`F ∝ S ⊗ A`. By how
+    much is uncertain where a sample has many positions (Eschenhagen et al., arXiv 2311.00636), so it is not assumed:
     the mean squared norm of samples' gradients, :math:`\mathrm{tr} F`, was summed beside the covariances, and
 
     .. math:: Λ = \frac{\mathrm{tr} F}{\mathrm{tr} S \, \mathrm{tr} A} \, λ_S λ_A^\top .

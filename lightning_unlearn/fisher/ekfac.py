@@ -97,8 +97,9 @@ class EKFACFisher(Fisher):
         """Sums of outer products, or bases and sums of squares within them; see :meth:`Fisher.tensors`.
 
         Returns:
-            ``covariances/{layer}/inputs`` and ``…/outputs``, and ``traces/{layer}``, of samples' squared gradients; or ``bases/{layer}/inputs`` and ``…/outputs``, an
-            eigenvector a column, and ``eigenvalues/{layer}`` ``(o, i + 1)``.
+            ``covariances/{layer}/inputs`` and ``…/outputs``, and ``traces/{layer}``, the sums of samples' squared
+            gradients; or ``bases/{layer}/inputs`` and ``…/outputs``, an eigenvector a column, and
+            ``eigenvalues/{layer}`` ``(o, i + 1)``.
         """
         return self._tensors
 

@@ -7,7 +7,6 @@ that a training step leaves in ``.grad`` can't give this: ``(mean g)² ≠ mean 
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_unlearn.errors import InputError
+from lightning_unlearn.weights.kept_inputs import KeptInputs
 from lightning_unlearn.weights.outermost_calls import OutermostCalls
 
 
@@ -112,7 +112,7 @@ class GradientCapture:
         self._captured: dict[str, list[tuple[int, int, Tensor, Tensor]]] = {}
         self._changed: str | None = None  # a layer whose input was changed in place
         self._order = 0
-        self._cast: tuple[weakref.ref[Tensor], int, Tensor] | None = None  # the last input, its version, and its copy
+        self._inputs = KeptInputs()
 
     def attach(self) -> None:
         """Put the hooks on the layers."""
@@ -129,7 +129,8 @@ class GradientCapture:
 
     def forget(self) -> None:
         """Forget what was captured, in the middle of a step whose forward pass is done."""
-        self._captured, self._changed, self._cast = {}, None, None
+        self._captured, self._changed = {}, None
+        self._inputs.clear()
 
     def clear(self) -> None:
         """Forget what was captured, and number uses and calls anew."""
@@ -162,16 +163,13 @@ class GradientCapture:
                 return
             if not any(parameter.requires_grad for parameter in layer.parameters(recurse=False)):
                 return  # a pass through weights that have no turn: nobody's gradient
-            kept = _Kept.apply(  # type: ignore[no-untyped-call]
-                torch.zeros((), requires_grad=True),
-                self._as_used(arguments[0] if arguments else keywords["input"], output),
-            )
+            inputs_of_this_use = self._inputs.keep(arguments[0] if arguments else keywords["input"], output)
             order = self._order
             self._order += 1
 
             def on_gradient(gradient: Tensor) -> None:
                 try:
-                    (inputs,) = kept.grad_fn.saved_tensors
+                    inputs = inputs_of_this_use()
                 except RuntimeError as error:
                     if "inplace" not in str(error):
                         raise
@@ -182,24 +180,6 @@ class GradientCapture:
             output.register_hook(on_gradient)  # type: ignore[no-untyped-call]
 
         return hook
-
-    def _as_used(self, inputs: Tensor, output: Tensor) -> Tensor:
-        """The input in the type that the layer worked in.
-
-        Under autocast that is a copy, so that the input may be changed in place afterwards: others may do so, since the
-        layer keeps a copy, too.
-        """
-        narrower = inputs.dtype != output.dtype == torch.promote_types(inputs.dtype, output.dtype)
-        if inputs.dtype == output.dtype or narrower:
-            return inputs.detach()
-        # Many layers read the same text: one copy for those that come one after the other.
-        if self._cast is not None:
-            source, version, copy = self._cast
-            if source() is inputs and version == inputs._version and copy.dtype == output.dtype:
-                return copy
-        copy = inputs.detach().to(output.dtype)
-        self._cast = (weakref.ref(inputs), inputs._version, copy)
-        return copy
 
     def take_uses(self) -> dict[str, list[Use]]:
         """What was captured since the last call, use by use, and start anew.
@@ -245,19 +225,6 @@ class GradientCapture:
                 + "), so a row is not a sample; choose other layers by patterns."
             )
         return taken
-
-
-class _Kept(torch.autograd.Function):
-    """Keeps a tensor as autograd keeps what it needs, so that checkpointing and offloading do with it as they do."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, kept: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(kept)
-        return anchor.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:  # type: ignore[override]
-        return None, None  # nobody asks
 
 
 def _join(name: str, uses: list[CapturedLayer]) -> CapturedLayer:

@@ -83,7 +83,9 @@ class GradientGrowth:
             return hook
 
         for name, layer in self.layers.items():
-            self._handles.append(layer.register_forward_pre_hook(torch.compiler.disable(look(name))))
+            self._handles.append(
+                layer.register_forward_pre_hook(torch.compiler.disable(look(name)))  # type: ignore[no-untyped-call]
+            )
         self.look()
 
     def look(self) -> None:
@@ -241,7 +243,8 @@ def _ratio(sums: Tensor | None, count: int, grown: Grown | None, unit: float) ->
     narrow = unit * (grown.square.to(values.device).sqrt() + squares.mean().sqrt())
     allowed = narrow + wide * count**0.5 * sizes.mean() + grown.floor
     difference = (values - grown.probes.to(values.device)).square().mean().sqrt()
-    return difference / (ROUNDINGS * allowed).clamp(min=torch.finfo(torch.float64).tiny)
+    ratio: Tensor = difference / (ROUNDINGS * allowed).clamp(min=torch.finfo(torch.float64).tiny)
+    return ratio
 
 
 def norms(captured: Sequence[Use], grown: Grown | None, kind: str) -> tuple[float, float]:

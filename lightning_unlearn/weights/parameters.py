@@ -146,8 +146,8 @@ def _refuse_uncovered(layers: Mapping[str, nn.Module]) -> None:
     for name, layer in layers.items():
         if isinstance(layer, torch.jit.ScriptModule):
             raise InputError(
-                f"Layer {name} is scripted by torch.jit, which hooks can't see into; use the network as it was before, or "
-                "leave the layer out by patterns."
+                f"Layer {name} is scripted by torch.jit, which hooks can't see into; use the network as it was before, "
+                "or leave the layer out by patterns."
             )
         own = {kind for kind, _ in layer.named_parameters(recurse=False)}
         if "weight" not in own or nn.utils.parametrize.is_parametrized(layer):
@@ -158,9 +158,9 @@ def _refuse_uncovered(layers: Mapping[str, nn.Module]) -> None:
             )
         if further := sorted(own - {"weight", "bias"}):
             raise InputError(
-                f"Layer {name} is a {type(layer).__name__} with parameters of its own besides weight and bias "
-                f"({', '.join(further)}), which would not be seen, such as those of an adapter; use layers of their own "
-                "for them, as PEFT does, or leave the layer out by patterns."
+                f"Layer {name} is a {type(layer).__name__} with parameters of its own besides weight and "
+                f"bias ({', '.join(further)}), which would not be seen, such as those of an adapter; use layers of "
+                "their own for them, as PEFT does, or leave the layer out by patterns."
             )
         if isinstance(layer, nn.Conv2d) and (
             layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str)
@@ -173,8 +173,8 @@ def _refuse_uncovered(layers: Mapping[str, nn.Module]) -> None:
             owner = owners.setdefault(id(parameter), name)
             if owner != name:
                 raise InputError(
-                    f"Layers {owner} and {name} share a weight, so neither has a gradient of its own; leave both out by "
-                    "patterns, or give each a weight of its own."
+                    f"Layers {owner} and {name} share a weight, so neither has a gradient of its own; leave both out "
+                    "by patterns, or give each a weight of its own."
                 )
 
 

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -76,6 +77,28 @@ def refusal(data: TrainingDataModule) -> str:
     assert "\n" not in message
     assert message.endswith(".")
     return message
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 7, 24, 100])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+def test_every_sample_comes_once_an_epoch_in_as_many_batches_on_every_rank(
+    uneven: Path, world_size: int, workers: int, batch_size: int
+) -> None:
+    seen: list[str] = []
+    lengths = set()
+    for rank in range(world_size):
+        data = TrainingDataModule(str(uneven), batch_size, num_workers=workers, every_sample=True)
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, current_epoch=1)  # type: ignore[assignment]
+        loader = data.train_dataloader()
+        batches = list(loader)
+        assert len(batches) == len(loader)
+        assert all(0 < len(batch) <= max(2, batch_size) for batch in batches)
+        lengths.add(len(batches))
+        seen += [key for batch in batches for key in batch.keys]
+    assert len(lengths) == 1
+    assert Counter(seen) == Counter(set(seen))
+    assert len(seen) == 24
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 12])
