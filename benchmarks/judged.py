@@ -110,6 +110,12 @@ class Half:
         """The linear datamodelling score, mean over queries."""
         return float(linear_datamodelling_score(self._of(scores), self.kept, self.outcomes).mean())
 
+    def mean_of(self, scores: Tensor, query: str) -> float:
+        """The linear datamodelling score of one query."""
+        column, place = self.order.index(query), self.queries.index(query)
+        outcomes = self.outcomes[:, [place]]
+        return float(linear_datamodelling_score(scores[:, [column]], self.kept, outcomes).mean())
+
     def value(self, scores: Tensor) -> Value:
         """The same with its interval."""
         return Value(self.mean(scores), *linear_datamodelling_interval(self.predictions(scores), self.outcomes))

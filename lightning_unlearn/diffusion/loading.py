@@ -142,11 +142,11 @@ def load_network(
 def _from_diffusers(folder: Path) -> nn.Module:
     import diffusers
 
+    check_safetensors(folder)
     try:
         name = json.loads((folder / "config.json").read_bytes())["_class_name"]
         # Not AutoModel, which can't say what was missing (diffusers 0.42).
         network_class: Any = getattr(diffusers, name)
-        check_safetensors(folder, name)
         network, found = network_class.from_pretrained(
             str(folder),
             local_files_only=True,
@@ -167,12 +167,11 @@ def _from_diffusers(folder: Path) -> nn.Module:
     return network
 
 
-def check_safetensors(folder: Path, name: str) -> None:
+def check_safetensors(folder: Path) -> None:
     """Refuse a model's folder whose weights lie in ``.bin`` files: these are pickle, whoever loads them.
 
     Args:
         folder: As ``save_pretrained`` made it.
-        name: Of the model's class, for the message.
 
     Raises:
         InputError: If it has no safetensors, or an index of theirs names other files.
@@ -188,8 +187,8 @@ def check_safetensors(folder: Path, name: str) -> None:
     if other or (pickled and not files):
         raise InputError(
             f"The weights in {folder} lie in {(other or pickled)[0]}, which is pickle and is never read; where you "
-            f'trust the file, convert it by {name}.from_pretrained("{folder}", use_safetensors=False)'
-            f'.save_pretrained("{folder}"), and delete the old one.'
+            "trust the file, convert it with from_pretrained(folder, use_safetensors=False).save_pretrained(folder) "
+            "of the model's class, and delete it."
         )
 
 

@@ -243,7 +243,7 @@ def _transformers() -> Any:
 
 
 def _load_model(kind: Any, folder: Path, **settings: Any) -> Any:
-    check_safetensors(folder, kind.__name__)
+    check_safetensors(folder)
     if not any(folder.glob("*.safetensors")):
         raise InputError(f"{folder} has no .safetensors file; save the model again with save_pretrained.")
     model, info = _load(kind.from_pretrained, folder, use_safetensors=True, output_loading_info=True, **settings)

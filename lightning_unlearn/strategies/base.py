@@ -71,7 +71,8 @@ class Strategy(ABC):
         facts: What the last step was like, ``(Q,)`` each, for the results: the rise before it (``risen_before``), what
             it would be after it to first order (``first_order``), what it is (``rise``), the samples' mean losses
             (``others_after``) and how often losses were measured (``evaluations``), whatever is known of these.
-        limited: Target to what kept its last step from going as far as wanted (:mod:`~lightning_unlearn.scores.step_reasons`).
+        limited: Target to what kept its last step from going as far as wanted
+            (:mod:`~lightning_unlearn.scores.step_reasons`).
     """
 
     steps: int

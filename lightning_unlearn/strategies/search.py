@@ -61,8 +61,10 @@ def first_zeros(excess: Callable[[Tensor], Tensor], first: Tensor, active: Tenso
         latest_value, other_value = _moved(above, (high_value, low_value), (low_value, high_value))
         share = _share((latest, other, third), (latest_value, other_value, third_value), found)
         grown = place * (1.2 / (1 + value).clamp(min=0.1)).clamp(1.2, 2.0)
-        # The last place of whoever is found is not evaluated; without an upper end there is nothing to interpolate.
-        following = torch.where(high.isinf(), torch.where(found, place, grown), latest + share * (other - latest))
+        # The last place of whoever is found is not evaluated; without an upper end it lies on the line from the start.
+        following = torch.where(
+            high.isinf(), torch.where(found, place / (1 + value), grown), latest + share * (other - latest)
+        )
         place = torch.where(settled | lost, place, following)
         settled = settled | found | lost
         if bool(settled.all()):

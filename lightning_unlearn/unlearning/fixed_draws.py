@@ -76,7 +76,7 @@ class FixedDraws:
         self._others_base: Tensor | None = None
 
     @torch.no_grad()
-    def target_losses(self, deltas: Mapping[str, Tensor] | None, chosen: Tensor | None) -> Tensor:
+    def target_losses(self, deltas: Mapping[str, Tensor] | None, chosen: Tensor | None = None) -> Tensor:
         """Losses of targets; under θ₀ measured only once.
 
         Args:
@@ -99,7 +99,7 @@ class FixedDraws:
         return sum(self._sum(self.loss, batch, weights, "rise") for batch in batches) / self.draws
 
     @torch.no_grad()
-    def other_losses(self, deltas: Mapping[str, Tensor] | None, chosen: Tensor | None) -> Tensor:
+    def other_losses(self, deltas: Mapping[str, Tensor] | None, chosen: Tensor | None = None) -> Tensor:
         """The mean loss of the real samples under the weights of each target; under θ₀ measured only once.
 
         Args:

@@ -35,6 +35,7 @@ from lightning_unlearn.fingerprints import seed_of
 from lightning_unlearn.fisher import DiagonalFisher
 from lightning_unlearn.strategies import STRATEGIES, NaturalGradient, Newton
 from lightning_unlearn.strategies.scale import find_scales
+from lightning_unlearn.strategies.search import TOLERANCE
 from lightning_unlearn.unlearning.module import UnlearningModule
 
 DRAWS, DAMPING = 6, 0.1
@@ -152,7 +153,8 @@ def test_delta_of_a_wanted_rise_is_that_of_bisection_along_the_natural_gradient(
 
         before = mean_loss(0.0)
         scale = scale_by_bisection(lambda c, before=before, at=mean_loss: at(c) / before - 1, wanted)  # type: ignore[misc]
-        # The rise is only wanted to 1e-6 of itself, and the scale follows it.
+        # The rise is only wanted to a thousandth of itself, and the scale follows it; on a loss so smooth the last
+        # interpolation is nearer by three digits.
         assert_same(module.deltas.named(), target, {key: scale * value for key, value in direction.items()}, 3e-6)
         result = module.results[query.key]
         assert result["loss_before"] == pytest.approx(before, rel=1e-9)
@@ -366,7 +368,8 @@ def test_scales_are_found_on_any_rising_function(
     slopes = torch.tensor([slope for _, slope, _ in curves], dtype=torch.float64) * misjudged
     scales = find_scales(rises, slopes, wanted, names).scales
     assert scales.dtype == torch.float64
-    torch.testing.assert_close(rises(scales), torch.full_like(scales, wanted), rtol=2e-6, atol=0)
+    # As exact as the search promises; nearly always far more so.
+    torch.testing.assert_close(rises(scales), torch.full_like(scales, wanted), rtol=TOLERANCE, atol=0)
     # All at once is each alone.
     for place, one in enumerate(curves):
         alone = find_scales(rises_of([one]), slopes[place : place + 1], wanted, names[:1]).scales
@@ -404,11 +407,11 @@ def test_a_rise_that_cannot_be_reached_may_be_had_nearly_as_far_as_it_goes(
         scales = find_scales(rises, torch.tensor([reachable[1], 1.0]), wanted, names, short=True).scales
     found = rises(scales)
     # The other is where it would be without it, and the short one is just below the top.
-    assert float(found[0]) == pytest.approx(wanted, rel=2e-6)
+    assert float(found[0]) == pytest.approx(wanted, rel=TOLERANCE)
     assert 0.85 * top <= float(found[1]) <= top
     with pytest.warns(UserWarning, match="as far as it goes"):
         alone = find_scales(rises_of([(kind, 1.0, bend)]), torch.tensor([1.0]), wanted, names[1:], short=True)
-    assert torch.equal(alone, scales[1:])
+    assert torch.equal(alone.scales, scales[1:])
 
 
 def test_a_jump_over_the_wanted_rise_is_not_taken_for_it() -> None:
@@ -446,7 +449,7 @@ def test_a_wanted_rise_that_the_first_guess_stepped_over_is_found(short: bool) -
         return (scales + 100 * scales**2) * (-((scales / 0.2) ** 2)).exp()
 
     scales = find_scales(hump, torch.tensor([1.0, 0.5]), 1.0, ["query", "another"], short=short).scales
-    torch.testing.assert_close(hump(scales), torch.ones(2, dtype=torch.float64), rtol=2e-6, atol=0)
+    torch.testing.assert_close(hump(scales), torch.ones(2, dtype=torch.float64), rtol=TOLERANCE, atol=0)
 
 
 def test_a_loss_that_hardly_rises_is_an_error_all_the_same() -> None:
@@ -459,10 +462,12 @@ def test_a_loss_that_hardly_rises_is_an_error_all_the_same() -> None:
 
 def test_rounding_of_float32_losses_does_not_stop_the_search() -> None:
     for wanted in (1e-3, 0.1, 1.0):
-        scales = find_scales(
+        found = find_scales(
             lambda c: (1 + c.float() + c.float() ** 2).double() - 1, torch.tensor([1.0]), wanted, ["query"]
         )
-        assert float(scales + scales**2) == pytest.approx(wanted, abs=max(2e-7, 2e-6 * wanted))
+        # Half a unit of float32 at 1 or 2 in each of three roundings, and what the last interpolation leaves.
+        rounding = 3 * 2 * torch.finfo(torch.float32).eps
+        assert float(found.scales + found.scales**2) == pytest.approx(wanted, abs=rounding + 1e-4 * wanted)
 
 
 @pytest.mark.parametrize("slope", [0.0, -1.0, math.nan, math.inf])
