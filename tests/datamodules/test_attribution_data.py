@@ -280,7 +280,7 @@ def test_shard_that_holds_code_instead_of_arrays_never_runs_it(folder: Path) -> 
 
 
 def test_keys_of_which_no_shard_holds_any_are_found_before_any_work(folder: Path) -> None:
-    with pytest.raises(InputError, match="holds any of the 2 chosen keys, e.g. 'nobody'"):
+    with pytest.raises(InputError, match=r"holds any of the 2 chosen keys, e\.g\. 'nobody'"):
         toy_data(folder, keys=["nobody", "sample"]).setup("fit")
     toy_data(folder, keys=["nobody", "sample-00023"]).setup("fit")
 
