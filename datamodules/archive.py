@@ -1,7 +1,7 @@
 """A tar file read once from its start to its end, however hostile: what it holds, or one reason why not.
 
-:mod:`tarfile` parses the headers. What it takes silently is refused here: a damaged or zeroed header, which it takes for
-the end; what follows the end of the first of several archives in one file; and sizes that a header only claims.
+:mod:`tarfile` parses the headers. What it takes silently is refused here: a damaged or zeroed header, which it takes
+for the end; what follows the end of the first of several archives in one file; and sizes that a header only claims.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ UNPACKED_FREELY = 256 * 2**20
 _PACKED: dict[bytes, Callable[[BinaryIO], BinaryIO]] = {
     b"\x1f\x8b": lambda stream: cast(BinaryIO, gzip.GzipFile(fileobj=stream)),
     b"BZh": lambda stream: cast(BinaryIO, bz2.BZ2File(stream)),
-    b"\xfd7zXZ": lambda stream: cast(BinaryIO, lzma.LZMAFile(stream)),
+    b"\xfd7zXZ": lambda stream: cast(BinaryIO, lzma.LZMAFile(stream)),  # noqa: SIM115
 }
 
 
@@ -57,7 +57,7 @@ class Archive:
             Name and content; the content is empty where it isn't wanted.
 
         Raises:
-            tarfile.TarError: If it can't be read to its end, holds what is no regular file and no folder, or a file
+            tarfile.ReadError: If it can't be read to its end, holds what is no regular file and no folder, or a file
                 that is too large.
         """
         archive = None
@@ -73,14 +73,14 @@ class Archive:
                 if member is None:
                     return
                 content = self._content(member, wanted)
-            except tarfile.TarError:
+            except tarfile.ReadError:
                 raise
             except RecursionError:
                 raise tarfile.ReadError(f"it is damaged at byte {self._stream.tell()}: headers without end") from None
             except Exception as error:  # damaged bytes make tarfile and the decompressors raise nearly anything
                 reason = str(error) or type(error).__name__
                 raise tarfile.ReadError(f"it is damaged at byte {self._stream.tell()}: {reason}") from None
-            archive.members = []  # it would keep the headers of all files
+            archive.members = []  # type: ignore[attr-defined]  # it would keep the headers of all files
             if content is not None:
                 yield member.name, content
 
@@ -121,7 +121,8 @@ def _headers_of(stream: _Forward) -> type[tarfile.TarInfo]:
                 if BLOCK * stream.zeros > LONGEST_PADDING:
                     raise tarfile.ReadError(f"from byte {place + BLOCK - BLOCK * stream.zeros} on it is all zeros")
                 missing = "what a header announces is not there"
-                raise tarfile.EOFHeaderError(missing) if buf else tarfile.EmptyHeaderError(missing)
+                # These two tell tarfile apart what it may pass over and what ends the file.
+                raise tarfile.EOFHeaderError(missing) if buf else tarfile.EmptyHeaderError(missing)  # type: ignore[attr-defined]
             stream.join(place)
             try:
                 return super().frombuf(buf, encoding, errors)

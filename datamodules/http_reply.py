@@ -22,7 +22,7 @@ _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 _Result = TypeVar("_Result")
 
 
-class Unusable(OSError):
+class UnusableError(OSError):
     """What a server sends can't be used, and asking again would not help."""
 
 
@@ -65,7 +65,7 @@ class HttpReply:
         facts: What the reply says of the file.
 
     Raises:
-        Unusable: If the reply is not what was asked for.
+        UnusableError: If the reply is not what was asked for.
     """
 
     def __init__(self, url: str, start: int, facts: Facts | None) -> None:
@@ -107,10 +107,10 @@ class HttpReply:
         if reply.status == 206:
             part = _RANGE.fullmatch(reply.headers.get("Content-Range", ""))
             if part is None or int(part[1]) != start:
-                raise Unusable(f"asked for what follows byte {start}, its server sent another part")
+                raise UnusableError(f"asked for what follows byte {start}, its server sent another part")
             size, begins = (None if part[3] == "*" else int(part[3])), start
             if size is None or int(part[2]) != size - 1:
-                raise Unusable(f"asked for what follows byte {start}, its server sent less than all of it")
+                raise UnusableError(f"asked for what follows byte {start}, its server sent less than all of it")
         return begins, Facts(reply.headers.get("ETag"), reply.headers.get("Last-Modified"), size)
 
     def read(self, size: int) -> bytes:
@@ -155,7 +155,7 @@ def is_transient(error: Exception) -> bool:
     """
     if isinstance(error, aiohttp.ClientResponseError):
         return error.status in TRANSIENT
-    if isinstance(error, Unusable | FileNotFoundError | PermissionError | IsADirectoryError):
+    if isinstance(error, UnusableError | FileNotFoundError | PermissionError | IsADirectoryError):
         return False
     if isinstance(error, aiohttp.InvalidURL | aiohttp.ClientSSLError):
         return False

@@ -43,16 +43,12 @@ def read_fields(
     wanted = frozenset({*fields, *(PICTURE_FIELDS if pictures else ()), *((MASK_FIELD,) if masks else ())})
     count = 0
     try:
-        with OpenShard(shard) as opened:
-            archive = Archive(opened.stream, opened.position)
-            for sample in _Groups(shard.shown, wanted).of(archive):
-                count += 1
-                yield sample
-            while opened.stream.read(2**20):  # what is known of the whole is checked at its end
-                pass
+        for sample in _read(shard, wanted):
+            count += 1
+            yield sample
+    except InputError:
+        raise
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(
             f"Shard {shard.shown} can't be read past its sample {count} ({_first_line(error)}); fetch or make it again."
         ) from None
@@ -61,6 +57,13 @@ def read_fields(
             f"Shard {shard.shown} holds {count} samples, but its manifest says {shard.samples}; "
             "it may be cut off: fetch or make it again."
         )
+
+
+def _read(shard: ShardInfo, wanted: frozenset[str]) -> Iterator[dict[str, Any]]:
+    with OpenShard(shard) as opened:
+        yield from _Groups(shard.shown, wanted).of(Archive(opened.stream, opened.position))
+        while opened.stream.read(2**20):  # what is known of the whole is checked at its end
+            pass
 
 
 def read_samples(
@@ -162,8 +165,8 @@ class _Groups:
                 sample, seen = {"__key__": key, "__url__": self.shard}, set()
             if field in seen:
                 raise InputError(
-                    f"Shard {self.shard} can't be used ({name}: duplicate file name); keys must be unique, and upper and "
-                    "lower case don't tell fields apart."
+                    f"Shard {self.shard} can't be used ({name}: duplicate file name); keys must be unique, and upper "
+                    "and lower case don't tell fields apart."
                 )
             seen.add(field)
             if field in self.wanted:
@@ -189,8 +192,8 @@ class _Groups:
         fields = (*FIELDS, *PICTURE_FIELDS)
         if own.startswith(".") and own.lower().endswith(fields) and not content.startswith(APPLE_DOUBLE):
             raise InputError(
-                f"Shard {self.shard} holds the file {name!r}, which begins with a dot and so has no key; pack the shard "
-                "again under another name."
+                f"Shard {self.shard} holds the file {name!r}, which begins with a dot and so has no key; pack the "
+                "shard again under another name."
             )
         return None, ""
 

@@ -8,7 +8,7 @@ import time
 import fsspec
 
 from lightning_unlearn.data.addresses import scheme_of, shown_address
-from lightning_unlearn.datamodules.http_reply import Facts, HttpReply, Unusable, is_transient, reason_of
+from lightning_unlearn.datamodules.http_reply import Facts, HttpReply, UnusableError, is_transient, reason_of
 from lightning_unlearn.errors import InputError
 
 # Seconds before another attempt: a server that restarts or is busy gets a quarter of a minute, and nobody waits longer.
@@ -67,6 +67,7 @@ class RemoteFile:
 
     def _insistently(self, size: int) -> bytes:
         waits = iter(WAITS)
+        wait: float | None = None
         while True:
             started = time.monotonic()
             try:
@@ -84,6 +85,7 @@ class RemoteFile:
                 raise OSError(f"it is too slow: {self._position} bytes took {self._seconds:.0f} seconds")
             if content is not None:
                 return content
+            assert wait is not None
             time.sleep(wait)
 
     def close(self) -> None:
@@ -111,9 +113,9 @@ class RemoteFile:
         reply: HttpReply | StoredFile = opened(self.url, start, self._facts)
         try:
             if self._facts is not None and reply.facts != self._facts:
-                raise Unusable("it changed while it was read: the connection broke, and then it was another file")
+                raise UnusableError("it changed while it was read: the connection broke, then it was another file")
             if self._tag is not None and reply.facts.tag != self._tag:
-                raise Unusable("it was changed since this run began")
+                raise UnusableError("it was changed since this run began")
             self._again(reply)
         except BaseException:
             reply.close()
@@ -131,7 +133,9 @@ class RemoteFile:
             digest.update(content)
             left -= len(content)
         if not reply.facts.is_exact and digest.digest() != self._digest.digest():
-            raise Unusable("it changed while it was read: the connection broke, and what was read before is another now")
+            raise UnusableError(
+                "it changed while it was read: the connection broke, what was read before is another now"
+            )
 
 
 class StoredFile:
@@ -179,11 +183,11 @@ class StoredFile:
             position: How many bytes were read.
 
         Raises:
-            Unusable: If it was changed while it was read.
+            UnusableError: If it was changed while it was read.
             ConnectionError: If it is shorter than was said.
         """
         if self._ask() != self.facts:
-            raise Unusable("it changed while it was read")
+            raise UnusableError("it changed while it was read")
         if self.facts.size is not None and position < self.facts.size:
             raise ConnectionError(f"it ended {self.facts.size - position} bytes before its end")
 
@@ -208,8 +212,8 @@ def check_kind(url: str) -> None:
         fsspec.get_filesystem_class(kind)
     except ValueError:
         raise InputError(
-            f"Shards are not read from {shown!r}; give a path, an address that fsspec knows, such as http(s), s3, gs or "
-            "hf, or a `pipe:` command."
+            f"Shards are not read from {shown!r}; give a path, an address that fsspec knows, such as http(s), s3, gs "
+            "or hf, or a `pipe:` command."
         ) from None
     except ImportError as error:
         extra = EXTRAS.get(kind)

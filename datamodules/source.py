@@ -8,9 +8,9 @@ import os
 import stat
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Self, cast
 
-from typing_extensions import Buffer, Self, override
+from typing_extensions import Buffer, override
 from webdataset.gopen import gopen
 
 from lightning_unlearn.data.addresses import is_address, is_command

@@ -24,6 +24,7 @@ UNREAD = (".tar.zst", ".tzst", ".tar.lz4", ".tar.lz", ".tar.z", ".tar.lzma", ".t
 # Servers are asked about so many shards at once.
 ASKED_AT_ONCE = 16
 
+
 def list_shards(shards: str | Sequence[str], *, allow_pipe: bool = False) -> list[ShardInfo]:
     """All shards that a user named, largest first where a manifest gives sizes, then by address.
 
@@ -103,8 +104,8 @@ def _expand(url: str, manifests: dict[str, dict[str, ShardInfo]]) -> list[ShardI
         return [ShardInfo(url)]
     if not _exists(url):
         raise InputError(
-            f"There is no shard at {url}; check the path, or the folder you run from. Several shards are named by their "
-            "folder or by braces, and other places by addresses such as http(s)."
+            f"There is no shard at {url}; check the path, or the folder you run from. Several shards are named by "
+            "their folder or by braces, and other places by addresses such as http(s)."
         )
     path = _local(url)
     try:

@@ -9,7 +9,7 @@ NAMED = 5
 
 
 class InputError(ValueError):
-    """Something a user gave can't be used; the message is one sentence and says what to do.
+    r"""Something a user gave can't be used; the message is one sentence and says what to do.
 
     The command line prints the message alone, without a stack trace. Names and reasons in it come from anywhere, so
     what a terminal would obey instead of showing it is written as an escape.
@@ -19,7 +19,7 @@ class InputError(ValueError):
 
     Example:
         >>> print(InputError("There is no shard at \x1b[2J.tar."))
-        There is no shard at \\x1b[2J.tar.
+        There is no shard at \x1b[2J.tar.
     """
 
     def __init__(self, message: str) -> None:

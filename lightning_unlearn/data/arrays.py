@@ -36,12 +36,14 @@ def decode_array(content: bytes, name: str, dimensions: int, largest: float, whe
     stream = io.BytesIO(content)
     try:
         version = np.lib.format.read_magic(stream)
-        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[
+            version
+        ]
         shape, fortran_order, dtype = read_header(stream)
         if dtype.hasobject:
-            raise ValueError("it holds objects")
+            raise InputError("it holds objects")
         if not all(type(length) is int and length >= 0 for length in shape):
-            raise ValueError(f"its shape is {shape}")
+            raise InputError(f"its shape is {shape}")
     except Exception as error:  # a damaged header makes NumPy raise nearly anything, TokenError among it
         reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
         raise InputError(f"{where}: {name} is not a plain NumPy array ({reason}); write it with numpy.save.") from None
@@ -66,7 +68,7 @@ def decode_array(content: bytes, name: str, dimensions: int, largest: float, whe
         raise InputError(f"{where}: {name} holds NaN or infinity; make this sample again or leave it out.")
     if magnitude > largest:
         raise InputError(
-            f"{where}: {name} holds numbers as large as {magnitude:.3g}, more than {largest:.0e}; make this sample again "
-            "or leave it out."
+            f"{where}: {name} holds numbers as large as {magnitude:.3g}, more than {largest:.0e}; make this sample "
+            "again or leave it out."
         )
     return torch.from_numpy(array)

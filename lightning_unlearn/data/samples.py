@@ -13,8 +13,8 @@ A sample is a mapping of field name to bytes, as WebDataset reads it from a tar 
 ``png`` / ``jpg`` / ``webp``
     Optional: a picture for people to look at. It is never decoded on the way to a score.
 ``mask.png``
-    Optional, of a query: which part of it is unlearned (:mod:`lightning_unlearn.data.masks`). Samples that are scored, or
-    trained on, are read without it.
+    Optional, of a query: which part of it is unlearned (:mod:`lightning_unlearn.data.masks`). Samples that are
+    scored, or trained on, are read without it.
 
 Nothing else is decoded, and arrays are read with ``allow_pickle=False``: a shard is data and can't run code.
 """
@@ -183,8 +183,8 @@ def _check_fields(fields: Mapping[str, Any], where: str) -> None:
     dotted = fields.get("__dotted__")
     if dotted is not None:
         raise InputError(
-            f"{where}: its file {key + '.' + dotted!r} gives the key {key!r} and the field {dotted!r}, since a key ends "
-            "at the first dot; pack the shard again with underscores for dots."
+            f"{where}: its file {key + '.' + dotted!r} gives the key {key!r} and the field {dotted!r}, since a key "
+            "ends at the first dot; pack the shard again with underscores for dots."
         )
     missing = [name for name in REQUIRED_FIELDS if name not in fields]
     if missing:

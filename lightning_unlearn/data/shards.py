@@ -99,7 +99,9 @@ def encode_sample(
     picture_format: str = "png",
     mask: bytes | None = None,
 ) -> dict[str, Any]:
-    """The fields of one sample as :func:`write_shards` takes them (their meaning: :mod:`lightning_unlearn.data.samples`).
+    """The fields of one sample as :func:`write_shards` takes them.
+
+    Their meaning: :mod:`lightning_unlearn.data.samples`.
 
     Args:
         key: Unique name; a dot in it would end it in a tar file, so dots become underscores.

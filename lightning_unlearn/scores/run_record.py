@@ -103,10 +103,8 @@ def _as_list(patterns: str | list[str]) -> list[str]:
 
 
 def _absolute(url: str) -> str:
-    """A local path as it is called from any folder, so that the report can be written from another one.
-
-    Of an address only what is not secret.
-    """
+    # A local path as it is called from any folder, so that the report can be written from another one; of an address
+    # only what is not secret.
     return shown_address(url) if is_address(url) else str(Path(url).expanduser().resolve())
 
 

@@ -50,9 +50,7 @@ def unlearning_digest(settings: Mapping[str, Any], datamodule: Any, real: bool) 
 
 
 def _lasting(shard: ShardInfo) -> list[str]:
-    """Of a shard what stays as it is when it is copied to another place.
-
-    Without a digest in a manifest nothing tells its content but size and time of change, or what its server says.
-    """
+    """Of a shard what stays as it is when it is copied to another place, where a manifest has a digest of it."""
+    # Without one nothing tells its content but size and time of change, or what its server says.
     content = shard.sha256 if shard.sha256 is not None else shard.version
     return [name_of(shard.url), str(shard.samples), str(shard.bytes), content]

@@ -17,6 +17,7 @@ from toys import toy_fields, toy_shards
 from lightning_unlearn.data.samples import Sample, SampleBatch
 from lightning_unlearn.data.shards import MANIFEST, ShardInfo, npy_bytes, shard_id, write_shards
 from lightning_unlearn.datamodules import AttributionDataModule
+from lightning_unlearn.datamodules.reading import read_keys, read_samples
 from lightning_unlearn.datamodules.scoring import ScoringStream
 from lightning_unlearn.errors import InputError
 
@@ -273,3 +274,45 @@ def test_shard_that_holds_code_instead_of_arrays_never_runs_it(folder: Path) -> 
     with pytest.raises(InputError, match="is not a plain NumPy array"):
         AttributionDataModule(str(folder / "evil"), str(folder / "queries")).setup("predict")
     assert not (folder / "ran").exists()
+
+
+# ---------------------------------------------------------------------------------- keys and bad samples
+
+
+def test_keys_of_which_no_shard_holds_any_are_found_before_any_work(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"holds any of the 2 chosen keys, e\.g\. 'nobody'"):
+        toy_data(folder, keys=["nobody", "sample"]).setup("fit")
+    toy_data(folder, keys=["nobody", "sample-00023"]).setup("fit")
+
+
+def test_keys_from_a_windows_editor_are_the_same_and_other_bytes_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "keys.txt").write_bytes("\ufeffa\r\nb\r\n".encode())
+    assert read_keys(str(tmp_path / "keys.txt")) == {"a", "b"}
+    (tmp_path / "keys.txt").write_bytes("a\r\nb\r\n".encode("utf-16"))
+    with pytest.raises(InputError, match="is not UTF-8"):
+        read_keys(str(tmp_path / "keys.txt"))
+
+
+@pytest.mark.parametrize("huge", [3e38, -1e9, float("nan")])
+def test_a_huge_number_is_a_bad_sample_and_no_number_of_a_run(folder: Path, huge: float) -> None:
+    latent = torch.zeros(3, 8, 8)
+    latent[0, 0, 0] = huge
+    fields = [toy_fields(n) for n in range(30, 34)]
+    fields[2]["latent.npy"] = npy_bytes(latent.numpy())
+    write_shards(fields, folder / "train")
+    data = toy_data(folder, on_bad_sample="skip")
+    data.setup("fit")
+    keys = [sample.key for sample in data.real_samples("others", 0).take(0, 9)]
+    assert set(keys) == {"sample-00030", "sample-00031", "sample-00033"}
+    strict = toy_data(folder)
+    strict.setup("fit")
+    with pytest.raises(InputError, match=r"'sample-00032' in .*shard-000000\.tar"):
+        strict.real_samples("others", 0).take(0, 9)
+
+
+def test_a_bad_sample_is_not_decoded_for_the_report(folder: Path) -> None:
+    fields = [toy_fields(0), {**toy_fields(1), "json": b"{}"}]
+    (shard,) = write_shards(fields, folder / "bad")
+    assert [sample.key for sample in read_samples(shard, keys=frozenset(["sample-00000"]))] == ["sample-00000"]
+    with pytest.raises(InputError):
+        list(read_samples(shard))

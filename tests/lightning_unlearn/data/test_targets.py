@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from attribution_runs import decoded
-from toys import told, toy_fields
+from toys import toy_fields
 
 from lightning_unlearn.data.samples import Sample
 from lightning_unlearn.data.targets import targets_of
@@ -15,7 +16,8 @@ from lightning_unlearn.errors import InputError
 
 
 def query(number: int, **facts: Any) -> Sample:
-    return decoded(told(toy_fields(number, prefix="query"), **facts))
+    sample = decoded(toy_fields(number, prefix="query"))
+    return replace(sample, metadata={**sample.metadata, **facts})
 
 
 def found(queries: list[Sample], field: str | None = "artist") -> list[tuple[str, list[str]]]:
