@@ -131,8 +131,10 @@ def _save(trainer: Trainer, path: Path) -> None:
 
 def _is_unlearned(path: Path, module: UnlearningModule, data: AttributionDataModule, trainer: Trainer) -> bool:
     """Whether a checkpoint holds the deltas that this run would make."""
-    if not path.is_file():
+    if not path.exists():
         return False
+    if not path.is_file():
+        raise InputError(f"{path} is no file, so the deltas can't be kept there; choose another --output.")
     theirs = read_deltas(str(path))["fingerprints"]
     data.trainer = trainer  # so that each process looks at its own shards only
     data.setup("fit")

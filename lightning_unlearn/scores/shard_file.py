@@ -165,13 +165,15 @@ def read_shard_scores(folder: Path, shard: str, run: str, wanted: Callable[[str]
             f"The scores of {shard} in {folder} are of another run; remove them, or score into another folder."
         )
     if not (whole and plain):
-        raise InputError(f"{path} was altered after it was written; remove it and run the same command again.")
+        strange = [name for name in names if isinstance(digests, dict) and name not in digests]
+        what = f" (its column {strange[0]!r} is none of ours)" if strange else ""
+        raise InputError(f"{path} was altered after it was written{what}; remove it and run the same command again.")
     return table
 
 
 def _agrees(table: pa.Table, names: Sequence[str], digests: Any) -> bool:
     """Whether a file has the columns that were written, and those that were read hold what was written."""
-    if not isinstance(digests, dict) or sorted(digests) != sorted(names):
+    if not isinstance(digests, dict) or list(digests) != list(names):
         return False
     return all(digests[name] == _column_digest(table, name) for name in table.column_names)
 

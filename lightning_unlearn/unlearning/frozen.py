@@ -14,8 +14,8 @@ from lightning_unlearn.data.samples import ViewBatch
 from lightning_unlearn.diffusion.objective import Objective
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import digest, settings_digest, tensors_digest
-from lightning_unlearn.weights.delta_files import CHECKPOINT_KEY, read_targets, sealed_targets
-from lightning_unlearn.weights.deltas import DeltaStore, NetworkLoss
+from lightning_unlearn.weights.delta_files import read_targets, sealed_targets
+from lightning_unlearn.weights.deltas import CHECKPOINT_KEY, DeltaStore, NetworkLoss
 from lightning_unlearn.weights.parameters import layer_parameters, select_layers
 from lightning_unlearn.weights.precision import ExactFloat32
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from packaging.version import InvalidVersion, Version
 from torch import Tensor
 from typing_extensions import override
 
@@ -18,8 +19,8 @@ from lightning_unlearn.data.files import reason_of, write_atomically
 from lightning_unlearn.diffusion.loading import read_checkpoint
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import settings_digest, tensors_digest
+from lightning_unlearn.weights.deltas import CHECKPOINT_KEY
 
-CHECKPOINT_KEY = "unlearning"
 _FIELDS: dict[str, type] = {
     "targets": list,
     "members": dict,
@@ -119,6 +120,14 @@ def _is_unaltered(about: dict[str, Any], state: dict[str, Tensor]) -> bool:
         return False
 
 
+def _is_version(text: Any) -> bool:
+    """Whether Lightning, which asks for it before anything else, can read a version."""
+    try:
+        return isinstance(text, str) and bool(Version(text))
+    except InvalidVersion:
+        return False
+
+
 def read_deltas(path: str, *, finished: bool = True) -> dict[str, Any]:
     """What a file of deltas says of its targets, once it is certain that the whole file is as it was written.
 
@@ -142,8 +151,7 @@ def read_deltas(path: str, *, finished: bool = True) -> dict[str, Any]:
         raise InputError(f"{path} is damaged (a checksum of it is wrong); remove it and unlearn again.")
     checkpoint = read_checkpoint(path)
     about = read_targets(checkpoint, path)
-    # Lightning asks for it before anything else.
-    if not isinstance(checkpoint.get("pytorch-lightning_version"), str):
+    if not _is_version(checkpoint.get("pytorch-lightning_version")):
         raise InputError(f"{path} was altered after it was written; remove it and unlearn again.")
     if finished and not about["finished"]:
         raise InputError(

@@ -11,6 +11,9 @@ from torch.func import functional_call
 from lightning_unlearn.data.samples import ViewBatch
 from lightning_unlearn.diffusion.objective import Objective
 
+# What a checkpoint says of its deltas.
+CHECKPOINT_KEY = "unlearning"
+
 
 class DeltaStore(nn.Module):
     """The deltas of all targets, stacked: one parameter ``(Q, *weight)`` for each chosen weight.

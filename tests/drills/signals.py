@@ -21,6 +21,8 @@ from processes import Script
 STOPPED = "lightning-unlearn: stopped."
 # Longer than this nobody should wait, however busy the machine is; the grace is two seconds.
 SOON = 15.0
+# A signal that comes when all is done may find nobody.
+AT_ONCE = 1.0
 
 
 def drill(moments: int, seed: int, names: tuple[str, ...] | None = None) -> Report:
@@ -34,6 +36,8 @@ def drill(moments: int, seed: int, names: tuple[str, ...] | None = None) -> Repo
     Returns:
         What was seen.
     """
+    # Whoever starts a drill in the background has it ignore SIGINT, which the commands would respect.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     report, draw = Report(), random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="signals-") as place:
         folder = Path(place)
@@ -55,7 +59,8 @@ def drill(moments: int, seed: int, names: tuple[str, ...] | None = None) -> Repo
 def _stop(job: Job, out: Path, moment: float, number: int, report: Report, where: str) -> None:
     sent = (signal.SIGTERM, signal.SIGINT)[number % 2]
     with Script(PROGRAM, *job.words(out), folder=out.parent) as script:
-        if script.wait(moment) is None:
+        was_sent = script.wait(moment) is None
+        if was_sent:
             os.kill(script.pid, sent)
         started = time.monotonic()
         status = script.wait(SOON)
@@ -65,7 +70,7 @@ def _stop(job: Job, out: Path, moment: float, number: int, report: Report, where
     check_files(out, report, where)
     if status == 128 + sent and said.count(STOPPED) == 1:
         report.count("stopped")
-    elif status == 0 and STOPPED not in said:
+    elif status == 0 and STOPPED not in said and (not was_sent or time.monotonic() - started < AT_ONCE):
         report.count("ended before")
         shutil.rmtree(out)
         out.mkdir()
