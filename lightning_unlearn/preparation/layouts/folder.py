@@ -34,7 +34,8 @@ def folder_records(folder: Path, reading: Reading) -> Iterator[Record]:
     pictures = list(_pictures(names, reading))
     numbered = _is_numbered(folder, pictures, reading)
     if numbered and reading.choices.repeats == "auto":
-        reading.tally.add("folders are named as kohya's: their numbers became weights (or say repeats=none)", "all")
+        for parent in sorted({_parent(folder, name) for name in pictures}):
+            reading.tally.add("folders' numbers of repeats became weights (say repeats=none if they are none)", parent)
     for name in pictures:
         subset = repeats_of_folder(_parent(folder, name)) if numbered else None
         if numbered and (subset is None or subset[0] < 1):

@@ -250,3 +250,17 @@ def test_pixels_of_a_like_go_through_its_resizing(made: Any, tmp_path: Path) -> 
         seen = np.asarray(resized(ramp(8, 8), 4, 4, way), dtype=np.float32)  # type: ignore[arg-type]
         expected = torch.from_numpy(seen.transpose(2, 0, 1) / np.float32(127.5) - 1)
         assert torch.equal(made(like=like)["a"].latent, expected)
+
+
+def test_the_command_line_takes_choices(tmp_path: Path, text_encoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from lightning_unlearn.command_line.cli import main
+
+    folder = tmp_path / "set" / "2_sks"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (4, 8)).save(folder / "a.png")
+    command = ["prepare", "--images", str(tmp_path / "set"), "--output", str(tmp_path / "out"), "--size=4"]
+    command += ["--text_encoder", str(text_encoder), "--like=kohya"]
+    assert main(command) == 1
+    assert "crop=middle" in capsys.readouterr().err
+    assert main([*command, "--crop=middle"]) == 0
+    assert read(tmp_path / "out")["2_sks-a"].captions == ["sks"]
