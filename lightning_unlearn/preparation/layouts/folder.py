@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.preparation.layouts.caption_files import caption_suffixes, captions_beside
+from lightning_unlearn.preparation.layouts.caption_files import DEFAULT_FILE, caption_suffixes, captions_beside
 from lightning_unlearn.preparation.layouts.files import (
     REGULARISATION_FOLDERS,
     files_in,
@@ -115,7 +115,8 @@ def _count_others(names: list[str], pictures: set[str], reading: Reading) -> Non
     with_picture = {str(PurePosixPath(name).with_suffix("")) for name in pictures}
     for name in names:
         path = PurePosixPath(name)
-        if is_picture_name(name):
+        default = path.name == DEFAULT_FILE and reading.choices.missing_caption == "default_file"
+        if is_picture_name(name) or default:
             continue
         if path.suffix not in suffixes:
             reading.tally.add("other files were left out", name)
