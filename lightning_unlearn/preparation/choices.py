@@ -10,7 +10,7 @@ from lightning_unlearn.errors import InputError
 Trainer = Literal["kohya", "simpletuner", "onetrainer", "ai-toolkit", "diffusers"]
 CaptionLines = Literal["each", "first", "joined"]
 CaptionFor = Literal["all", "missing"]
-MissingCaption = Literal["error", "empty", "folder"]
+MissingCaption = Literal["error", "empty", "folder", "default_file"]
 Repeats = Literal["auto", "folder", "none"]
 Exif = Literal["turn", "keep"]
 Alpha = Literal["white", "drop"]
@@ -29,7 +29,8 @@ class Choices:
         caption_suffix: Of caption files; ``None`` takes ``.txt`` or ``.caption``, whichever lies beside a picture.
         caption_for: Whether ``caption`` is the caption of all samples, or of those alone that have no other.
         missing_caption: What a sample without a caption gets: it is bad, or has the empty one, or the words in its
-            folder's name after the number of repeats.
+            folder's name after the number of repeats, or what ``default.txt`` in its folder says; the empty one if
+            there are no such words, or no such file.
         repeats: Whether ``10_sks dog`` means ten repeats of what lies in it; ``"auto"`` if all pictures lie so.
         exif: Whether a picture is turned as its EXIF orientation says.
         alpha: Whether what is transparent becomes white, or shows the colours that lie hidden in it.
@@ -76,7 +77,7 @@ _RULES: dict[str, dict[str, Any]] = {
         "caption_lines": "joined",
         "caption_suffix": ".txt",
         "caption_for": "missing",
-        "missing_caption": "empty",
+        "missing_caption": "default_file",
         "alpha": "drop",
         "crop": "bucket",
         "masks": "picture",

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
+
+from tqdm.auto import tqdm
 
 from lightning_unlearn.data.shards import MANIFEST, ShardInfo
 from lightning_unlearn.errors import InputError
@@ -107,8 +110,8 @@ def prepare(
         caption_for: Whether it is for all samples (by default), or for those that are missing one.
         caption_lines: What lines of a caption file are: each a caption (by default), the first alone, or all joined.
         caption_suffix: Of caption files; by default .txt or .caption, whichever is there.
-        missing_caption: What a sample without a caption gets: an error (by default), the empty caption, or what its
-            folder's name says after the number of repeats.
+        missing_caption: What a sample without a caption gets: an error (by default), the empty caption, what its
+            folder's name says after the number of repeats, or what default.txt in its folder says.
         repeats: Whether a folder's number of repeats becomes the weight in its samples' json; by default if all folders
             have one, which then also name the samples that are missing a caption.
         exif: Turn pictures as their EXIF orientation says (by default), or keep them.
@@ -186,6 +189,8 @@ def prepare(
     )
     folder = Path(output).expanduser()
     _check_output(folder, overwrite)
+    if not_followed:
+        tqdm.write(f"like={like}: {'; '.join(not_followed)}.", file=sys.stderr)
     place = device_called(device)
     tally = Tally()
     latents_from = latent_source(latents, latents_flip, pipeline, size, grey, vae_sample, seed, place, tally)

@@ -84,7 +84,7 @@ class Reading:
             return [self.caption]
         if not captions and self.choices.missing_caption == "folder" and folder:
             return [folder]
-        if not captions and self.choices.missing_caption in {"empty", "folder"}:
+        if not captions and self.choices.missing_caption != "error":
             return [""]
         return captions
 

@@ -9,6 +9,8 @@ from lightning_unlearn.preparation.choices import Choices
 from lightning_unlearn.preparation.layouts.files import CAPTION_SUFFIXES
 from lightning_unlearn.preparation.records import SKIP
 
+DEFAULT_FILE = "default.txt"
+
 
 def caption_suffixes(choices: Choices) -> tuple[str, ...]:
     """Suffixes that a caption file may have."""
@@ -23,7 +25,7 @@ def captions_beside(picture: Path, choices: Choices) -> list[str]:
         choices: Which suffix that file has, and what its lines mean.
 
     Returns:
-        The captions; none if there is no such file, or nothing in it.
+        The captions, those for the whole folder if there is no such file; none if there is nothing in it.
 
     Raises:
         InputError: If the file can't be read, or there are two that differ.
@@ -33,6 +35,9 @@ def captions_beside(picture: Path, choices: Choices) -> list[str]:
     if len(set(texts.values())) > 1:
         names = " and ".join(path.name for path in texts)
         raise InputError(f"{picture} has {names}, which differ; say which with `caption_suffix`, or {SKIP}.")
+    default = picture.with_name(DEFAULT_FILE)
+    if not texts and choices.missing_caption == "default_file" and default.is_file():
+        return captions_of_text(_read(default), choices)
     if not texts:
         return []
     path, text = next(iter(texts.items()))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from lightning_unlearn.errors import InputError
 from lightning_unlearn.preparation.choices import Choices
 
 PICTURE_SUFFIXES = frozenset({
@@ -32,14 +34,31 @@ def readable_suffixes() -> frozenset[str]:
 def files_in(folder: Path) -> Iterator[str]:
     """The files of a folder and those below it in the order of their paths, without hidden ones.
 
+    Linked folders are followed, as trainers do, each once.
+
     Args:
         folder: The folder.
 
     Yields:
         Paths relative to it, with slashes.
+
+    Raises:
+        InputError: If a folder can't be read.
     """
-    names = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
-    yield from sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
+    found: list[str] = []
+    seen: set[str] = set()
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"The folder {error.filename} can't be read ({error.strerror}); see to its rights.")
+
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        real = os.path.realpath(place)
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        if real not in seen:
+            inside = Path(place).relative_to(folder)
+            found.extend((inside / name).as_posix() for name in names if not name.startswith("."))
+        seen.add(real)
+    yield from sorted(found)
 
 
 def is_picture_name(name: str) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.preparation.layouts.caption_files import caption_suffixes, captions_beside
+from lightning_unlearn.preparation.layouts.caption_files import DEFAULT_FILE, caption_suffixes, captions_beside
 from lightning_unlearn.preparation.layouts.files import (
     REGULARISATION_FOLDERS,
     files_in,
@@ -34,7 +34,8 @@ def folder_records(folder: Path, reading: Reading) -> Iterator[Record]:
     pictures = list(_pictures(names, reading))
     numbered = _is_numbered(folder, pictures, reading)
     if numbered and reading.choices.repeats == "auto":
-        reading.tally.add("folders are named as kohya's: their numbers became weights (or say repeats=none)", "all")
+        for parent in sorted({_parent(folder, name) for name in pictures}):
+            reading.tally.add("folders' numbers of repeats became weights (say repeats=none if they are none)", parent)
     for name in pictures:
         subset = repeats_of_folder(_parent(folder, name)) if numbered else None
         if numbered and (subset is None or subset[0] < 1):
@@ -114,7 +115,8 @@ def _count_others(names: list[str], pictures: set[str], reading: Reading) -> Non
     with_picture = {str(PurePosixPath(name).with_suffix("")) for name in pictures}
     for name in names:
         path = PurePosixPath(name)
-        if is_picture_name(name):
+        default = path.name == DEFAULT_FILE and reading.choices.missing_caption == "default_file"
+        if is_picture_name(name) or default:
             continue
         if path.suffix not in suffixes:
             reading.tally.add("other files were left out", name)

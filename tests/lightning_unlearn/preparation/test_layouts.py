@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -161,7 +162,7 @@ LAYOUTS = {
         captions={"10_sks dog-1": ["sks dog"], "2_sks_cat-2": ["its own"]},
         colours={"10_sks dog-1": GREEN, "2_sks_cat-2": BLUE},
         weights={"10_sks dog-1": 10, "2_sks_cat-2": 2},
-        counted=("their numbers became weights",),
+        counted=("2 folders' numbers of repeats became weights",),
     ),
     "one of kohya's folders alone": Layout(
         tree({"10_sks dog/1.png": picture()}),
@@ -395,6 +396,23 @@ def test_a_layout_gives_the_right_samples_or_one_sentence(name: str, tmp_path: P
         assert any(line in said for said in counted), counted
     assert about["skipped"] == layout.left_out == len(about["left_out"]["faults"])
     assert str(tmp_path) not in json.dumps(about)
+
+
+def test_a_data_set_without_its_library_says_what_to_install(
+    tmp_path: Path, text_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image_parquet(tmp_path / "set")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match=r"which needs datasets; `pip install lightning-unlearn\[datasets\]`"):
+        prepare(str(tmp_path / "out"), str(tmp_path / "set"), size=4, text_encoder=str(text_encoder))
+
+
+def test_linked_folders_are_followed_once(tmp_path: Path, text_encoder: Path) -> None:
+    tree({"elsewhere/a.png": picture(), "elsewhere/a.txt": "a", "set/b.png": picture(), "set/b.txt": "b"})(tmp_path)
+    (tmp_path / "set" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "set")
+    prepare(str(tmp_path / "out"), str(tmp_path / "set"), size=4, text_encoder=str(text_encoder))
+    assert sorted(read(tmp_path / "out")) == ["b", "link-a"]
 
 
 @pytest.mark.skipif(".avif" not in readable_suffixes(), reason="Pillow is built without AVIF")

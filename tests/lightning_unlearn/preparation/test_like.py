@@ -140,6 +140,15 @@ def test_a_missing_caption(like: str | None, caption: list[str] | None, made: An
     assert sample.metadata.get("weight") == (3 if like in {None, "kohya"} else None)
 
 
+def test_ai_toolkit_reads_a_default_file_where_a_caption_is_missing(made: Any, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        Image.new("RGB", (4, 4)).save(tmp_path / "set" / f"{name}.png")
+    (tmp_path / "set" / "a.txt").write_text("its own")
+    (tmp_path / "set" / "default.txt").write_text("for\nall")
+    samples = made(like="ai-toolkit")
+    assert {key: sample.captions for key, sample in samples.items()} == {"a": ["its own"], "b": ["for, all"]}
+
+
 def test_diffusers_gives_its_one_prompt_to_all_and_others_where_none_is(made: Any, tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "set" / "a.png")
     (tmp_path / "set" / "a.txt").write_text("its own")
@@ -175,11 +184,12 @@ def test_kohya_takes_no_gif_and_says_so(made: Any, tmp_path: Path) -> None:
     assert sorted(made(like="kohya", picture_kinds="png, GIF")) == ["a", "b"]
 
 
-def test_every_choice_stands_in_the_manifest(made: Any, tmp_path: Path) -> None:
+def test_every_choice_stands_in_the_manifest(made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "set" / "a.png")
     (tmp_path / "set" / "a.txt").write_text("a")
     made(like="kohya", alpha="white", caption="sks")
     (out,) = tmp_path.glob("out-*")
+    assert "like=kohya: caption dropout, shuffled tags" in capsys.readouterr().err
     told = manifest(out)["reading"]
     assert (told["like"], told["layout"], told["caption"]) == ("kohya", "folder", "sks")
     assert told["choices"] == {**choose("kohya")[0].as_json(), "alpha": "white"}
@@ -250,3 +260,17 @@ def test_pixels_of_a_like_go_through_its_resizing(made: Any, tmp_path: Path) -> 
         seen = np.asarray(resized(ramp(8, 8), 4, 4, way), dtype=np.float32)  # type: ignore[arg-type]
         expected = torch.from_numpy(seen.transpose(2, 0, 1) / np.float32(127.5) - 1)
         assert torch.equal(made(like=like)["a"].latent, expected)
+
+
+def test_the_command_line_takes_choices(tmp_path: Path, text_encoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from lightning_unlearn.command_line.cli import main
+
+    folder = tmp_path / "set" / "2_sks"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (4, 8)).save(folder / "a.png")
+    command = ["prepare", "--images", str(tmp_path / "set"), "--output", str(tmp_path / "out"), "--size=4"]
+    command += ["--text_encoder", str(text_encoder), "--like=kohya"]
+    assert main(command) == 1
+    assert "crop=middle" in capsys.readouterr().err
+    assert main([*command, "--crop=middle"]) == 0
+    assert read(tmp_path / "out")["2_sks-a"].captions == ["sks"]
