@@ -186,6 +186,16 @@ def _inject(network: nn.Module, layers: Mapping[str, LowRank]) -> None:
             shape = (1, -1, 1, 1) if layer.down.ndim == 4 else (-1,)
             state[f"{name}.lora_magnitude_vector"] = layer.magnitude.reshape(shape)
     inject_adapter_in_model(config, network, ADAPTER)
+    for name in layers:
+        # PEFT makes them in the base's dtype, and half precision would round what the file has.
+        module = network.get_submodule(name)
+        for kept in (
+            f"lora_A.{ADAPTER}",
+            f"lora_B.{ADAPTER}",
+            *([f"lora_magnitude_vector.{ADAPTER}"] * config.use_dora),
+        ):
+            dtype = next(module.get_submodule(kept).parameters()).dtype
+            module.get_submodule(kept).to(torch.promote_types(dtype, torch.float32))
     set_peft_model_state_dict(network, state, ADAPTER)
     network.eval()
 
