@@ -32,9 +32,9 @@ LAYERS = [f"{ATTENTION}.to_k", f"{ATTENTION}.to_v"]
 WEIGHTS = {f"{layer}.lora_{part}.default" for layer in LAYERS for part in "AB"}
 
 
-@pytest.fixture
-def lora(tmp_path: Path) -> str:
-    adapter = forms.random_adapter(tiny_unet(), LAYERS)
+@pytest.fixture(params=[False, True], ids=["lora", "dora"])
+def lora(tmp_path: Path, request: pytest.FixtureRequest) -> str:
+    adapter = forms.random_adapter(tiny_unet(), LAYERS, dora=request.param)
     return forms.save(tmp_path / "lora.safetensors", forms.kohya_state(adapter))
 
 
@@ -93,10 +93,13 @@ def test_merged_adapter_is_a_network_without_one(lora: str) -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
-def test_fingerprint_knows_the_scale(lora: str, tmp_path: Path) -> None:
-    adapter = forms.random_adapter(tiny_unet(), LAYERS, alpha=1.0)
-    other = forms.save(tmp_path / "other.safetensors", forms.kohya_state(adapter))
-    marks = [module(path, fisher="identity").weights_fingerprint() for path in (lora, other, lora)]
+def test_fingerprint_knows_the_scale(tmp_path: Path) -> None:
+    weights = forms.random_adapter(tiny_unet(), LAYERS)
+    paths = []
+    for number, alpha in enumerate((2.0, 1.0, 2.0)):
+        adapter = {name: one._replace(alpha=alpha) for name, one in weights.items()}
+        paths.append(forms.save(tmp_path / f"{number}.safetensors", forms.kohya_state(adapter)))
+    marks = [module(path, fisher="identity").weights_fingerprint() for path in paths]
     assert marks[0] == marks[2] != marks[1]
 
 

@@ -65,7 +65,7 @@ def changed(**tensors: Tensor | None) -> State:
         (lambda: changed(lora_down__weight=torch.full((3, 6), torch.inf)), "infinite or missing numbers in down"),
         (lambda: changed(lora_up__weight=torch.ones(8, 3, dtype=torch.int8)), "up in torch.int8"),
         (lambda: changed(dora_scale=torch.ones(1, 6)), r"dora_scale \(1, 6\).*wd_on_output"),
-        (lambda: changed(dora_scale=torch.ones(8, 1)), "DoRA in 1 layers and LoRA in 1"),
+        (lambda: changed(dora_scale=torch.ones(8, 1)), "is DoRA in 1 layers and LoRA in 1"),
         (
             lambda: {key: it * ("up" not in key) for key, it in kohya().items()},
             "does nothing: B is zero in all of its 2",
@@ -127,6 +127,8 @@ def test_other_kinds_are_refused_by_their_name(key: str, kind: str, tmp_path: Pa
         ({"lora_alpha": None}, "the alpha None"),
         ({"init_lora_weights": "pissa"}, "started by pissa, which changes the base weights"),
         ({"use_qalora": True}, "PEFT's use_qalora"),
+        ({"alpha_pattern": {"(": 5}}, "alpha_pattern in the adapter's settings is no map"),
+        ({"rank_pattern": [3]}, "rank_pattern in the adapter's settings is no map"),
     ],
 )
 def test_settings_of_peft_that_do_not_fit_are_refused(settings: dict[str, Any], says: str, tmp_path: Path) -> None:
@@ -159,6 +161,19 @@ def test_what_is_no_adapter_or_no_place_for_one_is_refused(tmp_path: Path) -> No
     network = loaded(tmp_path, kohya())
     with pytest.raises(InputError, match="has an adapter already"):
         load_adapter(network, str(tmp_path / "lora.safetensors"))
+
+
+def test_weights_that_peft_drops_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("peft.set_peft_model_state_dict", lambda *arguments: None)
+    with pytest.raises(InputError, match=r"PEFT did not take the weights of .*to_k as they are in the file"):
+        loaded(tmp_path, kohya())
+
+
+def test_what_peft_refuses_gets_a_sentence(tmp_path: Path) -> None:
+    network = nn.ModuleDict({"conv": nn.Conv2d(4, 4, 3, groups=2)})
+    state = {"conv.lora_A.weight": torch.ones(3, 2, 3, 3), "conv.lora_B.weight": torch.ones(4, 3, 1, 1)}
+    with pytest.raises(InputError, match="PEFT can't put the adapter on this network"):
+        load_adapter(network, forms.save(tmp_path / "lora.safetensors", state))
 
 
 # ---------------------------------------------------------------------------------- taken
