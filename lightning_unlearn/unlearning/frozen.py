@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from lightning_unlearn.data.samples import ViewBatch
+from lightning_unlearn.diffusion.adapters import adapter_scales
 from lightning_unlearn.diffusion.objective import Objective
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import digest, settings_digest, tensors_digest
@@ -171,7 +172,9 @@ class FrozenModule(LightningModule):
             form: Any = repr(self.network)
             if isinstance(config, Mapping):
                 form = {name: value for name, value in config.items() if not name.startswith("_")}
-            form = json.dumps([type(self.network).__qualname__, form], sort_keys=True, default=str)
+            scales = adapter_scales(self.network)
+            about = [type(self.network).__qualname__, form, *([scales] if scales else [])]
+            form = json.dumps(about, sort_keys=True, default=str)
             self._fingerprints["weights"] = digest(form, tensors_digest(self.network.state_dict()))
         return self._fingerprints["weights"]
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lightning_unlearn.data.samples import SampleBatch
+from lightning_unlearn.diffusion.adapters import load_adapter, objective_of_training, warn_of_other_loss
 from lightning_unlearn.diffusion.loading import load_network
 from lightning_unlearn.diffusion.objective import DenoisingObjective, Objective
 from lightning_unlearn.draws.views import Views
@@ -33,7 +34,8 @@ class UnlearningModule(Unlearning):
 
     Args:
         network: The denoiser, or the folder of a diffusers pipeline or network.
-        objective: The loss it was trained with; by default ε-prediction, or what the network's folder says.
+        objective: The loss it was trained with; by default ε-prediction, or what the network's folder and the header
+            of the adapter say.
         fisher: A Fisher or its file; needed in ``fit``, unless the strategy is ``Mirrored``. ``identity`` is
             plain gradient ascent, for comparison.
         parameters: Which weights are unlearned (see :func:`~lightning_unlearn.weights.parameters.select_layers`).
@@ -46,6 +48,9 @@ class UnlearningModule(Unlearning):
         weights: A file to load the network's weights from: a Lightning checkpoint, a state dict or safetensors.
         prefix: What stands before the network's names in it, e.g. ``"model.unet."``.
         averaged: Whether averaged weights are taken where the file has both (Lightning's ``WeightAveraging``).
+        adapter: A LoRA, LoCon or DoRA to put on the network: a file or folder as diffusers, PEFT, kohya or ai-toolkit
+            writes it. ``parameters: adapter`` unlearns its weights alone.
+        merge: Whether the adapter's weights are added to the network's, so that those can be chosen.
 
     Raises:
         InputError: If parts don't fit together.
@@ -65,11 +70,17 @@ class UnlearningModule(Unlearning):
         weights: str | None = None,
         prefix: str = "",
         averaged: bool = True,
+        adapter: str | None = None,
+        merge: bool = False,
     ) -> None:
         # Run-time settings are not hyper-parameters: in LightningCLI a checkpoint's override the command line.
-        if objective is None:
-            objective = DenoisingObjective(network if isinstance(network, str) else None)
+        folder = network if isinstance(network, str) else None
         loaded = load_network(network, weights, prefix, averaged)
+        training = None if adapter is None else load_adapter(loaded, adapter, merge).training
+        if objective is None:
+            objective = DenoisingObjective(folder) if training is None else objective_of_training(folder, training)
+        elif training is not None:
+            warn_of_other_loss(objective, training)
         objective.check_network(loaded)
         super().__init__(loaded, objective, fisher, parameters, strategy or Newton(), damping, seed, rise_draws)
         self.views = views or Views()

@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_unlearn.diffusion.adapters import has_adapter
 from lightning_unlearn.diffusion.families import family_of
 from lightning_unlearn.errors import InputError
 
-SELECTIONS = ("text_kv", "cross_attention", "attention", "feed_forward", "all")
+SELECTIONS = ("text_kv", "cross_attention", "attention", "feed_forward", "all", "adapter")
+# What PEFT makes of a layer; the base stays frozen.
+_ADAPTER = (r".*\.lora_[AB]\.[^.]+",)
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,8 @@ def select_layers(network: nn.Module, selection: str | Sequence[str]) -> dict[st
         network: The denoiser.
         selection: ``"text_kv"`` (keys and values of attention to the text), ``"cross_attention"``, ``"attention"``,
             ``"feed_forward"`` (the two layers of each transformer block's MLP), ``"all"`` (every Linear and Conv2d;
-            norms and embeddings are left out), or regular expressions that whole layer names match.
+            norms and embeddings are left out), ``"adapter"`` (A and B of a LoRA, nothing of its base), or regular
+            expressions that whole layer names match.
 
     Returns:
         Dotted name to layer, in the network's order.
@@ -113,8 +117,17 @@ def select_layers(network: nn.Module, selection: str | Sequence[str]) -> dict[st
     if isinstance(selection, str) and selection not in SELECTIONS:
         known = ", ".join(SELECTIONS)
         raise InputError(f"Unknown selection {selection!r}; choose {known}, or give a list of patterns.")
+    if isinstance(selection, str) and selection != "adapter" and has_adapter(network):
+        raise InputError(
+            f"The network has an adapter, and {selection!r} is of networks without one; choose `adapter`, which takes "
+            "A and B on a frozen base, or merge the adapter first."
+        )
+    if selection == "adapter" and not has_adapter(network):
+        raise InputError("The network has no adapter whose weights could be chosen; name one, or other parameters.")
     if selection == "all":
         patterns: Sequence[str] = (".*",)
+    elif selection == "adapter":
+        patterns = _ADAPTER
     elif isinstance(selection, str):
         patterns = family_of(network).selections[selection]
     else:

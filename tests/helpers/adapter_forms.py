@@ -152,7 +152,7 @@ def save(path: Path, state: Mapping[str, Tensor], header: Mapping[str, str] | No
 
 
 def kohya_state(adapter: Mapping[str, Adapter], names: Mapping[str, str] | None = None) -> dict[str, Tensor]:
-    """sd-scripts' ``networks/lora.py``: the layer's name with underscores, with alpha; ``dora_scale`` as LyCORIS has it."""
+    """sd-scripts' ``networks/lora.py``: the layer's name with underscores, and alpha; LyCORIS has ``dora_scale``."""
     state = {}
     for layer, one in adapter.items():
         name = f"lora_unet_{(names or {}).get(layer, layer).replace('.', '_')}"
@@ -176,7 +176,7 @@ def dotted_state(adapter: Mapping[str, Adapter], prefix: str, alpha: bool) -> di
 
 
 def fused(adapter: Mapping[str, Adapter], joined: Mapping[str, Sequence[str]]) -> dict[str, Adapter]:
-    """Layers under the names of the original code; several that are one there, block by block as sd-scripts joins them."""
+    """Layers under the names of the original code; several that are one there are joined as sd-scripts does."""
     found = {}
     for original, layers in joined.items():
         parts = [adapter[layer] for layer in layers]

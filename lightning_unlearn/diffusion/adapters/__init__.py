@@ -13,6 +13,7 @@ from lightning_unlearn.diffusion.adapters.applying import (
     merge_adapter,
 )
 from lightning_unlearn.diffusion.adapters.kohya_header import TrainingFolder, TrainingRecord, read_training_record
+from lightning_unlearn.diffusion.adapters.training_objective import objective_of_training, warn_of_other_loss
 
 __all__ = [
     "LoadedAdapter",
@@ -23,5 +24,7 @@ __all__ = [
     "has_adapter",
     "load_adapter",
     "merge_adapter",
+    "objective_of_training",
     "read_training_record",
+    "warn_of_other_loss",
 ]

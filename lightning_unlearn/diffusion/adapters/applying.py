@@ -66,7 +66,7 @@ def load_adapter(network: nn.Module, path: str, merge: bool = False) -> LoadedAd
     file = read_adapter_file(path)
     layers, text = read_layers(file, LayerNames(network))
     training = read_training_record(file.path, file.header)
-    _inject(network, layers)
+    _inject(network, file.path, layers)
     _check(network, file.path, layers)
     if merge:
         merge_adapter(network)
@@ -159,14 +159,14 @@ def adapter_scales(network: nn.Module) -> dict[str, float]:
     }
 
 
-def _inject(network: nn.Module, layers: Mapping[str, LowRank]) -> None:
+def _inject(network: nn.Module, path: str, layers: Mapping[str, LowRank]) -> None:
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 
     with_magnitude = [name for name, layer in layers.items() if layer.magnitude is not None]
     if 0 < len(with_magnitude) < len(layers):
         without = next(name for name in layers if name not in with_magnitude)
         raise InputError(
-            f"The adapter is DoRA in {len(with_magnitude)} layers and LoRA in {len(layers) - len(with_magnitude)} "
+            f"{path} is DoRA in {len(with_magnitude)} layers and LoRA in {len(layers) - len(with_magnitude)} "
             f"(e.g. {without}); that mixture is not read here: merge it with the program that made it."
         )
     ranks = {name: layer.rank for name, layer in layers.items()}
@@ -185,7 +185,23 @@ def _inject(network: nn.Module, layers: Mapping[str, LowRank]) -> None:
         if layer.magnitude is not None:
             shape = (1, -1, 1, 1) if layer.down.ndim == 4 else (-1,)
             state[f"{name}.lora_magnitude_vector"] = layer.magnitude.reshape(shape)
-    inject_adapter_in_model(config, network, ADAPTER)
+    try:
+        inject_adapter_in_model(config, network, ADAPTER)
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0][:200]
+        raise InputError(
+            f"{path}: PEFT can't put the adapter on this network ({reason}); merge it with the program that made it."
+        ) from None
+    for name in layers:
+        # PEFT makes them in the base's dtype, and half precision would round what the file has.
+        module = network.get_submodule(name)
+        for kept in (
+            f"lora_A.{ADAPTER}",
+            f"lora_B.{ADAPTER}",
+            *([f"lora_magnitude_vector.{ADAPTER}"] * config.use_dora),
+        ):
+            dtype = next(module.get_submodule(kept).parameters()).dtype
+            module.get_submodule(kept).to(torch.promote_types(dtype, torch.float32))
     set_peft_model_state_dict(network, state, ADAPTER)
     network.eval()
 

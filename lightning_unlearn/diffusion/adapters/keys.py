@@ -6,8 +6,6 @@ import re
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
-from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
-
 from lightning_unlearn.errors import InputError
 
 Role = Literal["down", "up", "alpha", "dora_scale", "magnitude"]
@@ -85,6 +83,8 @@ def parse_key(key: str) -> Key | None:
         True
     """
     if _DIFFUSERS.search(key):
+        from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+
         # The forms that diffusers itself has written over the years.
         (key,) = convert_unet_state_dict_to_peft({key: None})  # type: ignore[no-untyped-call]
     for role, pattern in _ROLES.items():

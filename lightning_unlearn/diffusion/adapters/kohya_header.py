@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,15 +68,6 @@ class TrainingRecord:
     flips: bool = False
     folders: tuple[TrainingFolder, ...] = ()
     others: Mapping[str, str] | None = None
-
-    def objective(self) -> dict[str, Any]:
-        """The arguments of ``DenoisingObjective`` that follow.
-
-        Returns:
-            Those that differ from its defaults; the schedule is the pipeline's.
-        """
-        found = {"prediction_type": self.prediction_type, "snr_gamma": self.min_snr_gamma}
-        return {name: value for name, value in found.items() if value is not None}
 
     def preparation(self) -> dict[str, Any]:
         """The options of ``prepare`` that follow.
@@ -177,7 +169,7 @@ def read_training_record(path: str, header: Mapping[str, str]) -> TrainingRecord
     if not any(key.startswith("ss_") for key in said):
         return None
     reader = _Reader(path, said)
-    datasets = reader.items("ss_datasets")
+    datasets, folders, resolution = reader.datasets()
     return TrainingRecord(
         base_model=said.get("ss_sd_model_name"),
         base_model_sha256=said.get("ss_new_sd_model_hash"),
@@ -185,18 +177,14 @@ def read_training_record(path: str, header: Mapping[str, str]) -> TrainingRecord
         min_snr_gamma=reader.number("ss_min_snr_gamma") or None,
         zero_terminal_snr=said.get("ss_zero_terminal_snr") == "True",
         noise_offset=reader.number("ss_noise_offset") or 0.0,
-        resolution=reader.resolution(datasets),
+        resolution=resolution,
         buckets=said.get("ss_enable_bucket") == "True" or any(entry.get("enable_bucket") for entry in datasets),
         caption_dropout=reader.number("ss_caption_dropout_rate") or 0.0,
         clip_skip=None if (skip := reader.number("ss_clip_skip")) is None else int(skip),
         flips=said.get("ss_flip_aug") == "True" or any(subset.get("flip_aug") for subset in _subsets(datasets)),
-        folders=tuple(reader.folders(datasets)),
+        folders=folders,
         others={key: said[key] for key, off in {**_OTHERS, **_FLOW}.items() if key in said and said[key] not in off},
     )
-
-
-def _subsets(datasets: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [subset for entry in datasets for subset in entry.get("subsets", [])]
 
 
 class _Reader:
@@ -220,40 +208,38 @@ class _Reader:
             raise self._bad(key, "a number of at least 0")
         return value
 
-    def _json(self, key: str, kind: type) -> Any:
-        try:
-            found = json.loads(self._said[key])
-        except ValueError:
-            found = None
-        if not isinstance(found, kind) or not all(isinstance(entry, dict) for entry in _entries(found)):
-            raise self._bad(key, "JSON of the form that the trainer writes")
-        return found
-
-    def items(self, key: str) -> list[dict[str, Any]]:
-        return list(self._json(key, list)) if key in self._said else []
-
-    def resolution(self, datasets: list[dict[str, Any]]) -> tuple[int, int] | None:
-        found = [tuple(entry["resolution"]) for entry in datasets if "resolution" in entry]
-        if "ss_resolution" in self._said:
-            numbers = [int(number) for number in re.findall(r"\d+", self._said["ss_resolution"])]
-            if len(numbers) not in {1, 2}:
-                raise self._bad("ss_resolution", "one or two numbers")
-            found = [(numbers[0], numbers[-1])]
-        return (int(found[0][0]), int(found[0][1])) if len(set(found)) == 1 else None
-
-    def folders(self, datasets: list[dict[str, Any]]) -> Iterator[TrainingFolder]:
-        for subset in _subsets(datasets):
-            name = str(subset.get("image_dir") or subset.get("metadata_file") or "?")
-            repeats, count = int(subset.get("num_repeats", 1)), int(subset.get("img_count", 0))
-            yield TrainingFolder(name, repeats, count, bool(subset.get("is_reg")))
-        if datasets:
-            return
+    def datasets(self) -> tuple[list[dict[str, Any]], tuple[TrainingFolder, ...], tuple[int, int] | None]:
+        """What a file of settings said of data, or else the command line; folders; and the one resolution."""
+        entries = []
+        with self._reading("ss_datasets"):
+            entries = [dict(entry) for entry in json.loads(self._said.get("ss_datasets", "[]"))]
+            found = [_folder(str(subset.get("image_dir", "?")), subset) for subset in _subsets(entries)]
+            sizes = {(int(width), int(height)) for width, height in (entry["resolution"] for entry in entries)}
+        if entries:
+            return entries, tuple(found), sizes.pop() if len(sizes) == 1 else None
         for key, regularisation in (("ss_dataset_dirs", False), ("ss_reg_dataset_dirs", True)):
-            if key in self._said:
-                for name, about in self._json(key, dict).items():
-                    repeats, count = int(about.get("n_repeats", 1)), int(about.get("img_count", 0))
-                    yield TrainingFolder(name, repeats, count, regularisation)
+            with self._reading(key):
+                for name, about in json.loads(self._said.get(key, "{}")).items():
+                    found.append(_folder(name, {**about, "is_reg": regularisation}))
+        with self._reading("ss_resolution"):
+            numbers = [int(number) for number in re.findall(r"\d+", self._said.get("ss_resolution", ""))]
+            if "ss_resolution" in self._said:
+                width, height = numbers * 2 if len(numbers) == 1 else numbers
+                return entries, tuple(found), (width, height)
+        return entries, tuple(found), None
+
+    @contextmanager
+    def _reading(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, TypeError, LookupError, AttributeError):
+            raise self._bad(key, "of the form that the trainer writes") from None
 
 
-def _entries(found: Any) -> list[Any]:
-    return list(found.values()) if isinstance(found, dict) else list(found)
+def _folder(name: str, about: Mapping[str, Any]) -> TrainingFolder:
+    repeats = int(about.get("num_repeats", about.get("n_repeats", 1)))
+    return TrainingFolder(name, repeats, int(about.get("img_count", 0)), bool(about.get("is_reg")))
+
+
+def _subsets(datasets: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [subset for entry in datasets for subset in entry.get("subsets", [])]

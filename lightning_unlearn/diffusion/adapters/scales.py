@@ -111,10 +111,16 @@ class Scales:
             )
 
     def _setting(self, name: str, patterns: str, layer: str) -> float | None:
-        for pattern, value in (self._config.get(patterns) or {}).items():
-            # As PEFT matches them (utils/other.py, get_pattern_key).
-            if re.match(rf"(.*\.)?({pattern})$", layer):
-                return _number(value)
+        try:
+            for pattern, value in (self._config.get(patterns) or {}).items():
+                # As PEFT matches them (utils/other.py, get_pattern_key).
+                if re.match(rf"(.*\.)?({pattern})$", layer):
+                    return _number(value)
+        except (re.error, AttributeError):
+            raise InputError(
+                f"{self._file.path}: {patterns} in the adapter's settings is no map of patterns of layer names to "
+                "numbers; save the adapter again."
+            ) from None
         return _number(self._config.get(name))
 
     def _check_config(self) -> None:

@@ -50,7 +50,7 @@ RENAMED = {
     "down_blocks.2.resnets.0.time_emb_proj": "input_blocks.7.0.emb_layers.1",
     "down_blocks.2.attentions.1.proj_in": "input_blocks.8.1.proj_in",
     "mid_block.attentions.0.transformer_blocks.1.ff.net.0.proj": "middle_block.1.transformer_blocks.1.ff.net.0.proj",
-    "up_blocks.0.attentions.2.transformer_blocks.0.attn1.to_out.0": "output_blocks.2.1.transformer_blocks.0.attn1.to_out.0",
+    "up_blocks.0.attentions.2.transformer_blocks.0.ff.net.2": "output_blocks.2.1.transformer_blocks.0.ff.net.2",
     "up_blocks.0.upsamplers.0.conv": "output_blocks.2.2.conv",
     "up_blocks.2.resnets.0.conv_shortcut": "output_blocks.6.0.skip_connection",
     "add_embedding.linear_2": "label_emb.0.2",
@@ -68,9 +68,10 @@ def layers_of(kind: str, network: nn.Module) -> list[str]:
     return list(forms.covered(network))
 
 
-def written(
-    form: str, kind: str, network: nn.Module, folder: Path, *, dora: bool
-) -> tuple[str, dict[str, forms.Adapter]]:
+Written = tuple[str, dict[str, forms.Adapter]]
+
+
+def written(form: str, kind: str, network: nn.Module, folder: Path, *, dora: bool) -> Written:
     # ai-toolkit keeps no alpha: it is the rank.
     alpha = 3.0 if form == "ai-toolkit" else 2.0
     adapter = forms.random_adapter(network, layers_of(kind, network), alpha=alpha, dora=dora)

@@ -1,0 +1,53 @@
+"""The loss that an adapter's file says it was trained with, beside the one that is measured."""
+
+from __future__ import annotations
+
+import warnings
+
+from lightning_unlearn.diffusion.adapters.kohya_header import TrainingRecord
+from lightning_unlearn.diffusion.objective import DenoisingObjective, Objective
+from lightning_unlearn.errors import InputError
+
+
+def objective_of_training(scheduler: str | None, training: TrainingRecord) -> DenoisingObjective:
+    """The objective of a network whose adapter says how it was trained.
+
+    Args:
+        scheduler: The folder of the pipeline; ``None`` for the default schedule.
+        training: What the adapter's file says.
+
+    Returns:
+        The objective, with the file's weighting of timesteps.
+
+    Raises:
+        InputError: If the pipeline and the file say different things of what was predicted.
+    """
+    objective = DenoisingObjective(scheduler, snr_gamma=training.min_snr_gamma)
+    if training.prediction_type not in {None, objective.prediction_type}:
+        raise InputError(
+            f"The adapter's header says that it was trained with {training.prediction_type}, but the scheduler of "
+            f"{scheduler or 'the default objective'} says {objective.prediction_type}; give the objective that is "
+            "right, with its prediction_type."
+        )
+    return objective
+
+
+def warn_of_other_loss(objective: Objective, training: TrainingRecord) -> None:
+    """Say where an objective that was given is not the training's.
+
+    Args:
+        objective: What is measured.
+        training: What the adapter's file says.
+    """
+    if not isinstance(objective, DenoisingObjective):
+        return
+    for name, ours, theirs in (
+        ("prediction_type", objective.prediction_type, training.prediction_type),
+        ("snr_gamma", objective.snr_gamma, training.min_snr_gamma),
+    ):
+        # What was predicted may not be said; no weighting is said by leaving it out.
+        if ours != theirs and not (name == "prediction_type" and theirs is None):
+            warnings.warn(
+                f"The adapter's header says that it was trained with {name} = {theirs}, but the objective has {ours}; "
+                "scores are of the objective's loss."
+            )
