@@ -1,8 +1,8 @@
 """Trainings as people have them: the Fisher is right, or one sentence names what can't be counted.
 
 Written against issue 14 before its cures, by kind: a layer is not what it seems, a row is not a sample, which backward
-passes count, EKFAC's two windows, scales, and what changes or frees a layer's input. What is right is one backward pass
-a sample in float64 (``variant_runs.mean_squares``).
+passes count (``test_fisher_variants_windows.py`` has the other kinds). What is right is one backward pass a sample in
+float64 (``variant_runs.mean_squares``).
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -226,6 +227,20 @@ def covariances(net: nn.Module, losses: Losses, layer: str) -> tuple[Tensor, Ten
     return inputs, outputs
 
 
+def is_product(fisher: Fisher, net: nn.Module, losses: Losses, layers: Sequence[str]) -> bool:
+    """Whether eigenvalues are those of the Kronecker product of the two mean covariances, as K-FAC has it."""
+    for layer in layers:
+        sides = []
+        for side, covariance in zip(("inputs", "outputs"), covariances(net, losses, layer), strict=True):
+            basis = fisher.tensors()[f"bases/{layer}/{side}"].double()
+            sides.append((basis.mT @ covariance @ basis).diag() / len(losses))
+        found = fisher.tensors()[f"eigenvalues/{layer}"].double() / fisher.count
+        wanted = torch.outer(sides[1], sides[0])
+        if not torch.allclose(found, wanted, rtol=1e-6, atol=1e-7 * float(wanted.max())):
+            return False
+    return True
+
+
 def assert_windows(path: Path, net: nn.Module, seen: Losses, layers: Sequence[str], at_least: int) -> None:
     """A file of either kind that is right: of an EKFAC one both windows, which are the first samples and the others."""
     assert path.exists(), "a whole training, and there is no Fisher"
@@ -238,7 +253,11 @@ def assert_windows(path: Path, net: nn.Module, seen: Losses, layers: Sequence[st
             "the diagonal is of no such samples"
         )
         return
-    assert fisher.kind == "ekfac"
+    assert fisher.kind == "ekfac", f"a kind that this test does not know: {fisher.kind}"
+    if "k-fac" in json.dumps(fisher.provenance).lower():  # no eigenvalue was summed, and the file says so
+        assert fisher.count >= at_least
+        assert any(is_product(fisher, net, part, layers) for part in (seen[: fisher.count], seen[-fisher.count :]))
+        return
     assert at_least <= fisher.count < len(seen), f"eigenvalues of {fisher.count} of {len(seen)} samples"
     assert_eigenvalues(fisher, net, seen[len(seen) - fisher.count :], layers)
     for layer in layers:
