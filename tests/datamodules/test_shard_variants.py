@@ -497,16 +497,12 @@ def packed_zeros(heads: list[bytes], megabytes: int) -> bytes:
     squeeze = zlib.compressobj(9, zlib.DEFLATED, -15)
     zeros = bytes(2**26)
     block = squeeze.compress(zeros) + squeeze.flush(zlib.Z_FULL_FLUSH)
-    content, checksum = bytearray(), 0
+    content = bytearray()
     for head in heads:
         squeeze = zlib.compressobj(9, zlib.DEFLATED, -15)
         content += squeeze.compress(head) + squeeze.flush(zlib.Z_FULL_FLUSH) + block * (megabytes // 64)
-        checksum = zlib.crc32(head, checksum)
-        for _ in range(megabytes // 64):
-            checksum = zlib.crc32(zeros, checksum)
     content += zlib.compressobj(9, zlib.DEFLATED, -15).flush()
-    length = sum(len(head) + megabytes * 2**20 for head in heads) % 2**32
-    return b"\x1f\x8b\x08" + bytes(7) + bytes(content) + checksum.to_bytes(4, "little") + length.to_bytes(4, "little")
+    return b"\x1f\x8b\x08" + bytes(7) + bytes(content) + bytes(8)  # who reads as far as the checksum took the bait
 
 
 def file_of_zeros(name: str, kind: bytes = tarfile.REGTYPE) -> bytes:
