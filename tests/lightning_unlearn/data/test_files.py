@@ -80,18 +80,14 @@ def test_folder_is_made_and_left_empty_and_one_that_takes_no_file_is_one_sentenc
     check_folder(tmp_path / "deep" / "folder", "choose another")
     assert list((tmp_path / "deep" / "folder").iterdir()) == []
     (tmp_path / "file").write_text("")
-    with pytest.raises(
-        InputError, match=r"folder .*file/below can't be made \(Not a directory\); choose another\."
-    ):
+    with pytest.raises(InputError, match=r"folder .*file/below can't be made \(Not a directory\); choose another\."):
         check_folder(tmp_path / "file" / "below", "choose another")
 
     def read_only(path: Path, content: bytes) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(files, "write_atomically", read_only)
-    with pytest.raises(
-        InputError, match=r"can be written to .*deep \(Read-only file system\); choose another\."
-    ):
+    with pytest.raises(InputError, match=r"can be written to .*deep \(Read-only file system\); choose another\."):
         check_folder(tmp_path / "deep", "choose another")
 
 
