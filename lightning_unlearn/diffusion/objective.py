@@ -132,7 +132,8 @@ def check_drawn(objective: Objective) -> None:
 
 _NOT_DRAWN = (
     "{} does not say how targets are drawn from the model; give it a method `drawn` (drawn_error in "
-    "lightning_unlearn.diffusion.objective makes it for a squared error), or take the Fisher with the targets of the data."
+    "lightning_unlearn.diffusion.objective makes it for a squared error), or take the Fisher with the targets of the "
+    "data."
 )
 
 
