@@ -73,7 +73,7 @@ class Archive:
                 if member is None:
                     return
                 content = self._content(member, wanted)
-            except tarfile.ReadError:
+            except (tarfile.ReadError, OSError):  # the latter says itself what is wrong with the bytes
                 raise
             except RecursionError:
                 raise tarfile.ReadError(f"it is damaged at byte {self._stream.tell()}: headers without end") from None

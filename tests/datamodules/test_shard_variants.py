@@ -495,8 +495,7 @@ HEADERS["sparse chain"] = sparse(512) * 2000 + tar_bytes(three())
 def packed_zeros(heads: list[bytes], megabytes: int) -> bytes:
     """One gzip stream of heads that are followed by many zeros each; blocks that were flushed can be repeated."""
     squeeze = zlib.compressobj(9, zlib.DEFLATED, -15)
-    zeros = bytes(2**26)
-    block = squeeze.compress(zeros) + squeeze.flush(zlib.Z_FULL_FLUSH)
+    block = 64 * (squeeze.compress(bytes(2**20)) + squeeze.flush(zlib.Z_FULL_FLUSH))
     content = bytearray()
     for head in heads:
         squeeze = zlib.compressobj(9, zlib.DEFLATED, -15)
@@ -506,8 +505,8 @@ def packed_zeros(heads: list[bytes], megabytes: int) -> bytes:
 
 
 def file_of_zeros(name: str, kind: bytes = tarfile.REGTYPE) -> bytes:
-    """A shard of one file of a gigabyte and more, in a megabyte."""
-    return packed_zeros([header(name, 1088 * 2**20, kind)], 1088)
+    """A shard of one file of 768 MB, in less than one."""
+    return packed_zeros([header(name, 768 * 2**20, kind)], 768)
 
 
 def bomb_png(side: int) -> bytes:
@@ -574,17 +573,14 @@ ARRAYS: dict[str, bytes] = {
 
 BOMBS: dict[str, Callable[[], bytes]] = {
     "a latent": lambda: file_of_zeros("a.latent.npy"),
-    "a sample of many files": lambda: packed_zeros([header(f"a.x{n}.json", 128 * 2**20) for n in range(9)], 128),
-    "many samples' captions": lambda: packed_zeros([header(f"a{n}.json", 320 * 2**20) for n in range(4)], 320),
+    "a sample of many files": lambda: packed_zeros([header(f"a.x{n}.json", 128 * 2**20) for n in range(6)], 128),
+    "many samples' captions": lambda: packed_zeros([header(f"a{n}.json", 192 * 2**20) for n in range(4)], 192),
     "captions": lambda: file_of_zeros("a.json"),
-    "a picture": lambda: file_of_zeros("a.png"),
     "a file nobody asked for": lambda: file_of_zeros("a.bin"),
     "a long name": lambda: file_of_zeros("././@LongLink", tarfile.GNUTYPE_LONGNAME),
-    "a long link": lambda: file_of_zeros("././@LongLink", tarfile.GNUTYPE_LONGLINK),
     "a pax header": lambda: file_of_zeros("pax", tarfile.XHDTYPE),
-    "a global pax header": lambda: file_of_zeros("pax", tarfile.XGLTYPE),
     "a hole": lambda: sparse(2 * GB) + bytes(1024),
-    "zeros after the end": lambda: packed_zeros([tar_bytes(members_of(0))], 1088),
+    "zeros after the end": lambda: packed_zeros([tar_bytes(members_of(0))], 768),
     "a mask of 169 megapixels": lambda: tar_bytes(members_of(0, mask_png=bomb_png(13000))),
     "a picture of 169 megapixels": lambda: tar_bytes(members_of(0, png=bomb_png(13000))),
 }
@@ -598,7 +594,7 @@ CHILD = textwrap.dedent(
     from lightning_unlearn.datamodules.reading import read_samples
     from lightning_unlearn.errors import InputError
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + 3 * 2**28, used + 3 * 2**28))
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**29, used + 2**29))
     for path in sys.argv[1:]:
         try:
             said = f"{len(list(read_samples(ShardInfo(path), pictures=True, masks=True)))} samples"
@@ -611,8 +607,9 @@ CHILD = textwrap.dedent(
 )
 
 
+@pytest.mark.timeout(400)
 def test_bombs_take_no_memory(tmp_path: Path) -> None:
-    """One process, which may take 768 MB more than it has after its imports, reads a gigabyte and more each time."""
+    """One process, which may take 512 MB more than it has after its imports, is given 768 MB each time."""
     paths = {way: str(written(tmp_path, make(), f"bomb{n}.tar.gz")) for n, (way, make) in enumerate(BOMBS.items())}
     child = subprocess.run(
         [sys.executable, "-c", CHILD, *paths.values()], capture_output=True, text=True, timeout=300, cwd=tmp_path
