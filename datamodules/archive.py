@@ -57,6 +57,7 @@ class Archive:
             Name and content; the content is empty where it isn't wanted.
 
         Raises:
+            OSError: If its bytes can't be read.
             tarfile.ReadError: If it can't be read to its end, holds what is no regular file and no folder, or a file
                 that is too large.
         """
