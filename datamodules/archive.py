@@ -57,6 +57,7 @@ class Archive:
             Name and content; the content is empty where it isn't wanted.
 
         Raises:
+            OSError: If its bytes can't be read.
             tarfile.ReadError: If it can't be read to its end, holds what is no regular file and no folder, or a file
                 that is too large.
         """
@@ -73,7 +74,7 @@ class Archive:
                 if member is None:
                     return
                 content = self._content(member, wanted)
-            except tarfile.ReadError:
+            except (tarfile.ReadError, OSError):  # the latter says itself what is wrong with the bytes
                 raise
             except RecursionError:
                 raise tarfile.ReadError(f"it is damaged at byte {self._stream.tell()}: headers without end") from None
