@@ -124,7 +124,7 @@ def _save(trainer: Trainer, path: Path) -> None:
         trainer.save_checkpoint(path, weights_only=False)
     except OSError as error:
         raise InputError(
-            f"The deltas can't be written to {path} ({error.strerror}); see to the disk and run again."
+            f"The deltas can't be written to {path} ({error.strerror}); free the disk and run again."
         ) from None
     say(f"Deltas: {path}")
 

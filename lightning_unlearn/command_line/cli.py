@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -76,6 +77,8 @@ def main(args: Sequence[str] | None = None) -> int:
             if stop.signal is None:
                 print(f"{_rank()}lightning-unlearn: {error}", file=sys.stderr)
                 return 1
+        except KeyboardInterrupt:  # from a library that takes the signal itself
+            stop.signal = stop.signal or signal.SIGINT
         except BaseException:  # whatever a signal brought about on the way out
             if stop.signal is None:
                 raise

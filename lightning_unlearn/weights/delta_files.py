@@ -98,7 +98,7 @@ def read_targets(checkpoint: Mapping[str, Any], where: str) -> dict[str, Any]:
             f"{where} does not say whether its unlearning ended, as older versions did not; remove it and unlearn "
             "again."
         )
-    if not _has_form(about, state) or not _is_unaltered(about, state):
+    if not _has_form(about, state) or not isinstance(state, dict) or not _is_unaltered(about, state):
         raise InputError(f"{where} was altered after it was written; remove it and unlearn again.")
     return dict(about)
 
