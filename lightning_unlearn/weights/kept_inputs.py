@@ -31,7 +31,8 @@ class KeptInputs:
             A function that gives the input, during backward, in the type that the layer worked in; it raises a
             ``RuntimeError`` if the input was changed in place meanwhile.
         """
-        kept = _Saved.apply(torch.zeros((), requires_grad=True), self._as_used(inputs, output))
+        one = torch.zeros((), requires_grad=True)
+        kept = _Saved.apply(one, self._as_used(inputs, output))  # type: ignore[no-untyped-call]
 
         def give() -> Tensor:
             (found,) = kept.grad_fn.saved_tensors
