@@ -103,7 +103,6 @@ def test_fingerprint_knows_the_scale(tmp_path: Path) -> None:
     assert marks[0] == marks[2] != marks[1]
 
 
-@pytest.mark.filterwarnings("ignore:.*it was trained on.*")
 def test_header_sets_the_objective_where_none_is_given(tmp_path: Path) -> None:
     state = forms.kohya_state(forms.random_adapter(tiny_unet(), LAYERS))
     path = forms.save(tmp_path / "lora.safetensors", state, {"ss_min_snr_gamma": "5"})

@@ -229,6 +229,11 @@ def test_keys_of_text_encoders_are_told_apart_and_said(tmp_path: Path) -> None:
     assert torch.equal(forms.outputs(network), forms.outputs(loaded(tmp_path, kohya())))
 
 
+def test_what_of_the_training_is_not_followed_is_said(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"lora\.safetensors: the adapter was trained with a noise offset of 0\.1"):
+        loaded(tmp_path, kohya(), {"ss_noise_offset": "0.1"})
+
+
 def test_adapter_off_is_the_model_before(tmp_path: Path) -> None:
     before, network = forms.stable_diffusion(), loaded(tmp_path, kohya())
     with_adapter = forms.outputs(network)
