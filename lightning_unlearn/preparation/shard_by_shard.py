@@ -16,7 +16,8 @@ from typing import Any
 from braceexpand import braceexpand
 from tqdm.auto import tqdm
 
-from lightning_unlearn.data.shards import MANIFEST, ShardInfo, write_atomically, write_manifest
+from lightning_unlearn.data.files import write_atomically
+from lightning_unlearn.data.shards import MANIFEST, ShardInfo, write_manifest
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.preparation.assembly import UNFINISHED, Assembly
 from lightning_unlearn.preparation.disk import say_size

@@ -83,7 +83,8 @@ class Family(ABC):
         # A difference of other shapes would be broadcast, or end in a raw error.
         if prediction.shape != noisy.shape:
             raise InputError(
-                f"{type(network).__name__} gives the shape {tuple(prediction.shape)} for latents of {tuple(noisy.shape)}"
+                f"{type(network).__name__} gives the shape {tuple(prediction.shape)} for latents of "
+                f"{tuple(noisy.shape)}"
                 f"{_variance(prediction.shape[1:2] == (2 * noisy.shape[1],))}; {OWN_OBJECTIVE}."
             )
         return prediction
