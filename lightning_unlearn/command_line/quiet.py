@@ -13,7 +13,8 @@ _WARNINGS = (
     r"The '\w+' does not have many workers",  # nothing waits for the reading of shards
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 with torch 2.13
     # What is logged so is the same on every process.
-    r"It is recommended to use `self\.log\('(loss_before|loss_after|rise|penalty|others_before|others_after)/",
+    r"It is recommended to use `self\.log\('"
+    r"(loss_before|loss_after|rise|penalty|length|linear|evaluations|others_before|others_after)/",
     r"Starting from v1\.9\.0, `tensorboardX` has been removed",  # Lightning's own default logger, not the user's choice
 )
 _HINTS = re.compile("💡 Tip:|TPU available:")
