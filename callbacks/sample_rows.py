@@ -151,7 +151,7 @@ class SampleRows:
             of = self._asked(name, rows, samples)
         joined = float(samples)
         if len(calls) > 1 and sizes != (samples,):  # each call's rows have a mean of their own
-            joined = float(max(len(part.unique()) for part in torch.split(of, [len(call) for call in calls])))
+            joined = float(max(len(torch.unique(part)) for part in torch.split(of, [len(call) for call in calls])))
         return _summed(whole, of, samples), joined
 
     def _asked(self, name: str, rows: int, samples: int) -> Tensor:
