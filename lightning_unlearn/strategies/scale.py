@@ -114,15 +114,12 @@ def _nearly(
             "choose a smaller target_increase or toward_data, more draws or more weights."
         )
     within = way.start + SHARE * (highest - way.start)
-    said = [
-        f"{targets[place]!r}: {float(within[place]):.3g} of {float(rise[place]):.3g}, since further away "
-        f"{WORDS[why[place] or LOSS]}"
-        for place in missed
-    ]
+    said = [f"{targets[place]!r}: {float(within[place]):.3g} of {float(rise[place]):.3g}" for place in missed]
+    reasons = " or ".join(dict.fromkeys(WORDS[why[place] or LOSS] for place in missed))
     rank_zero_warn(
         f"The loss of {len(missed)} target{'s' * (len(missed) > 1)} can't be raised as wanted along its step and is "
-        f"raised as far as it goes ({some_of(said)}); choose a smaller target_increase or toward_data, more draws or "
-        "more weights."
+        f"raised as far as it goes ({some_of(said)}), since further away {reasons}; choose a smaller target_increase "
+        "or toward_data, more draws or more weights."
     )
     near = way.nearest(within, rise)
     nearly, found = _taken(way, within, near, ~done, scale, done)
