@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from lightning_unlearn.data.arrays import LARGEST_LATENT, LARGEST_TEXT
 from lightning_unlearn.data.shards import MANIFEST, ShardInfo, encode_sample, write_shards
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.preparation.disk import say_size, size_on_disk
@@ -210,8 +211,14 @@ class Assembly:
     def _stored(self, array: Array, what: str, item: Item) -> Array:
         with np.errstate(over="ignore"):
             stored = np.ascontiguousarray(array, dtype=self.dtype)
+        place = item.record.place
+        largest = LARGEST_TEXT if what == "text" else LARGEST_LATENT
+        if np.isfinite(array).all() and np.abs(array).max() > largest:
+            raise InputError(
+                f"The {what} of {place} holds numbers larger than {largest:.0e}, which no shard is read with; scale "
+                "it, or leave the sample out."
+            )
         if not np.isfinite(stored).all():
-            place = item.record.place
             raise InputError(
                 f"The {what} of {place} holds NaN or numbers too large for {self.dtype}; try dtype=float32."
             )

@@ -163,18 +163,17 @@ class GradientGrowth:
         ratios: list[Tensor] = []
         for name, layer in self.layers.items():
             uses = captured.get(name, ())
-            count = sum(use.layer.output_gradients[..., 0].numel() for use in uses)
             sums = self._sums(uses) if uses else {}
             unit = max([unit_of(use.dtype) for use in uses], default=0.0)
             for kind in ("weight", "bias"):
                 if getattr(layer, kind) is not None and (uses or (name, kind) in grown):
                     names.append((name, kind))
-                    ratios.append(_ratio(sums.get(kind), count, grown.get((name, kind)), unit))
+                    ratios.append(_ratio(sums.get(kind), grown.get((name, kind)), unit))
         device = ratios[0].device if ratios else None
         return torch.stack([ratio.to(device) for ratio in ratios]) if ratios else torch.zeros(0), names
 
     def _sums(self, uses: Sequence[Use]) -> dict[str, Tensor]:
-        """``weight`` and ``bias`` to ``(3, PROBES)``: sums of terms, of their squares and of their absolute values."""
+        """Name to ``(3, PROBES)``: sums of terms, sums of their squares, and the norm of all partial sums of terms."""
         terms: dict[str, list[Tensor]] = {"weight": [], "bias": []}
         for use in uses:
             inputs, gradients = use.layer.inputs.flatten(0, 1), use.layer.output_gradients.flatten(0, 1)
@@ -184,7 +183,7 @@ class GradientGrowth:
         found = {}
         for kind, parts in terms.items():
             joined = torch.cat(parts).double()  # whose squares float32 may not hold
-            found[kind] = torch.stack([joined.sum(0), joined.square().sum(0), joined.abs().sum(0)])
+            found[kind] = torch.stack([joined.sum(0), joined.square().sum(0), joined.cumsum(0).square().sum(0).sqrt()])
         return found
 
     def detach(self) -> None:
@@ -218,12 +217,11 @@ def unit_of(dtype: torch.dtype) -> float:
     return 2.0**-11 if precision == "high" or convolutions else unit
 
 
-def _ratio(sums: Tensor | None, count: int, grown: Grown | None, unit: float) -> Tensor:
+def _ratio(sums: Tensor | None, grown: Grown | None, unit: float) -> Tensor:
     """The difference over what rounding may make of it, for a parameter of which there is one of both at least.
 
     Args:
         sums: ``(3, PROBES)`` of what was captured.
-        count: How many terms they have.
         grown: What its gradient grew by.
         unit: The unit roundoff of the types that the layer worked in.
 
@@ -233,15 +231,17 @@ def _ratio(sums: Tensor | None, count: int, grown: Grown | None, unit: float) ->
     if sums is None:
         assert grown is not None
         sums = grown.probes.new_zeros(3, PROBES)
-    values, squares, sizes = sums
+    values, squares, partial = sums
     if grown is None:
         grown = Grown(torch.zeros_like(values), values.new_zeros(()), 0.0, 0.0)
     # The product's factors and result are rounded to the narrow type, each by chance: sqrt(Σ_n |g_n|² |a_n|²) bounds
-    # the one and the result's norm the other. A sum of n terms is rounded n times, in float32 or float64.
+    # the one and the result's norm the other. A sum is rounded at each of its partial sums S_k by u |S_k| by chance, in
+    # float32 or float64: sqrt(Σ_k S_k²) u in all. With terms of random signs that is √n less than a bound by Σ |t|,
+    # behind which an error of a per cent would hide where a batch has many positions.
     unit = max(unit, grown.unit)
     wide = torch.finfo(torch.float64 if unit < 2.0**-50 else torch.float32).eps / 2
     narrow = unit * (grown.square.to(values.device).sqrt() + squares.mean().sqrt())
-    allowed = narrow + wide * count**0.5 * sizes.mean() + grown.floor
+    allowed = narrow + wide * partial.mean() + grown.floor
     difference = (values - grown.probes.to(values.device)).square().mean().sqrt()
     ratio: Tensor = difference / (ROUNDINGS * allowed).clamp(min=torch.finfo(torch.float64).tiny)
     return ratio

@@ -203,6 +203,13 @@ def test_a_single_view_has_no_error_column(folder: Path) -> None:
     assert table.run["fingerprints"]["columns"] == "scores"
 
 
+@pytest.fixture
+def any_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latents of any size are read, so that a loss can be infinite."""
+    monkeypatch.setattr("lightning_unlearn.data.samples.LARGEST_LATENT", float("inf"))
+
+
+@pytest.mark.usefixtures("any_number")
 def test_samples_that_are_left_out_leave_no_row_in_any_column(folder: Path) -> None:
     whole = read_scores(run(folder, writer={"keep_deviations": True}).folder)
     shutil.rmtree(folder / "out")
@@ -368,11 +375,11 @@ def other_shape_later(path: Path) -> None:
         (cut, "can't be read past its sample"),
         (scramble, "can't be read past its sample|is not a plain NumPy array|holds NaN"),
         (first_key_again_at_the_end, "the key 'sample-00005' twice"),
-        (key_twice_in_a_row, "can't be read past its sample 2 .*sample-00007.* duplicate"),
+        (key_twice_in_a_row, r"can't be used \(sample-00007\.json: duplicate file name\)"),
         (drop_json_of_a_later_sample, "'sample-00008' .*lacks json"),
         (drop_captions_of_a_later_sample, "'sample-00008' .*has no captions"),
         (other_shape_later, r"'sample-00008' .*latent \(3, 4, 4\)"),
-        (lambda path: repack(path, spoiled("sample-00008", 1e30)), "loss of sample 'sample-00008' .*is not finite"),
+        (lambda path: repack(path, spoiled("sample-00008", 1e30)), r"'sample-00008' .*numbers as large as 1e\+30"),
         (lambda path: repack(path, spoiled("sample-00008", float("nan"))), "'sample-00008' .*holds NaN"),
     ],
 )
@@ -416,6 +423,7 @@ def test_bad_first_sample_stops_before_any_work_or_is_left_out_if_asked_for(fold
     assert (writer.scored, writer.skipped) == (SAMPLES - 1, 1)
 
 
+@pytest.mark.usefixtures("any_number")
 def test_sample_with_an_infinite_loss_is_left_out_and_counted_if_asked_for(folder: Path) -> None:
     repack(shard(folder, 1), spoiled("sample-00008", 1e30))
     writer = run(folder, writer={"on_bad_sample": "skip"})

@@ -228,7 +228,12 @@ def covariances(net: nn.Module, losses: Losses, layer: str) -> tuple[Tensor, Ten
 
 
 def is_product(fisher: Fisher, net: nn.Module, losses: Losses, layers: Sequence[str]) -> bool:
-    """Whether eigenvalues are those of the Kronecker product of the two mean covariances, as K-FAC has it."""
+    """Whether eigenvalues are those of the Kronecker product of the two covariances, with the layer's own exact trace.
+
+    K-FAC's product assumes that inputs and output gradients are independent; by one factor a layer its trace is that of
+    the mean squared gradients.
+    """
+    squares = mean_squares(net, losses)
     for layer in layers:
         sides = []
         for side, covariance in zip(("inputs", "outputs"), covariances(net, losses, layer), strict=True):
@@ -236,6 +241,8 @@ def is_product(fisher: Fisher, net: nn.Module, losses: Losses, layers: Sequence[
             sides.append((basis.mT @ covariance @ basis).diag() / len(losses))
         found = fisher.tensors()[f"eigenvalues/{layer}"].double() / fisher.count
         wanted = torch.outer(sides[1], sides[0])
+        trace = sum(float(squares[name].sum()) for name in (f"{layer}.weight", f"{layer}.bias") if name in squares)
+        wanted = wanted * (trace / float(wanted.sum()))
         if not torch.allclose(found, wanted, rtol=1e-6, atol=1e-7 * float(wanted.max())):
             return False
     return True

