@@ -107,7 +107,9 @@ def _nearly(
     missed = [place for place, found in enumerate(done.tolist()) if not found]
     fair = way.start + LEAST * (rise - way.start)
     highest = way.highest(rise)
-    hopeless = next((place for place in missed if not (short and highest[place] > fair[place])), None)
+    # Earlier steps brought these as far as they go: they stay, as their last step said already.
+    stays = ~done & ~(highest > fair) & (way.start > LEAST * rise) if short else torch.zeros_like(done)
+    hopeless = next((at for at in missed if not (short and (highest[at] > fair[at] or stays[at]))), None)
     if hopeless is not None:
         raise InputError(
             f"The loss of {targets[hopeless]!r} can't be raised by {float(rise[hopeless]):.3g} along its step; "
@@ -122,9 +124,9 @@ def _nearly(
         "or toward_data, more draws or more weights."
     )
     near = way.nearest(within, rise)
-    nearly, found = _taken(way, within, near, ~done, scale, done)
+    nearly, found = _taken(way, within, near, ~done & ~stays, scale, done)
     # Where the loss jumps over it, too, the nearest scale will do: there it rises by more, but not by the highest.
-    return torch.where(found, nearly, near)
+    return torch.where(stays, 0.0, torch.where(found, nearly, near))
 
 
 def _taken(way: Way, rise: Tensor, first: Tensor, active: Tensor, scale: Tensor, done: Tensor) -> tuple[Tensor, Tensor]:

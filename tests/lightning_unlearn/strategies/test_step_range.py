@@ -188,3 +188,24 @@ def test_bounds_that_hold_nothing_are_refused(wrong: dict[str, float]) -> None:
 def test_the_range_is_part_of_the_settings() -> None:
     assert Newton().settings()["range"] == {"longest": 100.0, "least_linear": 0.1, "most_others": 0.25}
     assert Newton(step_range=OFF).settings()["range"] == {}
+
+
+def test_a_target_that_earlier_steps_brought_as_far_as_it_goes_stays_there_and_stops_nobody() -> None:
+    """A straight rise within a length of 0.3, in three steps that want a rise of 1."""
+    position, limits = 0.0, []
+    for step in (1, 2, 3):
+        start = torch.tensor([position], dtype=torch.float64)
+        with pytest.warns(UserWarning, match="as far as it goes"):
+            found = find_scales(
+                lambda scale, start=start: start + scale.double(),
+                torch.tensor([1.0]),
+                torch.tensor([step / 3]),
+                ["query"],
+                start,
+                longest=torch.tensor([0.3 - position]),
+                short=True,
+            )
+        position += float(found.scales)
+        limits += found.limited
+    assert 0.29 < position < 0.3
+    assert limits == ["length"] * 3
