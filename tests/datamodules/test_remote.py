@@ -137,7 +137,10 @@ def test_broken_connection_is_taken_up_where_it_broke(
     server.ranges, server.etag = ranges, etag
     server.breaks = [arriving, arriving // 2]
     assert keys(server.address, 4) == KEYS
-    assert len(server.requests) == 3
+    # All that was sent may have arrived; then the second answer may be too short to break.
+    second = server.requests[1]
+    start = 0 if second is None or not ranges else int(second.removeprefix("bytes=").removesuffix("-"))
+    assert len(server.requests) == (3 if len(server.content) - start > arriving // 2 else 2)
     # Without a strong ETag nothing tells that the file is still the same: what was read is read again.
     assert etag is True or server.requests == [None] * 3
 
