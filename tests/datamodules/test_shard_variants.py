@@ -148,13 +148,13 @@ def test_gzip_whose_checksum_or_length_is_wrong(tmp_path: Path, place: int) -> N
 
 def test_gzip_of_several_members_is_one_shard_or_refused(tmp_path: Path) -> None:
     whole = tar_bytes(three())
-    content = b"".join(gzip.compress(whole[start : start + 3000]) for start in range(0, len(whole), 3000))
+    content = b"".join(gzip.compress(whole[start : start + 3000], mtime=0) for start in range(0, len(whole), 3000))
     assert_is(read(written(tmp_path, content, "x.tar.gz")))
 
 
 GLUED: dict[str, Callable[[list[bytes]], bytes]] = {
     "tars": lambda parts: b"".join(parts),
-    "gzipped tars": lambda parts: b"".join(gzip.compress(part) for part in parts),
+    "gzipped tars": lambda parts: b"".join(gzip.compress(part, mtime=0) for part in parts),
     "a tar after an empty one": lambda parts: bytes(10240) + b"".join(parts),
     "one block of zeros between": lambda parts: b"".join(part.rstrip(b"\0") + ZEROS for part in parts),
     "tars far apart": lambda parts: bytes(512 * 100).join(parts),
@@ -185,13 +185,13 @@ def test_end_of_an_archive_that_is_padded_with_many_zeros_is_right(tmp_path: Pat
     assert_is(samples)
 
 
-@pytest.mark.parametrize("garbage", [b"x", b"\xff" * 512, b"PK\3\4" * 200, gzip.compress(b"more")])
+@pytest.mark.parametrize("garbage", [b"x", b"\xff" * 512, b"PK\3\4" * 200, gzip.compress(b"more", mtime=0)])
 def test_bytes_after_the_end(tmp_path: Path, garbage: bytes) -> None:
     assert_is(read(written(tmp_path, tar_bytes(three()) + garbage)))
 
 
 @pytest.mark.parametrize(
-    "content", [b"", bytes(512), bytes(10240), gzip.compress(b""), b"\x1f\x8b", b"PK\x05\x06" + bytes(18)]
+    "content", [b"", bytes(512), bytes(10240), gzip.compress(b"", mtime=0), b"\x1f\x8b", b"PK\x05\x06" + bytes(18)]
 )
 def test_shard_with_nothing_in_it(tmp_path: Path, content: bytes) -> None:
     assert_is(read(written(tmp_path, content)), [])
@@ -969,7 +969,7 @@ def test_any_change_under_a_manifest_is_found(
     """The samples as they were, or a sentence."""
     folder = tmp_path_factory.mktemp("changed")
     good = tar_bytes(three())
-    good = gzip.compress(good) if packed else good
+    good = gzip.compress(good, mtime=0) if packed else good
     entry = {"name": "x.tar", "samples": 3, "bytes": len(good), "sha256": hashlib.sha256(good).hexdigest()}
     (folder / "manifest.json").write_text(json.dumps({"shards": [entry]}))
     written(folder, changed(good, changes, blocks=blocks))
@@ -990,4 +990,4 @@ def test_any_change_without_a_manifest_ends_in_samples_or_a_sentence(
     """What only changes numbers can't be found without a manifest; but no other exception comes out."""
     folder = tmp_path_factory.mktemp("changed")
     content = changed(WHOLE, changes, blocks=blocks)
-    read(written(folder, gzip.compress(content) if packed else content))
+    read(written(folder, gzip.compress(content, mtime=0) if packed else content))
