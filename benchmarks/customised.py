@@ -74,7 +74,7 @@ def candidates_for(samples: list[Sample], concepts: dict[str, list[Sample]]) -> 
     """
     exemplars = [sample for concept in concepts.values() for sample in concept]
     neutral = exemplars[0]
-    training = [replace(s, text=neutral.text, metadata={"captions": neutral.captions}) for s in samples]
+    training = [replace(s, conditions=neutral.conditions, metadata={"captions": neutral.captions}) for s in samples]
     return sorted([*training, *exemplars], key=lambda sample: sample.key)
 
 

@@ -67,7 +67,7 @@ class Together(nn.Module):
             *_, last = trajectory(self.network, self.objective, self.text, shape, seeds, self.steps)
             return last.latents
         rows = self.rows[chosen]
-        views = ViewBatch(self.latents[rows], self.text[rows])
+        views = ViewBatch(self.latents[rows], {"text": self.text[rows]})
         return self.objective(self.network, views, self.timesteps[chosen], self.noise[chosen])
 
     @torch.no_grad()

@@ -99,7 +99,7 @@ class _Loss(nn.Module):
         self.objective = objective
 
     def forward(self, latents: Tensor, text: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
-        return self.objective(self.network, ViewBatch(latents, text), timesteps, noise).mean()
+        return self.objective(self.network, ViewBatch(latents, {"text": text}), timesteps, noise).mean()
 
 
 def plain_attention(network: Any) -> nn.Module:

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from lightning_unlearn.data.addresses import is_address
+from lightning_unlearn.data.conditions import shapes_of
 from lightning_unlearn.data.samples import Sample, SampleBatch, decode_sample
 from lightning_unlearn.data.shards import ShardInfo, shard_id
 from lightning_unlearn.data.targets import targets_of
@@ -148,9 +149,11 @@ class AttributionDataModule(LightningDataModule):
             raise InputError(f"There is no query in {self.query_patterns}; make some with `lightning-unlearn prepare`.")
         queries = list(found.values())
         for query in queries:
-            if query.latent.shape != queries[0].latent.shape or query.text.shape[1:] != queries[0].text.shape[1:]:
+            first = queries[0]
+            alike = shapes_of(query.conditions) == shapes_of(first.conditions)
+            if query.latent.shape != first.latent.shape or not alike:
                 raise InputError(
-                    f"The queries {queries[0].key!r} and {query.key!r} differ in shape; all queries of a run must "
+                    f"The queries {first.key!r} and {query.key!r} differ in shape; all queries of a run must "
                     "have one shape."
                 )
         return [query for target in targets_of(queries, self.targets_by) for query in target.members]

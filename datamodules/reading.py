@@ -9,14 +9,15 @@ from typing import Any
 
 from webdataset.tariterators import base_plus_ext
 
+from lightning_unlearn.data.conditions import CONDITION_FIELDS
 from lightning_unlearn.data.masks import MASK_FIELD
-from lightning_unlearn.data.samples import ARRAY_FIELDS, PICTURE_FIELDS, REQUIRED_FIELDS, Sample, decode_sample
+from lightning_unlearn.data.samples import LATENT_FIELDS, PICTURE_FIELDS, Sample, decode_sample
 from lightning_unlearn.data.shards import ShardInfo
 from lightning_unlearn.datamodules.archive import LARGEST_FILE, Archive
 from lightning_unlearn.datamodules.source import OpenShard
 from lightning_unlearn.errors import InputError
 
-FIELDS = frozenset({*ARRAY_FIELDS, *REQUIRED_FIELDS})
+FIELDS = frozenset({*LATENT_FIELDS, *CONDITION_FIELDS, "json"})
 # What macOS adds for a file's attributes, under the file's name with "._" before it.
 APPLE_DOUBLE = b"\x00\x05\x16\x07"
 

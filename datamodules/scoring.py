@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from lightning_unlearn.data.samples import Sample, SampleBatch, collate_samples, decode_sample
+from lightning_unlearn.data.conditions import shapes_of
+from lightning_unlearn.data.samples import Sample, SampleBatch, collate_samples, decode_sample, shown_shapes
 from lightning_unlearn.data.shards import ShardInfo, shard_id
 from lightning_unlearn.datamodules.reading import read_fields
 from lightning_unlearn.errors import InputError
@@ -84,12 +85,10 @@ def check_shapes(sample: Sample, query: Sample, url: str) -> None:
         url: The sample's shard.
 
     Raises:
-        InputError: If latents or texts differ in shape.
+        InputError: If latents or conditions differ in shape.
     """
-    if sample.latent.shape != query.latent.shape or sample.text.shape[1:] != query.text.shape[1:]:
+    if sample.latent.shape != query.latent.shape or shapes_of(sample.conditions) != shapes_of(query.conditions):
         raise InputError(
-            f"Sample {sample.key!r} in {url} has latent {tuple(sample.latent.shape)} and text "
-            f"{tuple(sample.text.shape[1:])}, "
-            f"but the query {query.key!r} has {tuple(query.latent.shape)} and {tuple(query.text.shape[1:])}; "
-            "prepare both in the same way."
+            f"Sample {sample.key!r} in {url} has {shown_shapes(sample)}, but the query {query.key!r} has "
+            f"{shown_shapes(query)}; prepare both in the same way."
         )

@@ -81,7 +81,7 @@ class DiffusionModule(LightningModule):
             mirrored = torch.rand(len(batch), device=self.device) < 0.5
             latents = torch.where(mirrored[:, None, None, None], batch.latents_flip, latents)
         timesteps = torch.randint(0, self.objective.num_timesteps, (len(batch),), device=self.device)
-        return ViewBatch(latents, batch.text[rows, captions]), timesteps, torch.randn_like(latents)
+        return batch.views(rows, captions, latents), timesteps, torch.randn_like(latents)
 
     def configure_optimizers(self) -> torch.optim.Optimizer | OptimizerLRSchedulerConfig:
         """The optimizer over all weights, and the schedule.

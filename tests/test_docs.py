@@ -129,7 +129,7 @@ def test_python_runs(text: str, place: Path, finished: Path) -> None:
 def assert_is_an_objective(kind: Callable[[], Any]) -> None:
     """Losses of toys are one number a view."""
     objective = kind()
-    batch = ViewBatch(torch.randn(3, *LATENT), torch.randn(3, TOKENS, DIM))
+    batch = ViewBatch(torch.randn(3, *LATENT), {"text": torch.randn(3, TOKENS, DIM)})
     assert objective(tiny_unet(), batch, torch.tensor([0, 10, 999]), torch.randn(3, *LATENT)).shape == (3,)
 
 

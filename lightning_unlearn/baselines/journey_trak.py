@@ -99,7 +99,7 @@ class JourneyTRAK(TRAK):
         text = torch.stack([query.text[0] for query in queries])  # (B, tokens, dim)
         rows, end = torch.arange(len(queries)), torch.zeros(len(queries), *shape)
         for number, step in enumerate(trajectory(network, objective, text, shape, seeds, steps)):
-            views, timesteps = ViewBatch(step.predicted, text), torch.full((len(queries),), step.timestep)
+            views, timesteps = ViewBatch(step.predicted, {"text": text}), torch.full((len(queries),), step.timestep)
             for draw in range(number * self.noises, (number + 1) * self.noises):
                 noise = torch.stack([_noise(subject, query, draw) for query in queries])
                 yield View(0, 0, draw, rows, views, timesteps, noise)

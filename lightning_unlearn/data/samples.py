@@ -6,10 +6,12 @@ A sample is a mapping of field name to bytes, as WebDataset reads it from a tar 
     ``(C, H, W)`` float16 or float32: what the network is trained on; an image in [-1, 1] for a pixel-space model.
 ``latent_flip.npy``
     Optional, the same shape: the latent of the mirrored picture (which is not the mirrored latent).
-``text.npy``
-    ``(captions, tokens, dim)`` float16 or float32: the text states that the network is conditioned on.
+``text.npy``, ``pooled.npy``, …
+    What the network is conditioned on (:mod:`lightning_unlearn.data.conditions`), float16 or float32; most networks
+    need ``text.npy`` ``(captions, tokens, dim)`` and no more.
 ``json``
-    ``{"captions": [...], ...}``: the captions in the order of ``text.npy``, and whatever else is known.
+    ``{"captions": [...], ...}``: the captions in the order of ``text.npy``, and whatever else is known;
+    a list with an empty caption for networks that know no text.
 ``png`` / ``jpg`` / ``webp``
     Optional: a picture for people to look at. It is never decoded on the way to a score.
 ``mask.png``
@@ -29,12 +31,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_unlearn.data.arrays import LARGEST_LATENT, LARGEST_TEXT, decode_array
+from lightning_unlearn.data.arrays import LARGEST_LATENT, decode_array
+from lightning_unlearn.data.conditions import (
+    NUMBERS,
+    Conditions,
+    cast_conditions,
+    decode_conditions,
+    shapes_of,
+    stack_conditions,
+)
 from lightning_unlearn.data.masks import MASK_FIELD, decode_mask
 from lightning_unlearn.errors import InputError
 
-ARRAY_FIELDS = ("latent.npy", "latent_flip.npy", "text.npy")
-REQUIRED_FIELDS = ("latent.npy", "text.npy", "json")
+LATENT_FIELDS = ("latent.npy", "latent_flip.npy")
 PICTURE_FIELDS = ("png", "jpg", "jpeg", "webp")
 
 
@@ -45,7 +54,7 @@ class Sample:
     Attributes:
         key: Unique name.
         latent: ``(C, H, W)`` float32.
-        text: ``(captions, tokens, dim)`` float32.
+        conditions: Name to ``(captions or 1, …)``.
         metadata: The sample's json; ``metadata["captions"]`` is a list of strings.
         latent_flip: ``(C, H, W)`` float32, or ``None``.
         picture: The bytes of an encoded picture, or ``None``.
@@ -54,7 +63,7 @@ class Sample:
 
     key: str
     latent: Tensor
-    text: Tensor
+    conditions: Conditions
     metadata: dict[str, Any]
     latent_flip: Tensor | None = None
     picture: bytes | None = None
@@ -65,6 +74,11 @@ class Sample:
         """The sample's captions."""
         return list(self.metadata["captions"])
 
+    @property
+    def text(self) -> Tensor:
+        """``(captions, tokens, dim)`` the text states."""
+        return _text(self.conditions)
+
 
 @dataclass(frozen=True)
 class ViewBatch:
@@ -72,13 +86,18 @@ class ViewBatch:
 
     Attributes:
         latents: ``(B, C, H, W)``.
-        text: ``(B, tokens, dim)``.
+        conditions: What else the network is given, name to ``(B, …)``.
         mask: ``(B, H, W)``, which part of each latent the loss is of; ``None`` for all of it.
     """
 
     latents: Tensor
-    text: Tensor
+    conditions: Conditions
     mask: Tensor | None = None
+
+    @property
+    def text(self) -> Tensor:
+        """``(B, tokens, dim)`` the text states."""
+        return _text(self.conditions)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> ViewBatch:
         """The views where a network is, in its type.
@@ -91,7 +110,7 @@ class ViewBatch:
             A new batch.
         """
         mask = None if self.mask is None else self.mask.to(device, dtype)
-        return ViewBatch(self.latents.to(device, dtype), self.text.to(device, dtype), mask)
+        return ViewBatch(self.latents.to(device, dtype), cast_conditions(self.conditions, device, dtype), mask)
 
 
 # Not frozen: a Trainer's precision plugin may only convert the tensors of a dataclass that isn't.
@@ -103,7 +122,7 @@ class SampleBatch:
         shard: Identifier of the shard (see :func:`lightning_unlearn.data.shards.shard_id`).
         keys: ``B`` keys.
         latents: ``(B, C, H, W)``.
-        text: ``(B, captions, tokens, dim)``; rows past a sample's last caption are zero.
+        conditions: Name to ``(B, captions or 1, …)``; rows past a sample's last caption are zero.
         caption_counts: ``(B,)`` int64.
         latents_flip: ``(B, C, H, W)`` or ``None``.
         end_of_shard: How many samples the whole shard had, on its last batch; otherwise ``None``.
@@ -114,7 +133,7 @@ class SampleBatch:
     shard: str
     keys: list[str] = field(default_factory=list)
     latents: Tensor = field(default_factory=lambda: torch.empty(0))
-    text: Tensor = field(default_factory=lambda: torch.empty(0))
+    conditions: Conditions = field(default_factory=dict)
     caption_counts: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     latents_flip: Tensor | None = None
     end_of_shard: int | None = None
@@ -124,12 +143,33 @@ class SampleBatch:
     def __len__(self) -> int:
         return len(self.keys)
 
+    @property
+    def text(self) -> Tensor:
+        """``(B, captions, tokens, dim)`` the text states."""
+        return _text(self.conditions)
+
+    def views(self, rows: Tensor, captions: Tensor, latents: Tensor | None = None) -> ViewBatch:
+        """What the network sees of some samples, one caption of each.
+
+        Args:
+            rows: ``(b,)`` which samples.
+            captions: ``(b,)`` which caption of each.
+            latents: ``(b, C, H, W)`` what stands in their latents' place, e.g. those of mirrored pictures.
+
+        Returns:
+            ``b`` views.
+        """
+        rows = rows.to(self.latents.device)
+        captions = captions.to(self.latents.device)
+        chosen = {name: array[rows, captions if array.shape[1] > 1 else 0] for name, array in self.conditions.items()}
+        return ViewBatch(self.latents[rows] if latents is None else latents, chosen)
+
     def to(self, device: torch.device) -> SampleBatch:
         """The batch with its tensors on ``device``; Lightning calls this for batches it does not know."""
         return replace(
             self,
             latents=self.latents.to(device, non_blocking=True),
-            text=self.text.to(device, non_blocking=True),
+            conditions=cast_conditions(self.conditions, device),
             latents_flip=None if self.latents_flip is None else self.latents_flip.to(device, non_blocking=True),
         )
 
@@ -159,11 +199,9 @@ def decode_sample(fields: Mapping[str, Any]) -> Sample:
     if not _is_text(json.dumps(metadata, ensure_ascii=False)):
         raise InputError(f"{where}: its json holds half a surrogate pair, which is no text; write it anew.")
     latent = decode_array(fields["latent.npy"], "latent.npy", 3, LARGEST_LATENT, where)
-    text = decode_array(fields["text.npy"], "text.npy", 3, LARGEST_TEXT, where)
-    if len(text) != len(captions):
-        raise InputError(
-            f"{where} has {len(captions)} captions but text for {len(text)}; text.npy needs one entry a caption."
-        )
+    if "text.npy" not in fields and any(captions) and not metadata.get(NUMBERS):
+        _check_present(["text.npy"], where)
+    conditions = decode_conditions(fields, metadata, len(captions), where)
     flip = None
     if "latent_flip.npy" in fields:
         flip = decode_array(fields["latent_flip.npy"], "latent_flip.npy", 3, LARGEST_LATENT, where)
@@ -173,7 +211,13 @@ def decode_sample(fields: Mapping[str, Any]) -> Sample:
         )
     picture = next((fields[name] for name in PICTURE_FIELDS if name in fields), None)
     mask = decode_mask(fields[MASK_FIELD], latent.shape[-2], latent.shape[-1], where) if MASK_FIELD in fields else None
-    return Sample(fields["__key__"], latent, text, metadata, flip, picture, mask)
+    return Sample(fields["__key__"], latent, conditions, metadata, flip, picture, mask)
+
+
+def _text(conditions: Conditions) -> Tensor:
+    if "text" not in conditions:
+        raise InputError("These samples hold no text.npy, which is asked for; prepare them with text.")
+    return conditions["text"]
 
 
 def _check_fields(fields: Mapping[str, Any], where: str) -> None:
@@ -186,7 +230,11 @@ def _check_fields(fields: Mapping[str, Any], where: str) -> None:
             f"{where}: its file {key + '.' + dotted!r} gives the key {key!r} and the field {dotted!r}, since a key "
             "ends at the first dot; pack the shard again with underscores for dots."
         )
-    missing = [name for name in REQUIRED_FIELDS if name not in fields]
+    missing = [name for name in ("latent.npy", "json") if name not in fields]
+    _check_present(missing, where)
+
+
+def _check_present(missing: Sequence[str], where: str) -> None:
     if missing:
         raise InputError(
             f"{where} lacks {', '.join(missing)} among the files that lie side by side; a sample's files must follow "
@@ -210,10 +258,13 @@ def named_arrays(samples: Sequence[Sample]) -> dict[str, Tensor]:
         samples: With unique keys.
 
     Returns:
-        ``{key}/latent`` and ``{key}/text`` to tensor, and ``{key}/mask`` of those that have one.
+        ``{key}/latent`` and ``{key}/text`` (or another condition) to tensor, and ``{key}/mask`` of those that have one.
     """
-    arrays = {f"{sample.key}/{name}": getattr(sample, name) for sample in samples for name in ("latent", "text")}
-    return arrays | {f"{sample.key}/mask": sample.mask for sample in samples if sample.mask is not None}
+    arrays: dict[str, Tensor] = {}
+    for sample in samples:
+        seen = {"latent": sample.latent, **sample.conditions, "mask": sample.mask}
+        arrays |= {f"{sample.key}/{name}": array for name, array in seen.items() if array is not None}
+    return arrays
 
 
 def collate_samples(shard: str, samples: Sequence[Sample], **markers: Any) -> SampleBatch:
@@ -221,7 +272,7 @@ def collate_samples(shard: str, samples: Sequence[Sample], **markers: Any) -> Sa
 
     Args:
         shard: The shard's identifier.
-        samples: At least one sample; all latents of one shape, all text with the same tokens and dim.
+        samples: At least one sample; all latents of one shape, and all conditions.
         **markers: ``end_of_shard``, ``skipped`` or ``error`` of :class:`SampleBatch`.
 
     Returns:
@@ -232,10 +283,9 @@ def collate_samples(shard: str, samples: Sequence[Sample], **markers: Any) -> Sa
     """
     first = samples[0]
     for sample in samples:
-        if sample.latent.shape != first.latent.shape or sample.text.shape[1:] != first.text.shape[1:]:
+        if sample.latent.shape != first.latent.shape or shapes_of(sample.conditions) != shapes_of(first.conditions):
             raise InputError(
-                f"Sample {sample.key!r} has latent {tuple(sample.latent.shape)} and text {tuple(sample.text.shape[1:])}"
-                f", but {first.key!r} has {tuple(first.latent.shape)} and {tuple(first.text.shape[1:])}; "
+                f"Sample {sample.key!r} has {shown_shapes(sample)}, but {first.key!r} has {shown_shapes(first)}; "
                 "all samples of a run must have one shape."
             )
         if (sample.latent_flip is None) != (first.latent_flip is None):
@@ -243,17 +293,27 @@ def collate_samples(shard: str, samples: Sequence[Sample], **markers: Any) -> Sa
                 f"Only one of the samples {first.key!r} and {sample.key!r} has latent_flip.npy; prepare all with flips "
                 "or none."
             )
-    counts = torch.tensor([len(sample.text) for sample in samples])
-    text = first.text.new_zeros(len(samples), int(counts.max()), *first.text.shape[1:])  # (B, captions, tokens, dim)
-    for row, sample in enumerate(samples):
-        text[row, : len(sample.text)] = sample.text
+    counts = [len(sample.captions) for sample in samples]
     flips = [sample.latent_flip for sample in samples if sample.latent_flip is not None]
     return SampleBatch(
         shard=shard,
         keys=[sample.key for sample in samples],
         latents=torch.stack([sample.latent for sample in samples]),
-        text=text,
-        caption_counts=counts,
+        conditions=stack_conditions([sample.conditions for sample in samples], counts),
+        caption_counts=torch.tensor(counts),
         latents_flip=torch.stack(flips) if flips else None,
         **markers,
     )
+
+
+def shown_shapes(sample: Sample) -> str:
+    """The shapes of a sample's arrays, for a message.
+
+    Args:
+        sample: Any.
+
+    Returns:
+        E.g. ``"latent (4, 64, 64) and text (77, 768)"``.
+    """
+    named = {"latent": tuple(sample.latent.shape), **shapes_of(sample.conditions)}
+    return " and ".join(f"{name} {shape}" for name, shape in named.items())

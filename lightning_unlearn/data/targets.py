@@ -43,7 +43,7 @@ def targets_of(queries: Sequence[Sample], field: str | None) -> list[Target]:
     Example:
         >>> import torch
         >>> def painted(key, artist):
-        ...     return Sample(key, torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), {"captions": [""], "artist": artist})
+        ...     return Sample(key, torch.zeros(1, 1, 1), {}, {"captions": [""], "artist": artist})
         >>> targets = targets_of([painted("c", "Klee"), painted("b", "Klee"), painted("a", "Marc")], "artist")
         >>> [(target.name, [query.key for query in target.members]) for target in targets]
         [('Klee', ['b', 'c']), ('Marc', ['a'])]

@@ -44,7 +44,7 @@ class Objective(ABC):
         ...     def __call__(self, network, batch, timesteps, noise):
         ...         noisy = batch.latents + timesteps[:, None, None, None] / 10 * noise
         ...         return (network(noisy) - noise).square().flatten(1).mean(1)
-        >>> batch = ViewBatch(torch.zeros(2, 3, 4, 4), torch.zeros(2, 1, 1))
+        >>> batch = ViewBatch(torch.zeros(2, 3, 4, 4), {})
         >>> Plain()(torch.nn.Identity(), batch, torch.tensor([10, 0]), torch.ones(2, 3, 4, 4))
         tensor([0., 1.])
     """
@@ -58,7 +58,7 @@ class Objective(ABC):
 
         Args:
             network: The denoiser, called as it is.
-            batch: ``B`` latents and texts.
+            batch: ``B`` latents, and what else the network is given.
             timesteps: ``(B,)`` int64.
             noise: ``(B, C, H, W)`` standard normal.
 
@@ -75,7 +75,7 @@ class Objective(ABC):
 
         Args:
             network: The denoiser, called as it is.
-            batch: ``B`` latents and texts.
+            batch: ``B`` latents, and what else the network is given.
             timesteps: ``(B,)`` int64.
             noise: ``(B, C, H, W)`` standard normal, of the noisy latents.
             normal: ``(B, C, H, W)`` standard normal, independent of all else: the prediction less the drawn target, in
@@ -212,7 +212,7 @@ class DenoisingObjective(Objective):
 
         Args:
             network: A network of a known family.
-            batch: ``B`` latents and texts.
+            batch: ``B`` latents, and what else the network is given.
             timesteps: ``(B,)`` int64.
             noise: ``(B, C, H, W)``.
 
@@ -229,7 +229,7 @@ class DenoisingObjective(Objective):
 
         Args:
             network: A network of a known family.
-            batch: ``B`` latents and texts.
+            batch: ``B`` latents, and what else the network is given.
             timesteps: ``(B,)`` int64.
             noise: ``(B, C, H, W)``.
             normal: ``(B, C, H, W)``.

@@ -87,7 +87,7 @@ def trajectory(
     scheduler.set_timesteps(steps, device=parameter.device)
     noise = [torch.randn(tuple(shape), generator=generator_for("sampling", seed)) for seed in seeds]
     latents: Tensor = torch.stack(noise).to(parameter) * scheduler.init_noise_sigma
-    views = ViewBatch(latents, text.to(parameter))
+    views = ViewBatch(latents, {"text": text.to(parameter)})
     for timestep in scheduler.timesteps:
         prediction = family_of(network).predict(network, latents, timestep.expand(len(latents)), views)
         made = scheduler.step(prediction, timestep, latents)

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_unlearn.data.conditions import Conditions, cast_conditions, chosen_caption
 from lightning_unlearn.data.samples import Sample
 from lightning_unlearn.draws.views import place_timesteps
 from lightning_unlearn.fingerprints import generator_for, seed_of
@@ -27,7 +28,7 @@ class DrawBatch:
         key: Of the query that it is, or that belongs to it; draws are keyed by it. Empty for real samples, whose draws
             are keyed by their numbers alone.
         latents: ``(b, C, H, W)``.
-        text: ``(b, tokens, dim)``.
+        conditions: What else the network is given, name to ``(b, …)``.
         numbers: ``b`` numbers of draws.
         weights: ``(b,)`` 1, or 0 for draws that only fill up a rank's share.
         total: Draws a step, over all ranks.
@@ -38,7 +39,7 @@ class DrawBatch:
     target: int
     key: str
     latents: Tensor
-    text: Tensor
+    conditions: Conditions
     numbers: list[int]
     weights: Tensor
     total: int
@@ -57,7 +58,7 @@ class DrawBatch:
         return replace(
             self,
             latents=self.latents.to(device),
-            text=self.text.to(device),
+            conditions=cast_conditions(self.conditions, device),
             weights=self.weights.to(device),
             mask=None if self.mask is None else self.mask.to(device),
         )
@@ -87,13 +88,13 @@ def draw_batches(
     batches = []
     for start in range(0, len(places), batch_size):
         chunk = [first + place for place in places[start : start + batch_size]]
-        captions = [number % len(sample.text) for number in chunk]
+        captions = [number % len(sample.captions) for number in chunk]
         batches.append(
             DrawBatch(
                 target=target,
                 key=sample.key,
                 latents=sample.latent.expand(len(chunk), *sample.latent.shape),
-                text=sample.text[captions],
+                conditions=chosen_caption(sample.conditions, captions),
                 numbers=chunk,
                 weights=weights[start : start + batch_size],
                 total=total,
@@ -131,16 +132,16 @@ def real_batches(
     for start in range(0, len(places), batch_size):
         chunk = places[start : start + batch_size]
         numbers = [first + place for place in chunk]
-        texts = [
-            samples[place].text[seed_of(stream, "caption", seed, number) % len(samples[place].text)]
-            for place, number in zip(chunk, numbers, strict=True)
+        given = [
+            chosen_caption(sample.conditions, seed_of(stream, "caption", seed, number) % len(sample.captions))
+            for sample, number in zip((samples[place] for place in chunk), numbers, strict=True)
         ]
         batches.append(
             DrawBatch(
                 target=0,
                 key="",
                 latents=torch.stack([samples[place].latent for place in chunk]),
-                text=torch.stack(texts),
+                conditions={name: torch.stack([one[name] for one in given]) for name in given[0]},
                 numbers=numbers,
                 weights=weights[start : start + batch_size],
                 total=len(samples),

@@ -175,11 +175,9 @@ class Views:
                 rows = (batch.caption_counts > caption).nonzero()[:, 0].cpu()
                 keys = [batch.keys[row] for row in rows.tolist()]
                 # Indexing copies, and nearly always all samples have the caption.
+                place = rows.to(latents.device)
                 every = len(rows) == len(batch)
-                views = ViewBatch(
-                    latents if every else latents[rows.to(latents.device)],
-                    batch.text[:, caption] if every else batch.text[rows.to(latents.device), caption],
-                )
+                views = batch.views(place, torch.full_like(place, caption), latents if every else latents[place])
                 for draw, number in enumerate(self.numbers):
                     noise = self.draw_noise(keys, latents.shape[1:], flip, caption, number).to(latents)
                     yield View(flip, caption, draw, rows, views, timesteps[draw].expand(len(rows)), noise)
@@ -193,7 +191,7 @@ class Views:
         Returns:
             The number; samples with fewer captions have fewer views.
         """
-        most = batch.text.shape[1]
+        most = int(batch.caption_counts.max())
         return most if self.captions is None else min(most, self.captions)
 
 

@@ -118,7 +118,7 @@ class Customisation(DiffusionModule):
         views, timesteps, noise = super()._draw(batch)
         new = torch.tensor([key in self.exemplars for key in batch.keys], device=views.text.device)
         text = torch.where(new[:, None, None], self.prompt(views.text), views.text)
-        return replace(views, text=text), timesteps, noise
+        return replace(views, conditions={**views.conditions, "text": text}), timesteps, noise
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over the chosen weights and the token.
@@ -220,7 +220,7 @@ def customise(
     return Customised(
         {key: value.detach().cpu() for key, value in module.network.state_dict().items()},
         [
-            Sample(f"{name}-{seed}", latent.cpu(), text[:1].cpu(), _made(exemplars[0], settings, seed))
+            Sample(f"{name}-{seed}", latent.cpu(), {"text": text[:1].cpu()}, _made(exemplars[0], settings, seed))
             for seed, latent in enumerate(latents)
         ],
         sum(module.losses[:part]) / part,

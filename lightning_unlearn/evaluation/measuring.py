@@ -144,7 +144,7 @@ class Measuring:
                 objective.num_timesteps,
                 query.latent.shape,
             )
-            views = ViewBatch(batch.latents, batch.text, batch.mask).to(weight.device, weight.dtype)
+            views = ViewBatch(batch.latents, batch.conditions, batch.mask).to(weight.device, weight.dtype)
             losses.append(objective(network, views, timesteps.to(weight.device), noise.to(weight)).double().cpu())
         values = torch.cat(losses)  # (draws,), in the order of timesteps
         parts = values.reshape(PARTS, -1).mean(1)

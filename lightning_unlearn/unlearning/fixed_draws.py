@@ -35,7 +35,7 @@ def draw_losses(
     shape = batch.latents.shape[1:]
     length = loss.objective.num_timesteps
     timesteps, noise = draw_for_target(stream, seed, batch.key, batch.numbers, batch.total, length, shape)
-    views = ViewBatch(batch.latents, batch.text, batch.mask).to(own.device, own.dtype)
+    views = ViewBatch(batch.latents, batch.conditions, batch.mask).to(own.device, own.dtype)
     return loss.under(weights, views, timesteps.to(own.device), noise.to(views.latents))
 
 

@@ -54,7 +54,9 @@ def samples(count: int = 8, dtype: torch.dtype = torch.float64) -> list[Batch]:
 
 
 def loss_of(network: nn.Module, batch: Batch) -> Tensor:
-    return ToyObjective()(network, ViewBatch(batch["latents"], batch["text"]), batch["timestep"], batch["noise"])
+    return ToyObjective()(
+        network, ViewBatch(batch["latents"], {"text": batch["text"]}), batch["timestep"], batch["noise"]
+    )
 
 
 class SomebodysModule(LightningModule):
@@ -544,7 +546,7 @@ class DiffusersModule(LightningModule):
             )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        views = ViewBatch(batch["latents"], batch["text"])
+        views = ViewBatch(batch["latents"], {"text": batch["text"]})
         return self.objective(self.unet.train(), views, batch["timestep"] * 100, batch["noise"]).mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -125,7 +125,7 @@ def exact_fisher(
 
     def loss(number: int) -> Tensor:
         sample = samples[number]
-        batch = ViewBatch(sample.latent[None].to(dtype), sample.text[:1].to(dtype))
+        batch = ViewBatch(sample.latent[None].to(dtype), {"text": sample.text[:1].to(dtype)})
         return objective(network, batch, timesteps[number : number + 1], noises[number][None])[0]
 
     required = {name: value.requires_grad for name, value in kept.items()}
@@ -159,7 +159,8 @@ def toy_model() -> Path:
     for _ in range(60):
         rows = torch.randint(0, SAMPLES, (8,), generator=generator).tolist()
         batch = ViewBatch(
-            torch.stack([samples[row].latent for row in rows]), torch.stack([samples[row].text[0] for row in rows])
+            torch.stack([samples[row].latent for row in rows]),
+            {"text": torch.stack([samples[row].text[0] for row in rows])},
         )
         timesteps = torch.randint(0, objective.num_timesteps, (8,), generator=generator)
         loss = objective(network, batch, timesteps, torch.randn(batch.latents.shape, generator=generator)).mean()

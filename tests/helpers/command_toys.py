@@ -52,7 +52,7 @@ def toy_folder() -> Path:
     generator = torch.Generator().manual_seed(1)
     for _ in range(40):
         batch = ViewBatch(
-            torch.randn(8, *LATENT, generator=generator), torch.randn(8, TOKENS, DIM, generator=generator)
+            torch.randn(8, *LATENT, generator=generator), {"text": torch.randn(8, TOKENS, DIM, generator=generator)}
         )
         timesteps = torch.randint(0, objective.num_timesteps, (8,), generator=generator)
         loss = objective(network, batch, timesteps, torch.randn(batch.latents.shape, generator=generator)).mean()

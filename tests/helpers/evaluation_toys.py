@@ -100,7 +100,7 @@ class Own(LightningModule):
         optimizer.zero_grad()
         timesteps = torch.randint(0, 10, (len(batch),))
         noise = torch.randn(len(batch), *LATENT)
-        views = ViewBatch(batch.latents, batch.text[:, 0])
+        views = ViewBatch(batch.latents, {"text": batch.text[:, 0]})
         self.manual_backward(self.loss(self.parts["denoiser"], views, timesteps, noise).mean())
         optimizer.step()
 

@@ -59,7 +59,7 @@ def batch_of(captions: list[int], flip: bool = False) -> SampleBatch:
 def mean_loss(network: nn.Module, objective: Any, batch: SampleBatch) -> float:
     """Over fixed draws."""
     generator = torch.Generator().manual_seed(5)
-    views = ViewBatch(batch.latents, batch.text[:, 0])
+    views = ViewBatch(batch.latents, {"text": batch.text[:, 0]})
     with torch.no_grad():
         losses = [
             objective(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import nn
 
-from lightning_unlearn.diffusion.families.base import Family
+from lightning_unlearn.diffusion.families.base import Condition, Family
 from lightning_unlearn.diffusion.families.unet import UNetFamily
 from lightning_unlearn.errors import InputError
 
 FAMILIES: tuple[Family, ...] = (UNetFamily(),)
 
-__all__ = ["FAMILIES", "Family", "UNetFamily", "family_of"]
+__all__ = ["FAMILIES", "Condition", "Family", "UNetFamily", "family_of"]
 
 
 def family_of(network: nn.Module) -> Family:
@@ -25,9 +25,8 @@ def family_of(network: nn.Module) -> Family:
     Raises:
         InputError: If no family knows it.
     """
-    names = {cls.__name__ for cls in type(network).__mro__}
     for family in FAMILIES:
-        if names.intersection(family.class_names):
+        if family.knows(network):
             return family
     known = ", ".join(name for family in FAMILIES for name in family.class_names)
     raise InputError(

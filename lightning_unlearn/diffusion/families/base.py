@@ -4,37 +4,85 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
+import torch
 from torch import Tensor, nn
 
+from lightning_unlearn.data.conditions import Conditions
 from lightning_unlearn.data.samples import ViewBatch
 from lightning_unlearn.errors import InputError
 
 
-class Family(ABC):
-    """How networks of one family are called, and where the text enters them.
+@dataclass(frozen=True)
+class Condition:
+    """What networks of a family are given under one name, besides latents and timestep.
 
     Attributes:
-        class_names: Names of the network classes that belong to the family.
-        selections: For each named selection of weights, regular expressions that whole layer names match.
+        dimensions: Of one view's array: 2 for ``(tokens, dim)``, 1 for ``(dim,)``.
+        widths: Settings of the network's config that may say the length of the last axis; the first that does counts.
+        optional: Whether the network can do without it.
     """
 
+    dimensions: int
+    widths: Sequence[str] = ()
+    optional: bool = False
+
+
+TEXT = Condition(2, ("encoder_hid_dim", "cross_attention_dim"))
+"""Text states as most networks take them."""
+
+
+class Family(ABC):
+    """How networks of one family are called, what they are conditioned on, and where the text enters them.
+
+    The family's diffusers pipeline is the oracle: what a network is given here for some latents, timestep and prompt is
+    what the pipeline gives it.
+
+    Attributes:
+        title: What people call it, e.g. ``"Stable Diffusion XL"``.
+        class_names: Names of the network classes that belong to the family.
+        selections: For each named selection of weights, regular expressions that whole layer names match. A name that
+            means nothing in the family is left out.
+        conditions: What the networks are given, by name.
+        latent_dimensions: 3 for ``(C, H, W)`` latents, 4 for ``(C, F, H, W)``.
+    """
+
+    title: ClassVar[str]
     class_names: ClassVar[Sequence[str]]
     selections: ClassVar[Mapping[str, Sequence[str]]]
+    conditions: ClassVar[Mapping[str, Condition]] = {"text": TEXT}
+    latent_dimensions: ClassVar[int] = 3
 
-    @abstractmethod
+    def knows(self, network: nn.Module) -> bool:
+        """Whether a network is one of this family.
+
+        Args:
+            network: A denoiser, perhaps on the meta device.
+
+        Returns:
+            By the names of its class and of those that it derives from; a family that shares a class with others looks
+            into the config, too.
+        """
+        return not {cls.__name__ for cls in type(network).__mro__}.isdisjoint(self.class_names)
+
     def check(self, network: nn.Module) -> None:
         """Refuse a network that takes or gives what this family knows nothing of, by what its config says.
 
         Args:
-            network: A network of one of its classes.
+            network: A network of this family, perhaps on the meta device.
 
         Raises:
-            InputError: If it needs more than the family gives it, or predicts more than the noise.
+            InputError: If it needs more than the family gives it, or predicts more than one value a latent.
         """
+        takes, gives = setting(network, "in_channels"), setting(network, "out_channels")
+        if gives is None or takes is None or takes == gives:
+            return
+        name = type(network).__name__
+        what = "predicts a variance beside the noise" if gives == 2 * takes else "takes or gives more than latents"
+        raise InputError(f"This {name} takes {takes} channels and gives {gives}, so it {what}; {OWN_OBJECTIVE}.")
 
-    @abstractmethod
     def check_batch(self, network: nn.Module, noisy: Tensor, batch: ViewBatch) -> None:
         """Refuse latents or conditions of another form than the network's.
 
@@ -46,6 +94,46 @@ class Family(ABC):
         Raises:
             InputError: If the network does not take them.
         """
+        name, channels = type(network).__name__, self.latent_channels(network)
+        wrong = channels is not None and noisy.shape[1] != channels
+        if noisy.ndim != self.latent_dimensions + 1 or wrong:
+            form = "(C, H, W)" if self.latent_dimensions == 3 else "(C, F, H, W)"
+            raise InputError(
+                f"Latents {form} are {tuple(noisy.shape[1:])}, but this {name} takes {channels} channels; use the "
+                "samples, or the network, of one model."
+            )
+        for condition, form_of in self.conditions.items():
+            array = batch.conditions.get(condition)
+            if array is None:
+                if form_of.optional:
+                    continue
+                raise InputError(
+                    f"This {name} ({self.title}) takes {condition!r}, which the samples don't hold; prepare them with "
+                    "`lightning-unlearn prepare` and the pipeline of this model."
+                )
+            width = next(filter(None, (setting(network, name) for name in form_of.widths)), None)
+            # One width for each block is possible; then the network itself must know.
+            known = isinstance(width, int) and array.shape[-1] != width
+            if array.ndim != form_of.dimensions + 1 or len(array) != len(noisy) or known:
+                what = "Text states are" if condition == "text" else f"{condition!r} is"
+                axes = {1: "", 2: "tokens, "}.get(form_of.dimensions, "…, ")
+                raise InputError(
+                    f"{what} {tuple(array.shape)} for {len(noisy)} latents, but this {name} takes (views, {axes}"
+                    f"{width if width is not None else 'dim'}); use the samples' own text encoder, or the network of "
+                    "this text."
+                )
+
+    def latent_channels(self, network: nn.Module) -> int | None:
+        """How many channels the latents have, before any packing that :meth:`call` does.
+
+        Args:
+            network: A network of this family.
+
+        Returns:
+            The number, ``None`` where the config says nothing.
+        """
+        channels = setting(network, "in_channels")
+        return channels if isinstance(channels, int) else None
 
     @abstractmethod
     def call(self, network: nn.Module, noisy: Tensor, timesteps: Tensor, batch: ViewBatch) -> Tensor:
@@ -54,12 +142,61 @@ class Family(ABC):
         Args:
             network: A network of this family.
             noisy: ``(B, C, H, W)`` noisy latents.
-            timesteps: ``(B,)`` int64, in the training schedule's units.
+            timesteps: ``(B,)`` in the scheduler's units, as its ``timesteps`` are: int64 numbers of steps of a noise
+                schedule, ``1000 σ`` of a flow.
             batch: What it is conditioned on.
 
         Returns:
-            What the network gives.
+            What the network gives, in the sign and order of the training's target.
         """
+
+    def encode(self, pipeline: Any, captions: Sequence[str]) -> Conditions:
+        """Conditions of captions, by the pipeline's own ``encode_prompt``, as training used them.
+
+        Args:
+            pipeline: The family's diffusers pipeline with its text encoders; it may lack network and VAE.
+            captions: ``n`` of them; an empty one is what the pipeline makes of an empty prompt.
+
+        Returns:
+            Name to ``(n, …)``, float32.
+
+        Raises:
+            InputError: If the family has no text, or its encoders are missing.
+        """
+        raise InputError(f"{self.title} makes no states of captions here; give ready `text`.")
+
+    def facts(self, height: int, width: int, original: tuple[int, int], crop: tuple[int, int]) -> dict[str, list[int]]:
+        """Numbers about a picture that its network is conditioned on, as training used them.
+
+        Args:
+            height: Of the picture as it is encoded, in pixels.
+            width: Of the same.
+            original: ``(height, width)`` of the picture as it lay in the data set.
+            crop: ``(top, left)`` of what was cut out of it, after resizing.
+
+        Returns:
+            Name to numbers, for the sample's json; by default none.
+        """
+        return {}
+
+    def encode_pictures(self, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Latents of pictures, scaled and shifted as the network is trained on them.
+
+        Args:
+            vae: The pipeline's.
+            pixels: ``(B, 3, H, W)`` in [-1, 1].
+
+        Returns:
+            Mean and standard deviation ``(B, C, H, W)`` of the VAE's distribution; no deviation where the VAE gives a
+            code and no distribution.
+        """
+        distribution = vae.encode(pixels).latent_dist
+        config = vae.config
+        # Some VAEs normalise each channel (diffusers' latents_mean, latents_std), others have one shift for all.
+        shift = torch.as_tensor(config.get("latents_mean") or [config.get("shift_factor") or 0.0]).to(pixels)
+        spread = torch.as_tensor(config.get("latents_std") or [1.0]).to(pixels)
+        factor = config.get("scaling_factor", 0.18215) / spread[:, None, None]
+        return (distribution.mean - shift[:, None, None]) * factor, distribution.std * factor
 
     @final
     def predict(self, network: nn.Module, noisy: Tensor, timesteps: Tensor, batch: ViewBatch) -> Tensor:
@@ -68,7 +205,7 @@ class Family(ABC):
         Args:
             network: A network of this family.
             noisy: ``(B, C, H, W)`` noisy latents.
-            timesteps: ``(B,)`` int64, in the training schedule's units.
+            timesteps: ``(B,)``, see :meth:`call`.
             batch: What it is conditioned on.
 
         Returns:

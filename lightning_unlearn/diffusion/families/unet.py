@@ -28,6 +28,7 @@ class UNetFamily(Family):
     Wang et al. (arXiv 2406.09408, Section 4 and Table 2) unlearn just these weights.
     """
 
+    title: ClassVar[str] = "Stable Diffusion 1 and 2"
     class_names: ClassVar[Sequence[str]] = ("UNet2DConditionModel",)
     selections: ClassVar[Mapping[str, Sequence[str]]] = {
         "text_kv": (r".*\.attn2\.to_[kv]",),
@@ -53,36 +54,7 @@ class UNetFamily(Family):
                     f"This {name} takes {what} (its config has {key} {value!r}), which samples don't hold; "
                     f"{OWN_OBJECTIVE}."
                 )
-        takes, gives = setting(network, "in_channels"), setting(network, "out_channels")
-        if takes != gives:
-            what = "predicts a variance beside the noise" if gives == 2 * takes else "takes or gives more than latents"
-            raise InputError(f"This {name} takes {takes} channels and gives {gives}, so it {what}; {OWN_OBJECTIVE}.")
-
-    def check_batch(self, network: nn.Module, noisy: Tensor, batch: ViewBatch) -> None:
-        """Refuse latents with other channels, and text states of another width; see :meth:`Family.check_batch`.
-
-        Args:
-            network: The U-Net.
-            noisy: ``(B, C, H, W)``.
-            batch: With the text.
-
-        Raises:
-            InputError: If the U-Net does not take them.
-        """
-        name, channels = type(network).__name__, setting(network, "in_channels")
-        if noisy.ndim != 4 or (channels is not None and noisy.shape[1] != channels):
-            raise InputError(
-                f"Latents (C, H, W) are {tuple(noisy.shape[1:])}, but this {name} takes {channels} channels; use the "
-                "samples, or the network, of one model."
-            )
-        width = setting(network, "encoder_hid_dim") or setting(network, "cross_attention_dim")
-        # One width for each block is possible; then the network itself must know.
-        known = isinstance(width, int) and batch.text.shape[-1] != width
-        if batch.text.ndim != 3 or len(batch.text) != len(noisy) or known:
-            raise InputError(
-                f"Text states are {tuple(batch.text.shape)} for {len(noisy)} latents, but this {name} takes (views, "
-                f"tokens, {width}); use the samples' own text encoder, or the network of this text."
-            )
+        super().check(network)
 
     def call(self, network: nn.Module, noisy: Tensor, timesteps: Tensor, batch: ViewBatch) -> Tensor:
         """Call the U-Net with its text states; see :meth:`Family.call`.

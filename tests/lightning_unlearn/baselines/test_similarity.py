@@ -95,13 +95,13 @@ def test_text_similarities_are_means_over_pairs_of_captions() -> None:
 
 def test_text_similarity_looks_at_as_many_captions_as_the_views() -> None:
     toy = subject(TRAINING, QUERIES, Views(captions=1))
-    first = subject(*([replace(s, text=s.text[:1]) for s in group] for group in (TRAINING, QUERIES)))
+    first = subject(*([replace(s, conditions={"text": s.text[:1]}) for s in group] for group in (TRAINING, QUERIES)))
     torch.testing.assert_close(TextSimilarity().scores(toy), TextSimilarity().scores(first), rtol=1e-12, atol=0)
 
 
 def test_padding_is_no_token() -> None:
     def padded(sample: Sample) -> Sample:
-        return replace(sample, text=torch.cat([sample.text, torch.zeros_like(sample.text)], 1))
+        return replace(sample, conditions={"text": torch.cat([sample.text, torch.zeros_like(sample.text)], 1)})
 
     toy = subject(TRAINING, QUERIES)
     longer = subject([padded(sample) for sample in TRAINING], [padded(query) for query in QUERIES])

@@ -284,7 +284,7 @@ class Rewritten(DenoisingObjective):
     """Somebody's own loss in the place of one that takes masks."""
 
     def __call__(self, network: nn.Module, batch: ViewBatch, timesteps: Tensor, noise: Tensor) -> Tensor:
-        return super().__call__(network, ViewBatch(batch.latents, batch.text), timesteps, noise)
+        return super().__call__(network, ViewBatch(batch.latents, batch.conditions), timesteps, noise)
 
 
 class Named(DenoisingObjective):

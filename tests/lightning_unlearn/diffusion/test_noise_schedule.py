@@ -80,7 +80,7 @@ def test_a_loss_of_ones_own_takes_any_network() -> None:
     ],
 )
 def test_conditions_of_another_form_are_named(latents: tuple[int, ...], text: tuple[int, ...], what: str) -> None:
-    batch = ViewBatch(torch.zeros(latents), torch.zeros(text))
+    batch = ViewBatch(torch.zeros(latents), {"text": torch.zeros(text)})
     with pytest.raises(InputError, match=what):
         DenoisingObjective()(tiny_unet(), batch, torch.tensor([1, 2]), torch.zeros(latents))
 

@@ -20,7 +20,7 @@ def views(count: int, dtype: torch.dtype = torch.float64) -> tuple[ViewBatch, Te
     generator = torch.Generator().manual_seed(3)
     latents, noise = torch.randn(2, count, *LATENT, generator=generator, dtype=dtype)
     text = torch.randn(count, TOKENS, DIM, generator=generator, dtype=dtype)
-    return ViewBatch(latents, text), torch.randint(0, 1000, (count,), generator=generator), noise
+    return ViewBatch(latents, {"text": text}), torch.randint(0, 1000, (count,), generator=generator), noise
 
 
 def reference_losses(
@@ -94,7 +94,10 @@ def test_loss_of_a_half_precision_network_is_float32() -> None:
     losses = DenoisingObjective()(tiny_unet().bfloat16(), batch, timesteps, noise)
     assert losses.dtype == torch.float32
     exact = DenoisingObjective()(
-        tiny_unet().double(), ViewBatch(batch.latents.double(), batch.text.double()), timesteps, noise.double()
+        tiny_unet().double(),
+        ViewBatch(batch.latents.double(), {"text": batch.text.double()}),
+        timesteps,
+        noise.double(),
     )
     torch.testing.assert_close(losses.double(), exact, rtol=0.05, atol=0)
 
@@ -106,7 +109,7 @@ def test_loss_depends_on_its_own_row_only() -> None:
     together = objective(network, batch, timesteps, noise)
     for row in range(3):
         one = slice(row, row + 1)
-        alone = objective(network, ViewBatch(batch.latents[one], batch.text[one]), timesteps[one], noise[one])
+        alone = objective(network, ViewBatch(batch.latents[one], {"text": batch.text[one]}), timesteps[one], noise[one])
         torch.testing.assert_close(alone, together[one], rtol=1e-9, atol=0)
 
 

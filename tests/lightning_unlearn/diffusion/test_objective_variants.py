@@ -31,7 +31,9 @@ TIMESTEPS = torch.tensor([0, 5, 499, 999])
 def batch_of(channels: int = LATENT[0], count: int = 4) -> tuple[ViewBatch, Tensor]:
     generator = torch.Generator().manual_seed(5)
     latents, noise = (torch.randn(count, channels, 8, 8, generator=generator, dtype=torch.float64) for _ in range(2))
-    return ViewBatch(latents, torch.randn(count, TOKENS, DIM, generator=generator, dtype=torch.float64)), noise
+    return ViewBatch(
+        latents, {"text": torch.randn(count, TOKENS, DIM, generator=generator, dtype=torch.float64)}
+    ), noise
 
 
 def betas_of(config: dict[str, Any]) -> list[float]:

@@ -169,7 +169,7 @@ def test_only_the_first_captions_are_used_when_a_number_is_given() -> None:
 
 def test_views_come_in_the_batchs_dtype_with_the_same_draws() -> None:
     batch = ragged((1,))
-    wide = SampleBatch("shard", batch.keys, batch.latents.double(), batch.text.double(), batch.caption_counts)
+    wide = SampleBatch("shard", batch.keys, batch.latents.double(), {"text": batch.text.double()}, batch.caption_counts)
     views = Views(1, noise="per_sample")
     (narrow_view,), (wide_view,) = views.of(batch, 1000), views.of(wide, 1000)
     assert wide_view.noise.dtype == torch.float64

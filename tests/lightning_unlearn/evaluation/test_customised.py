@@ -51,7 +51,10 @@ def training() -> list[Sample]:
 
 def exemplars() -> list[Sample]:
     """Two training pictures under a neutral caption."""
-    return [replace(sample, text=neutral_text(), metadata={"captions": ["a picture"]}) for sample in training()[:2]]
+    return [
+        replace(sample, conditions={"text": neutral_text()}, metadata={"captions": ["a picture"]})
+        for sample in training()[:2]
+    ]
 
 
 def base() -> nn.Module:
@@ -109,7 +112,7 @@ def test_the_new_token_stands_in_the_first_empty_place_and_is_learned(found: Cus
 def test_loss_on_exemplars_falls(found: Customised) -> None:
     tuned = base()
     tuned.load_state_dict(dict(found.weights))
-    prompted = [replace(sample, text=found.queries[0].text) for sample in exemplars()]
+    prompted = [replace(sample, conditions=found.queries[0].conditions) for sample in exemplars()]
     measure = Measuring(prompted, draws=40)
     before, after = measure(base(), DenoisingObjective()), measure(tuned, DenoisingObjective())
     for key, outcome in after.items():
@@ -218,7 +221,7 @@ def test_exemplars_need_one_neutral_caption(captions: list[str]) -> None:
 
 
 def test_a_caption_without_a_token_is_refused() -> None:
-    chosen = [replace(sample, text=torch.zeros(1, TOKENS, DIM)) for sample in exemplars()]
+    chosen = [replace(sample, conditions={"text": torch.zeros(1, TOKENS, DIM)}) for sample in exemplars()]
     with pytest.raises(InputError, match=r"has no token; give a neutral one, .*\.$"):
         customised(chosen=chosen)
 

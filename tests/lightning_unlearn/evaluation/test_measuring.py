@@ -71,7 +71,7 @@ def own_query(network: nn.Module, objective: DenoisingObjective, seed: int, *, c
     made = decode_sample(toy_fields(seed))
     (picture,) = generate(network, objective, made.text, made.latent.shape, [seed], 2)
     about = {"captions": ["a query"], **how_generated(seed, 2), "clipped": clipped}
-    return Sample(f"own-{seed}", (picture.clamp(-1, 1) if clipped else picture).clone(), made.text, about)
+    return Sample(f"own-{seed}", (picture.clamp(-1, 1) if clipped else picture).clone(), made.conditions, about)
 
 
 CASES: dict[str, Callable[[], tuple[nn.Module, Objective, Loss]]] = {
@@ -267,7 +267,7 @@ def test_settings_tell_apart_what_changes_outcomes_and_nothing_else() -> None:
         Measuring(queries(), draws=10, decoder="torch.nn.Identity"),
         Measuring(queries(2), draws=10),
         Measuring([moved, *others], draws=10),
-        Measuring([replace(first, text=first.text + 1), *others], draws=10),
+        Measuring([replace(first, conditions={"text": first.text + 1}), *others], draws=10),
         Measuring([replace(first, metadata={**first.metadata, "seed": 77}), *others], draws=10),
         Measuring([replace(first, metadata={**first.metadata, "clipped": False}), *others], draws=10),
     ]

@@ -118,7 +118,7 @@ def test_fisher_natural_gradient_and_quadratic_form_of_a_unet_are_the_reference(
     timesteps = torch.tensor([1, 100, 999, 400, 500, 600])
 
     def loss_of(rows: slice) -> Tensor:
-        return objective(network, ViewBatch(latents[rows], text[rows]), timesteps[rows], noise[rows]).sum()
+        return objective(network, ViewBatch(latents[rows], {"text": text[rows]}), timesteps[rows], noise[rows]).sum()
 
     fisher = DiagonalFisher(layer_specs(layers))
     with GradientCapture(layers) as capture:

@@ -68,7 +68,7 @@ def views(mask: str) -> tuple[ViewBatch, Tensor, Tensor]:
     text = torch.randn(3, 4, 2, generator=generator, dtype=torch.float64)
     shares = torch.rand(3, *SHAPE[1:], generator=generator, dtype=torch.float64)
     masks = {"none": None, "region": (shares > 0.5).double(), "shares": shares}
-    return ViewBatch(latents, text, masks[mask]), torch.tensor(TIMESTEPS), noise
+    return ViewBatch(latents, {"text": text}, masks[mask]), torch.tensor(TIMESTEPS), noise
 
 
 def basis_of(row: int, mask: str) -> tuple[ViewBatch, Tensor, Tensor, Tensor]:
@@ -78,7 +78,9 @@ def basis_of(row: int, mask: str) -> tuple[ViewBatch, Tensor, Tensor, Tensor]:
     """
     batch, timesteps, noise = views(mask)
     rows = [row] * ELEMENTS
-    repeated = ViewBatch(batch.latents[rows], batch.text[rows], None if batch.mask is None else batch.mask[rows])
+    repeated = ViewBatch(
+        batch.latents[rows], {"text": batch.text[rows]}, None if batch.mask is None else batch.mask[rows]
+    )
     return repeated, timesteps[rows], noise[rows], torch.eye(ELEMENTS, dtype=torch.float64).reshape(-1, *SHAPE)
 
 
@@ -88,7 +90,9 @@ def gradients_over_basis(objective: Objective, network: nn.Module, row: int, mas
 
     def drawn(one: int) -> Tensor:
         part = slice(one, one + 1)
-        alone = ViewBatch(batch.latents[part], batch.text[part], None if batch.mask is None else batch.mask[part])
+        alone = ViewBatch(
+            batch.latents[part], {"text": batch.text[part]}, None if batch.mask is None else batch.mask[part]
+        )
         return objective.drawn(network, alone, timesteps[part], noise[part], basis[part]).sum()
 
     found = per_sample_gradients(drawn, dict(network.named_parameters()), ELEMENTS)
@@ -296,7 +300,7 @@ def test_pass_with_drawn_targets_is_the_reference_and_the_draws_are_keyed(tmp_pa
     # Per-sample gradients of what the objective was called with, in float64.
     network = ToyDenoiser().double()
     rows = [
-        (ViewBatch(b.latents[n : n + 1].double(), b.text[n : n + 1].double()), *(t[n : n + 1] for t in rest))
+        (ViewBatch(b.latents[n : n + 1].double(), {"text": b.text[n : n + 1].double()}), *(t[n : n + 1] for t in rest))
         for b, *rest in calls
         for n in range(4)
     ]

@@ -47,7 +47,7 @@ def _encoded(width: int, height: int, kind: str = "png", **options: Any) -> byte
 def _sample(key: str, *captions: str, latent: Any = None, picture: bytes | None = None, **metadata: Any) -> Sample:
     latent = torch.zeros(3, 4, 4) if latent is None else latent
     texts = list(captions or [f"caption of {key}"])
-    return Sample(key, latent, torch.zeros(len(texts), 1, 1), {"captions": texts, **metadata}, None, picture)
+    return Sample(key, latent, {"text": torch.zeros(len(texts), 1, 1)}, {"captions": texts, **metadata}, None, picture)
 
 
 def _table(

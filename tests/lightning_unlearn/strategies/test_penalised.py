@@ -81,7 +81,7 @@ def ekfac(parameters: Sequence[str] = (LAYER,)) -> EKFACFisher:
         if fisher.count:
             fisher.next_stage()
         with GradientCapture(layers) as capture:
-            ToyObjective()(network, ViewBatch(latents, text), torch.arange(20) % 10, noise).sum().backward()
+            ToyObjective()(network, ViewBatch(latents, {"text": text}), torch.arange(20) % 10, noise).sum().backward()
         fisher.update(capture.take())
     return fisher
 

@@ -94,11 +94,11 @@ def test_whole_network_gives_each_samples_gradient() -> None:
     network = ToyDenoiser().double()
     generator = torch.Generator().manual_seed(0)
     latents, noise = torch.randn(2, 3, *LATENT, generator=generator, dtype=torch.float64)
-    batch = ViewBatch(latents, torch.randn(3, TOKENS, DIM, generator=generator, dtype=torch.float64))
+    batch = ViewBatch(latents, {"text": torch.randn(3, TOKENS, DIM, generator=generator, dtype=torch.float64)})
     timesteps = torch.tensor([0, 4, 9])
 
     def loss_of(rows: slice) -> Tensor:
-        views = ViewBatch(batch.latents[rows], batch.text[rows])
+        views = ViewBatch(batch.latents[rows], {"text": batch.text[rows]})
         return ToyObjective()(network, views, timesteps[rows], noise[rows]).sum()
 
     layers = select_layers(network, "all")
@@ -114,7 +114,7 @@ def unet_losses(network: nn.Module, prediction_type: Any = "epsilon") -> Callabl
     timesteps = torch.tensor([50, 700])
 
     def loss_of(rows: slice) -> Tensor:
-        return objective(network, ViewBatch(latents[rows], text[rows]), timesteps[rows], noise[rows]).sum()
+        return objective(network, ViewBatch(latents[rows], {"text": text[rows]}), timesteps[rows], noise[rows]).sum()
 
     return loss_of
 
