@@ -57,7 +57,7 @@ def test_a_draw_takes_the_caption_of_its_number_whoever_has_it(**case: int) -> N
             assert (batch.target, batch.total) == (3, case["total"])
             assert batch.latents.shape == (len(batch.numbers), *LATENT)
             for row, number in enumerate(batch.numbers):
-                assert torch.equal(batch.text[row], sample.text[number % case["captions"]])
+                assert torch.equal(batch.conditions["text"][row], sample.text[number % case["captions"]])
                 assert torch.equal(batch.latents[row], sample.latent)
 
 
@@ -117,5 +117,5 @@ def test_draws_are_float32_whatever_the_default_dtype_and_leave_the_global_rando
 def test_a_batch_moves_with_all_its_tensors() -> None:
     (batch,) = draw_batches(decoded(toy_fields(0)), 0, 0, 3, 0, 1, 8)
     moved = batch.to(torch.device("meta"))
-    assert {moved.latents.device.type, moved.text.device.type, moved.weights.device.type} == {"meta"}
+    assert {moved.latents.device.type, moved.conditions["text"].device.type, moved.weights.device.type} == {"meta"}
     assert moved.numbers == batch.numbers
