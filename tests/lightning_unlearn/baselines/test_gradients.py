@@ -131,7 +131,7 @@ def taken(kind: type[Fisher], toy: Subject) -> Fisher:
             for view in toy.views.of(batch, ToyObjective.num_timesteps):
                 with GradientCapture(toy.layers) as capture:
                     noise, timesteps = view.noise.double(), view.timesteps
-                    views = type(view.batch)(view.batch.latents.double(), view.batch.text.double())
+                    views = type(view.batch)(view.batch.latents.double(), {"text": view.batch.text.double()})
                     toy.loss(views, timesteps, noise).sum().backward()
                 fisher.update(capture.take())
     toy.loss.network.zero_grad()
