@@ -38,7 +38,7 @@ def make_base(bench: Bench) -> None:
     order *= bench.settings.get("pictures_a_caption", 1)
     steps = bench.settings["sampling_steps"]
     text = torch.cat([sample.text[:1] for sample in order])
-    made = generate(module.network, module.objective, text, samples[0].latent.shape, range(len(order)), steps)
+    made = generate(module.network, module.objective, {"text": text}, samples[0].latent.shape, range(len(order)), steps)
     pictures = made.clamp(-1, 1)
     good = [recognised(bench, picture, sample, samples) for picture, sample in zip(pictures, order, strict=True)]
     checked = min(different_ones, 50)
@@ -46,7 +46,7 @@ def make_base(bench: Bench) -> None:
     fields = []
     for seed, (sample, picture, fine) in enumerate(zip(order, pictures, good, strict=True)):
         if fine and len(fields) < bench.settings["queries"]:
-            about = {"captions": sample.captions[:1], **how_generated(seed, steps), "clipped": True}
+            about = {"captions": sample.captions[:1], **how_generated(module.objective, seed, steps), "clipped": True}
             name = f"query-{len(fields):02d}"
             fields.append(encode_sample(name, picture.numpy(), sample.text[:1].numpy(), about))
     write_shards(fields, bench.folder / "queries", name="queries")

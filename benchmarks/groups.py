@@ -46,11 +46,11 @@ def make_groups(samples: list[Sample], folder: Path) -> None:
             members.append(encode_sample(sample.key, sample.latent.numpy(), sample.text.numpy(), sample.metadata))
         asked += random.Random(seed_of("groups", name)).sample(group, PICTURES)
     text = torch.cat([sample.text[:1] for sample in asked])
-    network, seeds = sample_network(), range(len(asked))
-    made = generate(network, DenoisingObjective(), text, samples[0].latent.shape, seeds, STEPS).clamp(-1, 1)
+    network, objective, seeds = sample_network(), DenoisingObjective(), range(len(asked))
+    made = generate(network, objective, {"text": text}, samples[0].latent.shape, seeds, STEPS).clamp(-1, 1)
     fields = []
     for seed, (sample, picture) in enumerate(zip(asked, made, strict=True)):
-        about = {"captions": sample.captions, FIELD: sample.metadata[FIELD], **how_generated(seed, STEPS)}
+        about = {"captions": sample.captions, FIELD: sample.metadata[FIELD], **how_generated(objective, seed, STEPS)}
         fields.append(encode_sample(f"generated-{seed:03d}", picture.numpy(), sample.text.numpy(), about))
     write_shards(members, folder / "members", name="members")
     write_shards(fields, folder / "pictures", name="pictures")

@@ -51,6 +51,7 @@ class Together(nn.Module):
                 measure.draws,
                 objective.num_timesteps,
                 query.latent.shape,
+                objective.density(),
             )
             for query in queries
         ]
@@ -64,7 +65,7 @@ class Together(nn.Module):
         if chosen is None:
             seeds = [query.metadata["seed"] for query in self.queries]
             shape = self.latents.shape[1:]
-            *_, last = trajectory(self.network, self.objective, self.text, shape, seeds, self.steps)
+            *_, last = trajectory(self.network, self.objective, {"text": self.text}, shape, seeds, self.steps)
             return last.latents
         rows = self.rows[chosen]
         views = ViewBatch(self.latents[rows], {"text": self.text[rows]})

@@ -51,9 +51,10 @@ def make_queries(samples: list[Sample], folder: Path) -> None:
         fields.append(encode_sample(f"training-{sample.key}", sample.latent.numpy(), sample.text.numpy(), about))
     chosen = random.Random(seed_of("rank-generated", 0)).sample(samples, 50)
     text = torch.cat([sample.text for sample in chosen])
-    pictures = generate(network, DenoisingObjective(), text, samples[0].latent.shape, range(50), STEPS).clamp(-1, 1)
+    objective = DenoisingObjective()
+    pictures = generate(network, objective, {"text": text}, samples[0].latent.shape, range(50), STEPS).clamp(-1, 1)
     for seed, (sample, picture) in enumerate(zip(chosen, pictures, strict=True)):
-        about = {"captions": sample.captions, "of": sample.key, **how_generated(seed, STEPS)}
+        about = {"captions": sample.captions, "of": sample.key, **how_generated(objective, seed, STEPS)}
         fields.append(encode_sample(f"generated-{sample.key}", picture.numpy(), sample.text.numpy(), about))
     write_shards(fields, folder, name="queries")
 

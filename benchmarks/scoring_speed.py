@@ -114,7 +114,7 @@ def bare_inputs(
             view.batch.text.contiguous(),
         )
         for batch in data.predict_dataloader()
-        for view in views.of(batch, objective.num_timesteps)
+        for view in views.of(batch, objective.num_timesteps, objective.density())
     ]
 
 

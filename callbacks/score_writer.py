@@ -155,7 +155,9 @@ class ScoreWriter(Callback):
             "flips": self.flips,
             "views": pl_module.views.settings(),
             # Of the draws of each flip, in the order in which deviations are kept.
-            "timesteps": pl_module.views.draw_timesteps(pl_module.objective.num_timesteps).tolist(),
+            "timesteps": pl_module.views.draw_timesteps(
+                pl_module.objective.num_timesteps, pl_module.objective.density()
+            ).tolist(),
             "unlearning": pl_module.settings,
             "precision": str(trainer.precision),
             "targets": {

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from lightning_unlearn.callbacks import ScoreWriter as ScoreWriter
     from lightning_unlearn.datamodules import AttributionDataModule as AttributionDataModule
     from lightning_unlearn.datamodules import TrainingDataModule as TrainingDataModule
+    from lightning_unlearn.diffusion.contract import Objective as Objective
+    from lightning_unlearn.diffusion.flow_matching import FlowMatchingObjective as FlowMatchingObjective
     from lightning_unlearn.diffusion.objective import DenoisingObjective as DenoisingObjective
-    from lightning_unlearn.diffusion.objective import Objective as Objective
     from lightning_unlearn.draws.views import Views as Views
     from lightning_unlearn.errors import InputError as InputError
     from lightning_unlearn.fisher import Fisher as Fisher
@@ -38,10 +39,11 @@ _PLACES = {
     "DiffusionModule": "training",
     "Fisher": "fisher",
     "FisherAccumulator": "callbacks",
+    "FlowMatchingObjective": "diffusion.flow_matching",
     "InputError": "errors",
     "Mirrored": "strategies",
     "Newton": "strategies",
-    "Objective": "diffusion.objective",
+    "Objective": "diffusion.contract",
     "Penalised": "strategies",
     "Race": "scores.racing",
     "ScoreTable": "scores.table",

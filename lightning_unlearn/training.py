@@ -11,8 +11,10 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from lightning_unlearn.data.samples import SampleBatch, ViewBatch
+from lightning_unlearn.diffusion.contract import Objective, check_drawn
 from lightning_unlearn.diffusion.loading import load_network
-from lightning_unlearn.diffusion.objective import DenoisingObjective, Objective, check_drawn
+from lightning_unlearn.diffusion.objective_choice import objective_of
+from lightning_unlearn.draws.views import place_timesteps
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import generator_for, seed_of
 from lightning_unlearn.fisher import Targets
@@ -27,7 +29,7 @@ class DiffusionModule(LightningModule):
 
     Args:
         network: The denoiser, or a diffusers folder.
-        objective: Its loss; a plain ε-prediction by default.
+        objective: Its loss; by default what the scheduler in the folder stands for, or ε-prediction.
         optimizer: Makes the optimizer from the weights; AdamW by default.
         lr_scheduler: Makes the learning-rate schedule, stepped after every optimizer step.
         flips: Whether half of the samples are mirrored (needs shards with flips).
@@ -47,7 +49,7 @@ class DiffusionModule(LightningModule):
     ) -> None:
         super().__init__()
         self.network = load_network(network, weights, prefix).train()
-        self.objective = objective or DenoisingObjective(network if isinstance(network, str) else None)
+        self.objective = objective or objective_of(network if isinstance(network, str) else None, self.network)
         self.objective.check_network(self.network)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -80,7 +82,12 @@ class DiffusionModule(LightningModule):
                 )
             mirrored = torch.rand(len(batch), device=self.device) < 0.5
             latents = torch.where(mirrored[:, None, None, None], batch.latents_flip, latents)
-        timesteps = torch.randint(0, self.objective.num_timesteps, (len(batch),), device=self.device)
+        length, density = self.objective.num_timesteps, self.objective.density()
+        if density is None:
+            timesteps = torch.randint(0, length, (len(batch),), device=self.device)
+        else:
+            places = torch.rand(len(batch), dtype=torch.float64)
+            timesteps = place_timesteps(places, (0.0, 1.0), length, density).to(self.device)
         return batch.views(rows, captions, latents), timesteps, torch.randn_like(latents)
 
     def configure_optimizers(self) -> torch.optim.Optimizer | OptimizerLRSchedulerConfig:

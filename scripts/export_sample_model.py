@@ -83,7 +83,9 @@ def check(network: nn.Module, samples: list[Sample], sheet: str | None) -> int:
     """
     chosen = random.Random(seed_of("recognise", 0)).sample(range(len(samples)), 50)
     text = torch.stack([samples[number].text[0] for number in chosen])
-    pictures = generate(network, DenoisingObjective(), text, samples[0].latent.shape, chosen, STEPS).clamp(-1, 1)
+    pictures = generate(network, DenoisingObjective(), {"text": text}, samples[0].latent.shape, chosen, STEPS).clamp(
+        -1, 1
+    )
     training = torch.stack([sample.latent for sample in samples])
     ranks = [nearest_rank(picture, own, training) for picture, own in zip(pictures, chosen, strict=True)]
     print(
@@ -135,12 +137,12 @@ def make_queries(network: nn.Module, samples: list[Sample], folder: Path) -> Non
     """
     by_name = {sample.metadata["short_name"]: sample for sample in samples}
     fields: list[dict[str, Any]] = []
+    objective = DenoisingObjective()
     for seed, name in enumerate(GENERATED):
         source = by_name[name]
-        picture = generate(network, DenoisingObjective(), source.text, source.latent.shape, [seed], STEPS)[0].clamp(
-            -1, 1
-        )
-        about = {"captions": source.captions, "kind": "generated", **how_generated(seed, STEPS)}
+        given = {"text": source.text}
+        picture = generate(network, objective, given, source.latent.shape, [seed], STEPS)[0].clamp(-1, 1)
+        about = {"captions": source.captions, "kind": "generated", **how_generated(objective, seed, STEPS)}
         fields.append(encode_sample(f"generated-{name}", half(picture), half(source.text), about, picture=png(picture)))
     for sample in random.Random(seed_of("training-queries", 0)).sample(samples, TRAINING_QUERIES):
         about = {"captions": sample.captions, "kind": "training picture", "of": sample.key}

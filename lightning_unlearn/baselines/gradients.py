@@ -110,5 +110,6 @@ def batch_gradients(subject: Subject, batch: SampleBatch, output: Output, *, per
     Returns:
         Of these samples.
     """
-    views = subject.views.of(batch, subject.loss.objective.num_timesteps)
+    objective = subject.loss.objective
+    views = subject.views.of(batch, objective.num_timesteps, objective.density())
     return mean_gradients(subject, batch.keys, views, output, per_timestep=per_timestep)

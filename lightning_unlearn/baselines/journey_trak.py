@@ -14,9 +14,9 @@ from lightning_unlearn.baselines.base import Subject
 from lightning_unlearn.baselines.gradients import QUERIES_AT_ONCE
 from lightning_unlearn.baselines.per_sample import Gradients, join, mean_gradients
 from lightning_unlearn.baselines.trak import TRAK
+from lightning_unlearn.data.conditions import first_captions
 from lightning_unlearn.data.samples import Sample, ViewBatch
-from lightning_unlearn.diffusion.objective import DenoisingObjective
-from lightning_unlearn.diffusion.sampling import how_generated, trajectory
+from lightning_unlearn.diffusion.sampling import Samplable, has_sampler, how_generated, trajectory
 from lightning_unlearn.draws.views import View
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import generator_for
@@ -74,12 +74,12 @@ class JourneyTRAK(TRAK):
             InputError: If the model's sampler is not known, or a query doesn't say how it was made.
         """
         objective = subject.loss.objective
-        if not isinstance(objective, DenoisingObjective):
+        if not has_sampler(objective):
             raise InputError(
-                f"JourneyTRAK makes the queries again with a DenoisingObjective, but the objective is a "
-                f"{type(objective).__name__}; choose another method."
+                "JourneyTRAK makes the queries again with a DenoisingObjective or a FlowMatchingObjective, but the "
+                f"objective is a {type(objective).__name__}; choose another method."
             )
-        facts = [_how(query) for query in subject.queries]
+        facts = [_how(objective, query) for query in subject.queries]
         # Those that are made in as many steps go together.
         order = sorted(range(len(facts)), key=lambda row: facts[row][1])
         parts = []
@@ -93,13 +93,13 @@ class JourneyTRAK(TRAK):
         return join(parts).rows(sorted(range(len(order)), key=order.__getitem__))
 
     def _views(
-        self, subject: Subject, objective: DenoisingObjective, queries: list[Sample], seeds: list[int], steps: int
+        self, subject: Subject, objective: Samplable, queries: list[Sample], seeds: list[int], steps: int
     ) -> Iterator[View]:
         network, shape = subject.loss.network, queries[0].latent.shape
-        text = torch.stack([query.text[0] for query in queries])  # (B, tokens, dim)
+        conditions = first_captions([query.conditions for query in queries])
         rows, end = torch.arange(len(queries)), torch.zeros(len(queries), *shape)
-        for number, step in enumerate(trajectory(network, objective, text, shape, seeds, steps)):
-            views, timesteps = ViewBatch(step.predicted, {"text": text}), torch.full((len(queries),), step.timestep)
+        for number, step in enumerate(trajectory(network, objective, conditions, shape, seeds, steps)):
+            views, timesteps = ViewBatch(step.predicted, conditions), torch.full((len(queries),), step.timestep)
             for draw in range(number * self.noises, (number + 1) * self.noises):
                 noise = torch.stack([_noise(subject, query, draw) for query in queries])
                 yield View(0, 0, draw, rows, views, timesteps, noise)
@@ -108,20 +108,22 @@ class JourneyTRAK(TRAK):
             _check_end(query, made.cpu().float())
 
 
-def _how(query: Sample) -> tuple[int, int]:
+def _how(objective: Samplable, query: Sample) -> tuple[int, int]:
     """Seed and steps of a query's sampler."""
     about: dict[str, Any] = query.metadata
     seed, steps = about.get("seed"), about.get("steps")
+    needed = how_generated(objective, 0, 1)
     if (
         not isinstance(seed, int)
         or not isinstance(steps, int)
         or steps < 1
-        or not how_generated(seed, steps).items() <= about.items()
+        or not how_generated(objective, seed, steps).items() <= about.items()
     ):
         raise InputError(
             f"The query {query.key!r} can't be made again for JourneyTRAK: its json must have an integer seed and "
-            "steps, scheduler 'DDIMScheduler' and guidance 1.0, as lightning_unlearn.diffusion.sampling.how_generated "
-            "writes them; leave it out by query_keys, or choose another method."
+            f"steps, scheduler {needed['scheduler']!r} and guidance 1.0, as "
+            "lightning_unlearn.diffusion.sampling.how_generated writes them; leave it out by query_keys, or choose "
+            "another method."
         )
     return seed, steps
 

@@ -137,6 +137,19 @@ def chosen_caption(conditions: Conditions, caption: int | Tensor | Sequence[int]
     return {name: array[rows if len(array) > 1 else torch.zeros_like(rows)] for name, array in conditions.items()}
 
 
+def first_captions(samples: Sequence[Conditions]) -> Conditions:
+    """The conditions of several samples with the first caption of each.
+
+    Args:
+        samples: Of each sample, name to ``(captions or 1, …)``; with the same names and the same shapes behind the
+            first axis.
+
+    Returns:
+        Name to ``(B, …)``.
+    """
+    return {name: torch.stack([conditions[name][0] for conditions in samples]) for name in samples[0]}
+
+
 def stack_conditions(samples: Sequence[Conditions], captions: Sequence[int]) -> Conditions:
     """The conditions of several samples in one batch.
 

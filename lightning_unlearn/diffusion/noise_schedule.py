@@ -129,7 +129,7 @@ def load_scheduler(scheduler: str | dict[str, Any] | None, prediction_type: str 
     """
     from diffusers import DDPMScheduler
 
-    config, where = _config_of(scheduler)
+    config, where = scheduler_config(scheduler)
     if prediction_type is not None:
         config["prediction_type"] = prediction_type
     config |= _own_betas(config, where)
@@ -151,8 +151,18 @@ def load_scheduler(scheduler: str | dict[str, Any] | None, prediction_type: str 
     return built
 
 
-def _config_of(scheduler: str | dict[str, Any] | None) -> tuple[dict[str, Any], str]:
-    """The settings, and what they are called in messages."""
+def scheduler_config(scheduler: str | dict[str, Any] | None) -> tuple[dict[str, Any], str]:
+    """The settings of a scheduler, whichever its class.
+
+    Args:
+        scheduler: Its settings, the folder that holds ``scheduler_config.json``, or a pipeline's folder.
+
+    Returns:
+        The settings, and what they are called in messages.
+
+    Raises:
+        InputError: If they can't be read.
+    """
     if not isinstance(scheduler, str):
         if not isinstance(scheduler, Mapping | None):
             raise InputError(
@@ -193,7 +203,7 @@ def _check_keys(config: Mapping[str, Any], where: str) -> None:
     known = TRAINING_KEYS | SAMPLING_KEYS | FIXED_KEYS.keys() | OWN_KEYS
     for key in config:
         if key not in known:
-            near = _nearest(str(key), known)
+            near = nearest(str(key), known)
             raise InputError(
                 f"{where} have a key {key!r} of which it is not known what it makes of the loss"
                 f"{f' (is it {near}?)' if near else ''}; correct it, or leave it out if the loss does not depend on it."
@@ -206,7 +216,16 @@ def _check_keys(config: Mapping[str, Any], where: str) -> None:
             )
 
 
-def _nearest(key: str, known: Iterable[str]) -> str | None:
+def nearest(key: str, known: Iterable[str]) -> str | None:
+    """The known key that a mistyped one is likely to be.
+
+    Args:
+        key: As it is written.
+        known: All that there are.
+
+    Returns:
+        One of them, or ``None``.
+    """
     found = get_close_matches(key, sorted(known), 1)
     return found[0] if found else None
 

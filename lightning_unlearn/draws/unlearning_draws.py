@@ -166,10 +166,11 @@ def draw_for_target(
     total: int,
     num_timesteps: int,
     shape: Sequence[int],
+    density: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(timestep, noise) draws of a query or of real samples, each keyed by its number.
 
-    Draw ``n`` of ``total`` is uniform in the stratum ``n mod total`` of the schedule; numbers from ``total`` on belong
+    Draw ``n`` of ``total`` lies in the stratum ``n mod total`` of the schedule; numbers from ``total`` on belong
     to later steps.
 
     Args:
@@ -181,6 +182,7 @@ def draw_for_target(
         total: Draws a step.
         num_timesteps: Length of the training schedule.
         shape: ``(C, H, W)``.
+        density: Of the objective, whose strata have equal probability; ``None`` for a uniform one.
 
     Returns:
         Timesteps ``(B,)`` int64 and noise ``(B, C, H, W)`` float32, on the CPU.
@@ -191,4 +193,5 @@ def draw_for_target(
         place = torch.rand((), generator=generator, dtype=torch.float64)
         uniform.append((number % total + place) / total)
         noise.append(torch.randn(tuple(shape), generator=generator, dtype=torch.float32))
-    return place_timesteps(torch.stack(uniform), (0.0, 1.0), num_timesteps), torch.stack(noise)
+    timesteps = place_timesteps(torch.stack(uniform), (0.0, 1.0), num_timesteps, density)
+    return timesteps, torch.stack(noise)

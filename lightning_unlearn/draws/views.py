@@ -7,6 +7,7 @@ and scoring views come from streams with different names, of their own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -116,11 +117,12 @@ class Views:
             del settings["every"]
         return settings
 
-    def draw_timesteps(self, num_timesteps: int) -> Tensor:
-        """The timestep of each draw: uniform in its stratum.
+    def draw_timesteps(self, num_timesteps: int, density: Tensor | None = None) -> Tensor:
+        """The timestep of each draw: as training drew them, in its stratum.
 
         Args:
             num_timesteps: Length of the training schedule.
+            density: Of the objective, whose strata have equal probability; ``None`` for a uniform one.
 
         Returns:
             ``(draws,)`` int64; draw ``d`` of all lies in stratum ``d // noises``.
@@ -129,7 +131,7 @@ class Views:
         uniform = torch.rand(whole, generator=generator_for("scoring-timesteps", self.seed), dtype=torch.float64)
         strata = torch.arange(whole) // self.noises
         places = ((strata + uniform) / self.timesteps)[list(self.numbers)]
-        return place_timesteps(places, self.timestep_range, num_timesteps)
+        return place_timesteps(places, self.timestep_range, num_timesteps, density)
 
     def draw_noise(self, keys: Sequence[str], shape: Sequence[int], flip: int, caption: int, draw: int) -> Tensor:
         """The noise of one view.
@@ -149,12 +151,13 @@ class Views:
             return _normal(shape, *view).expand(len(keys), *shape)
         return torch.stack([_normal(shape, *view, key) for key in keys])
 
-    def of(self, batch: SampleBatch, num_timesteps: int) -> Iterator[View]:
+    def of(self, batch: SampleBatch, num_timesteps: int, density: Tensor | None = None) -> Iterator[View]:
         """The views of a batch, on the batch's device and in its dtype.
 
         Args:
             batch: ``B`` samples.
             num_timesteps: Length of the training schedule.
+            density: Of the objective.
 
         Yields:
             Flips, in them captions, in them draws.
@@ -167,7 +170,7 @@ class Views:
                 "Flips are scored, but the shards hold no latent_flip.npy; prepare them with flips, or set flips "
                 "to false."
             )
-        timesteps = self.draw_timesteps(num_timesteps).to(batch.latents.device)
+        timesteps = self.draw_timesteps(num_timesteps, density).to(batch.latents.device)
         for flip in range(1 + self.flips):
             latents = batch.latents_flip if flip else batch.latents
             assert latents is not None
@@ -200,17 +203,48 @@ def _normal(shape: Sequence[int], *names: str | int) -> Tensor:
     return torch.randn(tuple(shape), generator=generator_for(*names), dtype=torch.float32)
 
 
-def place_timesteps(uniform: Tensor, timestep_range: tuple[float, float], num_timesteps: int) -> Tensor:
-    """Uniform numbers to timesteps in a range of the schedule.
+def place_timesteps(
+    uniform: Tensor, timestep_range: tuple[float, float], num_timesteps: int, density: Tensor | None = None
+) -> Tensor:
+    """Uniform numbers to timesteps in a range of the schedule, as often as training drew them there.
+
+    Equal parts of [0, 1) become strata of equal probability.
 
     Args:
         uniform: Numbers in [0, 1), of any shape.
         timestep_range: Shares of the schedule's length.
         num_timesteps: Its length.
+        density: ``(num_timesteps,)`` probabilities of the timesteps; ``None`` where all are alike. The range may begin
+            or end within a timestep, which then counts in part.
 
     Returns:
         int64 timesteps of the same shape.
+
+    Raises:
+        InputError: If the density is no density of these timesteps, or has nothing in the range.
+
+    Example:
+        >>> quarters = torch.tensor([0.0, 0.25, 0.5, 0.75])
+        >>> place_timesteps(quarters, (0.0, 1.0), 8), place_timesteps(quarters, (0.0, 1.0), 2, torch.tensor([0.2, 0.8]))
+        (tensor([0, 2, 4, 6]), tensor([0, 1, 1, 1]))
     """
     low, high = timestep_range
-    places = (low + uniform * (high - low)) * num_timesteps
-    return places.floor().long().clamp(0, num_timesteps - 1)
+    if density is None:
+        places = (low + uniform * (high - low)) * num_timesteps
+        return places.floor().long().clamp(0, num_timesteps - 1)
+    shares = density.cpu().double()
+    if shares.shape != (num_timesteps,) or not bool((shares >= 0).all()) or not 0 < float(shares.sum()) < math.inf:
+        raise InputError(
+            f"The objective's density has the shape {tuple(shares.shape)} for {num_timesteps} timesteps, or is not one "
+            "of numbers from 0 on; let it give the probability of each timestep."
+        )
+    edges = (torch.arange(num_timesteps + 1, dtype=torch.float64) - low * num_timesteps).clamp(min=0)
+    edges = edges.clamp(max=(high - low) * num_timesteps)
+    ends = (shares * edges.diff()).cumsum(0)  # what lies in the range up to the end of each timestep
+    if not float(ends[-1]) > 0:
+        raise InputError(
+            f"Training drew no timestep in the range {timestep_range} of the schedule; choose another timestep_range."
+        )
+    # Beyond the last end lies what rounding puts there; a timestep that was never drawn has no stratum.
+    found = torch.searchsorted(ends, uniform.double() * ends[-1], right=True)
+    return found.clamp(max=int((ends < ends[-1]).sum()))

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_unlearn.data.samples import Sample, SampleBatch, ViewBatch, collate_samples
-from lightning_unlearn.diffusion.objective import DenoisingObjective
-from lightning_unlearn.diffusion.sampling import generate, how_generated
+from lightning_unlearn.diffusion.sampling import Samplable, generate, how_generated
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import seed_of
 from lightning_unlearn.training import DiffusionModule
@@ -70,7 +69,7 @@ class Customisation(DiffusionModule):
     """
 
     def __init__(
-        self, network: nn.Module, objective: DenoisingObjective, exemplars: Sequence[Sample], settings: Customising
+        self, network: nn.Module, objective: Samplable, exemplars: Sequence[Sample], settings: Customising
     ) -> None:
         super().__init__(network, objective)
         self.settings = settings
@@ -176,7 +175,7 @@ class _Batches(Dataset[SampleBatch]):
 
 def customise(
     network: nn.Module,
-    objective: DenoisingObjective,
+    objective: Samplable,
     exemplars: Sequence[Sample],
     training: Sequence[Sample],
     trainer: Trainer,
@@ -212,15 +211,22 @@ def customise(
         raise KeyboardInterrupt
     module.network.eval()
     with torch.no_grad():
-        text = module.prompt(exemplars[0].text[:1]).expand(settings.queries, -1, -1)  # (queries, tokens, dim)
-        seeds = range(settings.queries)
-        latents = generate(module.network, objective, text, exemplars[0].latent.shape, seeds, settings.sampling_steps)
+        own = {name: array[:1] for name, array in exemplars[0].conditions.items()}
+        own["text"] = module.prompt(exemplars[0].text[:1])  # (1, tokens, dim)
+        given = {name: array.expand(settings.queries, *array.shape[1:]) for name, array in own.items()}
+        shape, seeds = exemplars[0].latent.shape, range(settings.queries)
+        latents = generate(module.network, objective, given, shape, seeds, settings.sampling_steps)
     latents = latents.clamp(-1, 1) if settings.clipped else latents
     part = max(1, len(module.losses) // 10)
     return Customised(
         {key: value.detach().cpu() for key, value in module.network.state_dict().items()},
         [
-            Sample(f"{name}-{seed}", latent.cpu(), {"text": text[:1].cpu()}, _made(exemplars[0], settings, seed))
+            Sample(
+                f"{name}-{seed}",
+                latent.cpu(),
+                {condition: array.cpu() for condition, array in own.items()},
+                _made(objective, exemplars[0], settings, seed),
+            )
             for seed, latent in enumerate(latents)
         ],
         sum(module.losses[:part]) / part,
@@ -258,8 +264,8 @@ def undone(network: nn.Module, layers: Mapping[str, nn.Module], before: Mapping[
     return deltas
 
 
-def _made(exemplar: Sample, settings: Customising, seed: int) -> dict[str, Any]:
-    how = {**how_generated(seed, settings.sampling_steps), "clipped": settings.clipped}
+def _made(objective: Samplable, exemplar: Sample, settings: Customising, seed: int) -> dict[str, Any]:
+    how = {**how_generated(objective, seed, settings.sampling_steps), "clipped": settings.clipped}
     return {"captions": [f"{caption} <new>" for caption in exemplar.captions[:1]], **how}
 
 

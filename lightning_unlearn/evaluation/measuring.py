@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_unlearn.data.conditions import first_captions, shapes_of
 from lightning_unlearn.data.samples import Sample, ViewBatch, named_arrays
-from lightning_unlearn.diffusion.objective import DenoisingObjective, Objective
-from lightning_unlearn.diffusion.sampling import generate
+from lightning_unlearn.diffusion.contract import Objective
+from lightning_unlearn.diffusion.sampling import SCHEDULERS, generate, has_sampler, how_generated
 from lightning_unlearn.draws.unlearning_draws import draw_batches, draw_for_target
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import settings_digest, tensors_digest
@@ -143,6 +144,7 @@ class Measuring:
                 batch.total,
                 objective.num_timesteps,
                 query.latent.shape,
+                objective.density(),
             )
             views = ViewBatch(batch.latents, batch.conditions, batch.mask).to(weight.device, weight.dtype)
             losses.append(objective(network, views, timesteps.to(weight.device), noise.to(weight)).double().cpu())
@@ -153,20 +155,21 @@ class Measuring:
 
     def _generate(self, network: nn.Module, objective: Objective) -> dict[str, Tensor]:
         """The queries once more, those that say how they were made and whose objective has a sampler."""
-        if not isinstance(objective, DenoisingObjective):
+        if not has_sampler(objective):
             return {}
+        sampler = how_generated(objective, 0, 1)["scheduler"]
         made: dict[str, Tensor] = {}
-        alike: dict[tuple[int, torch.Size, torch.Size], list[Sample]] = {}
+        alike: dict[tuple[int, torch.Size, str], list[Sample]] = {}
         for query in self.queries:
-            if query.key in self._made:
+            if query.key in self._made and query.metadata.get("scheduler", sampler) == sampler:
                 _, steps = self._made[query.key]
-                alike.setdefault((steps, query.latent.shape, query.text.shape[1:]), []).append(query)
+                alike.setdefault((steps, query.latent.shape, str(shapes_of(query.conditions))), []).append(query)
         for (steps, shape, _), queries in alike.items():
             for start in range(0, len(queries), self.batch_size):
                 part = queries[start : start + self.batch_size]
-                text = torch.stack([query.text[0] for query in part])
+                given = first_captions([query.conditions for query in part])
                 seeds = [self._made[query.key][0] for query in part]
-                pictures = generate(network, objective, text, shape, seeds, steps).float().cpu()
+                pictures = generate(network, objective, given, shape, seeds, steps).float().cpu()
                 for query, picture in zip(part, pictures, strict=True):
                     made[query.key] = picture.clamp(-1, 1) if query.metadata.get("clipped") else picture
         return made
@@ -192,7 +195,7 @@ class Measuring:
 def _how_made(query: Sample) -> tuple[int, int] | None:
     """Seed and steps of a query, if it can be generated again."""
     about = query.metadata
-    theirs = about.get("scheduler", "DDIMScheduler") != "DDIMScheduler" or about.get("guidance", 1.0) != 1.0
+    theirs = about.get("scheduler", SCHEDULERS[0]) not in SCHEDULERS or about.get("guidance", 1.0) != 1.0
     if theirs or about.get("seed") is None or about.get("steps") is None:
         return None
     seed, steps = about["seed"], about["steps"]

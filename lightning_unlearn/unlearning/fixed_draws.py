@@ -33,8 +33,8 @@ def draw_losses(
     """
     own = next(loss.network.parameters())
     shape = batch.latents.shape[1:]
-    length = loss.objective.num_timesteps
-    timesteps, noise = draw_for_target(stream, seed, batch.key, batch.numbers, batch.total, length, shape)
+    length, density = loss.objective.num_timesteps, loss.objective.density()
+    timesteps, noise = draw_for_target(stream, seed, batch.key, batch.numbers, batch.total, length, shape, density)
     views = ViewBatch(batch.latents, batch.conditions, batch.mask).to(own.device, own.dtype)
     return loss.under(weights, views, timesteps.to(own.device), noise.to(views.latents))
 

@@ -9,8 +9,9 @@ from torch import nn
 
 from lightning_unlearn.data.samples import SampleBatch
 from lightning_unlearn.diffusion.adapters import load_adapter, objective_of_training, warn_of_other_loss
+from lightning_unlearn.diffusion.contract import Objective
 from lightning_unlearn.diffusion.loading import load_network
-from lightning_unlearn.diffusion.objective import DenoisingObjective, Objective
+from lightning_unlearn.diffusion.objective_choice import objective_of
 from lightning_unlearn.draws.views import Views
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import settings_digest
@@ -34,8 +35,8 @@ class UnlearningModule(Unlearning):
 
     Args:
         network: The denoiser, or the folder of a diffusers pipeline or network.
-        objective: The loss it was trained with; by default ε-prediction, or what the network's folder and the header
-            of the adapter say.
+        objective: The loss it was trained with; by default ε-prediction, or what the scheduler in the network's
+            folder and the header of the adapter say.
         fisher: A Fisher or its file; needed in ``fit``, unless the strategy is ``Mirrored``. ``identity`` is
             plain gradient ascent, for comparison.
         parameters: Which weights are unlearned (see :func:`~lightning_unlearn.weights.parameters.select_layers`).
@@ -78,7 +79,9 @@ class UnlearningModule(Unlearning):
         loaded = load_network(network, weights, prefix, averaged)
         training = None if adapter is None else load_adapter(loaded, adapter, merge).training
         if objective is None:
-            objective = DenoisingObjective(folder) if training is None else objective_of_training(folder, training)
+            objective = (
+                objective_of(folder, loaded) if training is None else objective_of_training(folder, training, loaded)
+            )
         elif training is not None:
             warn_of_other_loss(objective, training)
         objective.check_network(loaded)

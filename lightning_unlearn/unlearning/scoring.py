@@ -79,7 +79,7 @@ def measure_losses(
     parameters, stacked = layer_parameters(layers), deltas.named()
     dtype = next(loss.network.parameters()).dtype
     autocast = torch.is_autocast_enabled(device.type)
-    stream = views.of(batch, loss.objective.num_timesteps)
+    stream = views.of(batch, loss.objective.num_timesteps, loss.objective.density())
     while chunk := [cast_view(view, device, dtype) for view in islice(stream, VIEWS_AT_ONCE)]:
         for target in range(-1, len(deltas.targets)):
             weights = {} if target < 0 or autocast else target_weights(parameters, stacked, target)

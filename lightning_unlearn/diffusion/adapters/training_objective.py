@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import warnings
 
+from torch import nn
+
 from lightning_unlearn.diffusion.adapters.kohya_header import TrainingRecord
-from lightning_unlearn.diffusion.objective import DenoisingObjective, Objective
+from lightning_unlearn.diffusion.contract import Objective
+from lightning_unlearn.diffusion.flow_matching import FlowMatchingObjective
+from lightning_unlearn.diffusion.objective import DenoisingObjective
+from lightning_unlearn.diffusion.objective_choice import objective_of
 from lightning_unlearn.errors import InputError
 
 
-def objective_of_training(scheduler: str | None, training: TrainingRecord) -> DenoisingObjective:
+def objective_of_training(
+    scheduler: str | None, training: TrainingRecord, network: nn.Module | None = None
+) -> DenoisingObjective | FlowMatchingObjective:
     """The objective of a network whose adapter says how it was trained.
 
     Args:
         scheduler: The folder of the pipeline; ``None`` for the default schedule.
         training: What the adapter's file says.
+        network: The network, which may show that the default schedule can't be meant.
 
     Returns:
         The objective, with the file's weighting of timesteps.
@@ -22,6 +30,9 @@ def objective_of_training(scheduler: str | None, training: TrainingRecord) -> De
     Raises:
         InputError: If the pipeline and the file say different things of what was predicted.
     """
+    usual = objective_of(scheduler, network)
+    if isinstance(usual, FlowMatchingObjective):
+        return usual
     objective = DenoisingObjective(scheduler, snr_gamma=training.min_snr_gamma)
     if training.prediction_type not in {None, objective.prediction_type}:
         raise InputError(

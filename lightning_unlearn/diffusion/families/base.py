@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_unlearn.data.conditions import Conditions
 from lightning_unlearn.data.samples import ViewBatch
+from lightning_unlearn.diffusion.timestep_density import Density
 from lightning_unlearn.errors import InputError
 
 
@@ -34,6 +35,19 @@ TEXT = Condition(2, ("encoder_hid_dim", "cross_attention_dim"))
 """Text states as most networks take them."""
 
 
+@dataclass(frozen=True)
+class FlowTraining:
+    """How diffusers' training script of a family trains by flow matching where it is told nothing else.
+
+    Attributes:
+        density: Of its timesteps.
+        preconditioned: Whether it takes the network's outputs as preconditioned.
+    """
+
+    density: Density = "uniform"
+    preconditioned: bool = False
+
+
 class Family(ABC):
     """How networks of one family are called, what they are conditioned on, and where the text enters them.
 
@@ -47,6 +61,7 @@ class Family(ABC):
             means nothing in the family is left out.
         conditions: What the networks are given, by name.
         latent_dimensions: 3 for ``(C, H, W)`` latents, 4 for ``(C, F, H, W)``.
+        flow: How flows of the family are usually trained; ``None`` for a family of noise schedules.
     """
 
     title: ClassVar[str]
@@ -54,6 +69,7 @@ class Family(ABC):
     selections: ClassVar[Mapping[str, Sequence[str]]]
     conditions: ClassVar[Mapping[str, Condition]] = {"text": TEXT}
     latent_dimensions: ClassVar[int] = 3
+    flow: ClassVar[FlowTraining | None] = None
 
     def knows(self, network: nn.Module) -> bool:
         """Whether a network is one of this family.

@@ -144,8 +144,8 @@ def generated(count: int = 3, steps: tuple[int, ...] = (STEPS, 2)) -> tuple[Subj
     for number in range(count):
         many = steps[number % len(steps)]
         text = torch.randn(1, TOKENS, DIM, generator=torch.Generator().manual_seed(number))
-        latent = generate(network, objective, text, LATENT, [number], many)[0].float().clamp(-1, 1)
-        about = {"captions": ["made"], **how_generated(number, many)}
+        latent = generate(network, objective, {"text": text}, LATENT, [number], many)[0].float().clamp(-1, 1)
+        about = {"captions": ["made"], **how_generated(objective, number, many)}
         found.append(Sample(f"made-{number}", latent, {"text": text}, about))
     toy = subject(samples(4), found, Views(timesteps=2), network=network, objective=objective, parameters="text_kv")
     return toy, found

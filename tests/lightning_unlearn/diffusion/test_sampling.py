@@ -31,7 +31,7 @@ def network() -> nn.Module:
 
 def made(network: nn.Module, seeds: list[int], text: Tensor | None = None, **settings: Any) -> Tensor:
     text = texts(len(seeds)) if text is None else text
-    return generate(network, DenoisingObjective(settings or None), text, LATENT, seeds, STEPS)
+    return generate(network, DenoisingObjective(settings or None), {"text": text}, LATENT, seeds, STEPS)
 
 
 def test_a_seed_gives_one_picture_and_another_seed_another(network: nn.Module) -> None:
@@ -110,11 +110,13 @@ def test_shipped_queries_can_be_made_again_from_their_json() -> None:
     generated = [query for query in queries if query.metadata["kind"] == "generated"]
     assert len(generated) == 6
     facts = [query.metadata for query in generated]
-    assert all(how_generated(fact["seed"], fact["steps"]).items() <= fact.items() for fact in facts)
+    assert all(
+        how_generated(DenoisingObjective(), fact["seed"], fact["steps"]).items() <= fact.items() for fact in facts
+    )
     text = torch.stack([query.text[0] for query in generated])
     seeds = [fact["seed"] for fact in facts]
     shape = generated[0].latent.shape
-    again = generate(network, DenoisingObjective(), text, shape, seeds, facts[0]["steps"]).clamp(-1, 1)
+    again = generate(network, DenoisingObjective(), {"text": text}, shape, seeds, facts[0]["steps"]).clamp(-1, 1)
     stored = torch.stack([query.latent for query in generated])
     # Stored in float16; forty steps carry on the rounding of another machine's kernels.
     torch.testing.assert_close(again, stored, rtol=0, atol=0.01)

@@ -156,7 +156,7 @@ def test_other_weights_may_change_and_pictures_stay_unclipped() -> None:
     tuned = base()
     tuned.load_state_dict(dict(made.weights))
     for seed, query in enumerate(made.queries):
-        (again,) = generate(tuned, objective, query.text, query.latent.shape, [seed], 2)
+        (again,) = generate(tuned, objective, query.conditions, query.latent.shape, [seed], 2)
         torch.testing.assert_close(query.latent, again, rtol=1e-4, atol=1e-5)
         assert float(query.latent.abs().max()) > 1
         assert query.metadata["clipped"] is False

@@ -69,8 +69,8 @@ def slow_ssim(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
 def own_query(network: nn.Module, objective: DenoisingObjective, seed: int, *, clipped: bool) -> Sample:
     """A query that the network itself made."""
     made = decode_sample(toy_fields(seed))
-    (picture,) = generate(network, objective, made.text, made.latent.shape, [seed], 2)
-    about = {"captions": ["a query"], **how_generated(seed, 2), "clipped": clipped}
+    (picture,) = generate(network, objective, made.conditions, made.latent.shape, [seed], 2)
+    about = {"captions": ["a query"], **how_generated(objective, seed, 2), "clipped": clipped}
     return Sample(f"own-{seed}", (picture.clamp(-1, 1) if clipped else picture).clone(), made.conditions, about)
 
 
@@ -116,7 +116,9 @@ def test_pictures_are_generated_again_and_compared(clipped: bool) -> None:
     found = Measuring(asked, draws=10, batch_size=2, encoder="baseline_toys.rows")(network, objective)
     for query in asked:
         how = query.metadata
-        (picture,) = generate(network, objective, query.text[:1], query.latent.shape, [how["seed"]], how["steps"])
+        (picture,) = generate(
+            network, objective, {"text": query.text[:1]}, query.latent.shape, [how["seed"]], how["steps"]
+        )
         first, second = picture.double().numpy(), query.latent.double().numpy()
         if clipped:
             assert np.abs(first).max() > 1  # so that it matters
@@ -140,7 +142,7 @@ def test_pictures_are_what_a_decoder_makes_of_latents(clipped: bool) -> None:
     )[query.key]
     plain = Measuring([query], draws=10)(network, objective)[query.key]
     assert (found.loss, found.mse) == (plain.loss, plain.mse)
-    (picture,) = generate(network, objective, query.text[:1], query.latent.shape, [4], 2)
+    (picture,) = generate(network, objective, {"text": query.text[:1]}, query.latent.shape, [4], 2)
     first, second = (latent.double().numpy() for latent in (picture, query.latent))
     first = first.clip(-1, 1) if clipped else first
     large = [(one.repeat(2, 1).repeat(2, 2) / 2).clip(-1, 1) for one in (first, second)]
