@@ -156,6 +156,7 @@ class ScoreWriter(Callback):
             "views": pl_module.views.settings(),
             # Of the draws of each flip, in the order in which deviations are kept.
             "timesteps": pl_module.views.draw_timesteps(pl_module.objective.num_timesteps).tolist(),
+            "network": pl_module.origin,
             "unlearning": pl_module.settings,
             "precision": str(trainer.precision),
             "targets": {

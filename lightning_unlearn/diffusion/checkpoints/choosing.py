@@ -93,12 +93,11 @@ def _unwrapped(path: str, group: Group) -> Group:
 def _named(path: str, every: list[Candidate], averaged: str) -> Candidate:
     asked = averaged.rstrip(".")
     found = [one for one in every if asked in (one.where, one.prefix.rstrip("."), one.group.place)]
-    found = found or [one for one in every if asked in (one.where.split(".")[-1], one.group.place.split(".")[-1])]
+    places = {id(one): (f".{one.where}", f".{one.group.place}") for one in every}
+    found = found or [one for one in every if any(place.endswith(f".{asked}") for place in places[id(one)])]
     if not found:
-        places = ", ".join(repr(one.where) for one in every if one.averaged) or "none"
-        raise InputError(
-            f"{path} has no weights of this network at {averaged!r}; places of averaged weights: {places}."
-        )
+        there = ", ".join(repr(one.where) for one in every if one.averaged) or "none"
+        raise InputError(f"{path} has no weights of this network at {averaged!r}; places of averaged weights: {there}.")
     return _only(path, found, "`averaged`")
 
 
