@@ -54,7 +54,8 @@ def converted(path: str, network: nn.Module, state: Mapping[str, Tensor]) -> dic
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
     kind = next(kind.__name__ for kind in type(network).__mro__ if kind.__name__ in _MARKS)
-    convert: Callable[..., dict[str, Any]] = SINGLE_FILE_LOADABLE_CLASSES[kind]["checkpoint_mapping_fn"]
+    classes: Mapping[str, Any] = SINGLE_FILE_LOADABLE_CLASSES
+    convert: Callable[..., dict[str, Tensor]] = classes[kind]["checkpoint_mapping_fn"]
     config: Any = network.config
     try:
         return convert(config=dict(config), checkpoint={f"{PREFIX}{name}": tensor for name, tensor in state.items()})
