@@ -158,6 +158,7 @@ class ScoreWriter(Callback):
             "timesteps": pl_module.views.draw_timesteps(
                 pl_module.objective.num_timesteps, pl_module.objective.density()
             ).tolist(),
+            "network": pl_module.origin,
             "unlearning": pl_module.settings,
             "precision": str(trainer.precision),
             "targets": {

@@ -151,6 +151,7 @@ class MethodRun:
         return {
             "fingerprints": fingerprints,
             "method": self.method.settings(),
+            "network": self.module.origin,
             "parameters": self.module.parameters_selection,
             "objective": self.module.objective.settings(),
             "views": self.module.views.settings(),

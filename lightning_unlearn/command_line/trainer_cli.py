@@ -23,7 +23,7 @@ from lightning_unlearn.baselines import Baseline
 from lightning_unlearn.command_line.signals import current_stop
 from lightning_unlearn.command_line.usage import OneSentence
 from lightning_unlearn.datamodules import AttributionDataModule
-from lightning_unlearn.diffusion.loading import read_checkpoint
+from lightning_unlearn.diffusion.checkpoints import read_checkpoint
 from lightning_unlearn.diffusion.objective import Objective
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.strategies import Strategy

@@ -1,122 +1,80 @@
-"""Weights out of the files that people have: Lightning checkpoints, safetensors, folders of diffusers."""
+"""Networks out of what people have: folders of diffusers, and checkpoints in any of their forms."""
 
 from __future__ import annotations
 
 import json
-import zipfile
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from lightning_unlearn.diffusion.checkpoints import (
+    AveragedChoice,
+    WeightsOrigin,
+    check_safetensors,
+    find_weights,
+    read_content,
+    variant_of,
+)
+from lightning_unlearn.diffusion.checkpoints.files import first_line
+from lightning_unlearn.diffusion.checkpoints.model_folders import has_averages, network_parts
+from lightning_unlearn.diffusion.checkpoints.places import says_averaged
 from lightning_unlearn.errors import InputError
 
 
-def load_weights(network: nn.Module, path: str, prefix: str = "", averaged: bool = True) -> None:
-    """Load a network's weights from a file, without pickle.
+def load_weights(network: nn.Module, path: str, prefix: str = "", averaged: AveragedChoice = None) -> WeightsOrigin:
+    """Load a network's weights from a file or folder, without running anything that is in it.
 
     Args:
-        network: The network; every weight of it must be in the file. Weights are cast to its dtype.
-        path: A Lightning ``.ckpt``, a PyTorch state dict, or safetensors.
-        prefix: What stands before the network's names in the file, e.g. ``"model.unet."`` or ``"unet_ema."``.
-        averaged: For a checkpoint made under Lightning's ``WeightAveraging`` or ``EMAWeightAveraging``: whether to take
-            the averaged weights, which it keeps as the state dict, or those that were being trained.
+        network: The network; every weight of it must be there. Weights are cast to its dtype.
+        path: A Lightning ``.ckpt``, a PyTorch file, safetensors, the index of sharded safetensors, a single-file model
+            (LDM, SGM, …), a ``checkpoint-N`` of diffusers' training scripts, or a network's folder.
+        prefix: What stands before the network's names in it, e.g. ``"model.unet."``; found where only one fits.
+        averaged: Whether averaged weights are taken: ``True``, ``False``, or the place in the file where they lie. By
+            default where they stand for the model's weights: under Lightning's ``WeightAveraging``, which keeps them
+            as the state dict, and in ``unet_ema`` beside ``unet``.
+
+    Returns:
+        Where the weights were found.
 
     Raises:
-        InputError: If the file is missing or unsafe, or lacks weights of the network.
+        InputError: If the file is missing or can't be read, lacks weights of the network, or holds several sets that
+            could be meant.
     """
-    state = read_state(path, averaged)
-    chosen = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    # torch.compile wraps a module and puts this into its names.
-    chosen = {name.replace("_orig_mod.", ""): tensor for name, tensor in chosen.items()}
+    chosen, origin = find_weights(network, path, read_content(path), prefix, averaged)
     wanted = network.state_dict()
+    parameters = {name for name, _ in network.named_parameters()}
     missing = [name for name in wanted if name not in chosen]
-    if missing:
-        heads = sorted({name.removesuffix(missing[0]) for name in state if f".{name}".endswith(f".{missing[0]}")})
+    trained = [name for name in missing if name in parameters or name.endswith(("running_mean", "running_var"))]
+    if trained:
         raise InputError(
-            f"{path} lacks {len(missing)} of the network's {len(wanted)} weights under the prefix {prefix!r} "
-            f"(e.g. {missing[0]}); prefixes that hold it: {', '.join(map(repr, heads)) or 'none'}."
+            f"{path} lacks {len(trained)} of the network's {len(wanted)} weights in {origin.place or 'its names'} "
+            f"(e.g. {trained[0]}); the file is of another model."
         )
-    differing = [name for name in wanted if chosen[name].shape != wanted[name].shape]
+    differing = [name for name in wanted if name in chosen and chosen[name].shape != wanted[name].shape]
     if differing:
         name = differing[0]
         raise InputError(
             f"{path}: {name} is {tuple(chosen[name].shape)}, but the network's is {tuple(wanted[name].shape)}; "
             "the file is of another model."
         )
-    network.load_state_dict({name: chosen[name].to(tensor.dtype) for name, tensor in wanted.items()})
-
-
-def read_state(path: str, averaged: bool = True) -> dict[str, Tensor]:
-    """The named tensors of a file.
-
-    Args:
-        path: A Lightning ``.ckpt``, a PyTorch state dict, or safetensors.
-        averaged: See :func:`load_weights`.
-
-    Returns:
-        Name to tensor.
-
-    Raises:
-        InputError: If the file is missing, or can't be loaded without pickle.
-    """
-    if not Path(path).is_file():
-        raise InputError(f"There are no weights at {path}; check the path.")
-    if path.endswith(".safetensors"):
-        import safetensors
-        import safetensors.torch
-
-        try:
-            return dict(safetensors.torch.load_file(path))
-        except safetensors.SafetensorError as error:
-            raise InputError(f"{path} is not a safetensors file ({error}); fetch it again.") from None
-    checkpoint = read_checkpoint(path)
-    trained = checkpoint.get("current_model_state")
-    state = trained if trained is not None and not averaged else checkpoint.get("state_dict", checkpoint)
-    if not isinstance(state, dict):
-        raise InputError(
-            f"{path} holds a {type(state).__name__} as its state_dict; save the network's state_dict again."
-        )
-    # A state dict may hold a module's extra state, which need not be a tensor.
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
-
-
-def read_checkpoint(path: str) -> dict[str, Any]:
-    """A PyTorch or Lightning checkpoint, loaded with ``weights_only=True``.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Its content.
-
-    Raises:
-        InputError: If it can't be loaded so.
-    """
-    try:
-        # Files in the form from before PyTorch 1.6 are no archives, and can't be mapped.
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # a damaged file makes the unpickler raise nearly anything
-        reason = f"{type(error).__name__}: {_first_line(str(error).split('WeightsUnpickler error:')[-1])}"
-        raise InputError(
-            f"{path} is damaged, or can't be loaded without running code ({reason}); "
-            "fetch it again, or save its state_dict alone, with torch.save or safetensors."
-        ) from None
-    if not isinstance(checkpoint, dict):
-        raise InputError(f"{path} holds a {type(checkpoint).__name__}, not a state dict.")
-    return checkpoint
+    # What is missing now is constant: averages are kept of what is trained alone.
+    taken = {name: chosen.get(name, tensor).to(tensor.dtype) for name, tensor in wanted.items()}
+    network.load_state_dict(taken)
+    return origin
 
 
 def load_network(
-    network: nn.Module | str, weights: str | None = None, prefix: str = "", averaged: bool = True
+    network: nn.Module | str, weights: str | None = None, prefix: str = "", averaged: AveragedChoice = None
 ) -> nn.Module:
     """The denoiser that a config names.
 
     Args:
-        network: A network, or the folder of one that diffusers saved: a pipeline's, or the network's own.
-        weights: A file to load its weights from.
+        network: A network, or the folder of one that diffusers saved: a pipeline's, the network's own, or a
+            ``checkpoint-N`` of a training. With ``weights`` its ``config.json`` suffices.
+        weights: See :func:`load_weights`.
         prefix: See :func:`load_weights`.
         averaged: See :func:`load_weights`.
 
@@ -126,71 +84,127 @@ def load_network(
     Raises:
         InputError: If a folder holds no network, or only part of its weights.
     """
+    return load_network_with_origin(network, weights, prefix, averaged)[0]
+
+
+def load_network_with_origin(
+    network: nn.Module | str, weights: str | None = None, prefix: str = "", averaged: AveragedChoice = None
+) -> tuple[nn.Module, WeightsOrigin | None]:
+    """The denoiser that a config names, and where its weights came from.
+
+    Args:
+        network: See :func:`load_network`.
+        weights: See :func:`load_weights`.
+        prefix: See :func:`load_weights`.
+        averaged: See :func:`load_weights`.
+
+    Returns:
+        The network, in eval mode; and the origin of its weights, ``None`` for a network that was given with them.
+
+    Raises:
+        InputError: See :func:`load_network`.
+    """
+    origin = None
     if isinstance(network, str):
-        folder = Path(network)
-        parts = [folder / name for name in ("unet", "transformer") if (folder / name / "config.json").is_file()]
-        if not parts and not (folder / "config.json").is_file():
-            raise InputError(
-                f"{folder} is no folder of a diffusers pipeline or network; it needs a unet/ or a config.json."
-            )
-        network = _from_diffusers(parts[0] if parts else folder)
+        part = _network_folder(network, averaged if weights is None else None)
+        if weights is not None or not (part / "config.json").is_file():
+            origin_folder = weights if weights is not None else str(part)
+            network = _from_config(Path(network), part)
+            return network.eval(), load_weights(network, origin_folder, prefix, averaged)
+        network, origin = _from_diffusers(part, averaged)
+    elif weights is None and averaged:
+        warnings.warn("The network was given with its weights, so `averaged` chooses nothing; leave it out.")
     if weights is not None:
-        load_weights(network, weights, prefix, averaged)
-    return network.eval()
+        origin = load_weights(network, weights, prefix, averaged)
+    return network.eval(), origin
 
 
-def _from_diffusers(folder: Path) -> nn.Module:
+def _network_folder(path: str, averaged: AveragedChoice) -> Path:
+    folder = Path(path)
+    if folder.is_file():
+        raise InputError(
+            f"{path} is a file, and no config says what network it is of; give the folder of a pipeline of its kind as "
+            "`network` (the config.json files suffice), and the file as `weights`."
+        )
+    if (folder / "config.json").is_file():
+        return folder
+    parts = network_parts(folder) if folder.is_dir() else []
+    if not parts:
+        raise InputError(
+            f"{folder} is no folder of a diffusers pipeline or network; it needs a unet/ or a config.json."
+        )
+    # The name of the place, as of a file's.
+    named = [part for part in parts if isinstance(averaged, str) and part.name == averaged]
+    averages = [part for part in parts if says_averaged(part.name)]
+    trained = [part for part in parts if part not in averages]
+    if averaged is False and not trained:
+        raise InputError(f"{folder} holds only averaged weights ({averages[0].name}), but `averaged` is false.")
+    chosen = (named or ([] if averaged is False else averages) or trained)[0]
+    if averaged is None and averages and trained:
+        warnings.warn(
+            f"Of {folder} the averaged weights are taken, in {chosen.name}; with `averaged: false` those in "
+            f"{trained[0].name} are."
+        )
+    return chosen
+
+
+def _config_of(folder: Path, part: Path) -> Path:
+    """SimpleTuner's averages have no config of their own: the one of the weights beside them is theirs."""
+    beside = [place for place in (part, folder, *network_parts(folder)) if (place / "config.json").is_file()]
+    if not beside:
+        raise InputError(f"{part} has no config.json, and none lies beside it; give the pipeline as `network`.")
+    return beside[0]
+
+
+def _from_config(folder: Path, part: Path) -> nn.Module:
+    place = _config_of(folder, part)
+    network_class = _network_class(place)
+    try:
+        network = network_class.from_config(network_class.load_config(str(place), local_files_only=True))
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
+        raise _unusable(place, error) from None
+    assert isinstance(network, nn.Module)
+    return network
+
+
+def _network_class(folder: Path) -> Any:
     import diffusers
 
-    check_safetensors(folder)
     try:
-        name = json.loads((folder / "config.json").read_bytes())["_class_name"]
         # Not AutoModel, which can't say what was missing (diffusers 0.42).
-        network_class: Any = getattr(diffusers, name)
+        return getattr(diffusers, json.loads((folder / "config.json").read_bytes())["_class_name"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise _unusable(folder, error) from None
+
+
+def _unusable(folder: Path, error: Exception) -> InputError:
+    reason = f"{type(error).__name__}: {first_line(str(error))}"
+    return InputError(f"{folder} holds no network that diffusers can load ({reason}); save it again.")
+
+
+def _from_diffusers(folder: Path, averaged: AveragedChoice) -> tuple[nn.Module, WeightsOrigin]:
+    check_safetensors(folder)
+    variant = variant_of(folder, averaged if isinstance(averaged, bool) else None)
+    network_class = _network_class(folder)
+    try:
         network, found = network_class.from_pretrained(
             str(folder),
             local_files_only=True,
             output_loading_info=True,
+            variant=variant,
             # Without it diffusers falls back on .bin, which is pickle.
             use_safetensors=True,
             # By default it warns where accelerate is not installed.
             low_cpu_mem_usage=find_spec("accelerate") is not None,
         )
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {_first_line(str(error))}"
-        raise InputError(f"{folder} holds no network that diffusers can load ({reason}); save it again.") from None
+        raise _unusable(folder, error) from None
     # diffusers fills what is missing with random weights.
     missing = sorted(found["missing_keys"])
     if missing:
         raise InputError(f"{folder} lacks {len(missing)} weights of its network (e.g. {missing[0]}); save it again.")
     assert isinstance(network, nn.Module)
-    return network
-
-
-def check_safetensors(folder: Path) -> None:
-    """Refuse a model's folder whose weights lie in ``.bin`` files: these are pickle, whoever loads them.
-
-    Args:
-        folder: As ``save_pretrained`` made it.
-
-    Raises:
-        InputError: If it has no safetensors, or an index of theirs names other files.
-    """
-    files = sorted(path.name for path in folder.glob("*.safetensors"))
-    for index in folder.glob("*.safetensors.index.json"):
-        try:
-            files += map(str, json.loads(index.read_bytes())["weight_map"].values())
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise InputError(f"{index} is no index of safetensors files; save the model again.") from None
-    other = [file for file in files if not file.endswith(".safetensors")]
-    pickled = sorted(path.name for path in [*folder.glob("*.bin"), *folder.glob("*.pt")])
-    if other or (pickled and not files):
-        raise InputError(
-            f"The weights in {folder} lie in {(other or pickled)[0]}, which is pickle and is never read; where you "
-            "trust the file, convert it with from_pretrained(folder, use_safetensors=False).save_pretrained(folder) "
-            "of the model's class, and delete it."
-        )
-
-
-def _first_line(text: str) -> str:
-    return text.strip().partition("\n")[0][:200]
+    taken = says_averaged(folder.name) or variant == "ema" or (variant is None and has_averages(folder))
+    if averaged is True and not taken:
+        warnings.warn(f"{folder} holds no averaged weights of its own; those that are there are taken.")
+    return network, WeightsOrigin(str(folder), variant or "", taken)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_unlearn.diffusion.loading import check_safetensors
+from lightning_unlearn.diffusion.checkpoints import check_safetensors
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import generator_for, tensors_digest
 from lightning_unlearn.preparation.inputs import Array, Item, stack_pixels

@@ -179,6 +179,7 @@ def _render(
         settings={
             "Unlearning": dict(flatten({name: unlearning[name] for name in unlearning if name != "objective"})),
             "Method": dict(flatten(run.get("method", {}))),
+            "Network": dict(flatten(run.get("network", {}))),
             "Objective": dict(flatten(unlearning.get("objective", run.get("objective", {})))),
             "Views": dict(flatten(views)),
             "Versions": dict(flatten(run.get("versions", {}))),

@@ -9,8 +9,9 @@ from torch import nn
 
 from lightning_unlearn.data.samples import SampleBatch
 from lightning_unlearn.diffusion.adapters import load_adapter, objective_of_training, warn_of_other_loss
+from lightning_unlearn.diffusion.checkpoints import AveragedChoice
 from lightning_unlearn.diffusion.contract import Objective
-from lightning_unlearn.diffusion.loading import load_network
+from lightning_unlearn.diffusion.loading import load_network_with_origin
 from lightning_unlearn.diffusion.objective_choice import objective_of
 from lightning_unlearn.draws.views import Views
 from lightning_unlearn.errors import InputError
@@ -34,7 +35,8 @@ class UnlearningModule(Unlearning):
     :class:`~lightning_unlearn.datamodules.AttributionDataModule`.
 
     Args:
-        network: The denoiser, or the folder of a diffusers pipeline or network.
+        network: The denoiser, or the folder of a diffusers pipeline or network, or a ``checkpoint-N`` of a training by
+            diffusers' scripts. Where ``weights`` are given its ``config.json`` suffices.
         objective: The loss it was trained with; by default ε-prediction, or what the scheduler in the network's
             folder and the header of the adapter say.
         fisher: A Fisher or its file; needed in ``fit``, unless the strategy is ``Mirrored``. ``identity`` is
@@ -46,9 +48,11 @@ class UnlearningModule(Unlearning):
         damping: Share of each layer's mean Fisher that is added to it.
         seed: Of the unlearning draws.
         rise_draws: Draws over which the query's loss before and after is measured.
-        weights: A file to load the network's weights from: a Lightning checkpoint, a state dict or safetensors.
-        prefix: What stands before the network's names in it, e.g. ``"model.unet."``.
-        averaged: Whether averaged weights are taken where the file has both (Lightning's ``WeightAveraging``).
+        weights: A file or folder to load the network's weights from: a Lightning checkpoint, a state dict, safetensors
+            or the index of sharded ones, a single-file model (LDM, SGM), a ``checkpoint-N``.
+        prefix: What stands before the network's names in it, e.g. ``"model.unet."``; found where only one fits.
+        averaged: Whether averaged weights are taken: ``true``, ``false``, or the place in the file where they lie. By
+            default where they stand for the model's own: under Lightning's ``WeightAveraging``, and in ``unet_ema``.
         adapter: A LoRA, LoCon or DoRA to put on the network: a file or folder as diffusers, PEFT, kohya or ai-toolkit
             writes it. ``parameters: adapter`` unlearns its weights alone.
         merge: Whether the adapter's weights are added to the network's, so that those can be chosen.
@@ -70,13 +74,13 @@ class UnlearningModule(Unlearning):
         rise_draws: int = 64,
         weights: str | None = None,
         prefix: str = "",
-        averaged: bool = True,
+        averaged: AveragedChoice = None,
         adapter: str | None = None,
         merge: bool = False,
     ) -> None:
         # Run-time settings are not hyper-parameters: in LightningCLI a checkpoint's override the command line.
         folder = network if isinstance(network, str) else None
-        loaded = load_network(network, weights, prefix, averaged)
+        loaded, origin = load_network_with_origin(network, weights, prefix, averaged)
         training = None if adapter is None else load_adapter(loaded, adapter, merge).training
         if objective is None:
             objective = (
@@ -87,6 +91,8 @@ class UnlearningModule(Unlearning):
         objective.check_network(loaded)
         super().__init__(loaded, objective, fisher, parameters, strategy or Newton(), damping, seed, rise_draws)
         self.views = views or Views()
+        # Where the weights came from, as it stands in the record of a run.
+        self.origin = {**(origin.record() if origin is not None else {}), **({"adapter": adapter} if adapter else {})}
 
     def on_predict_start(self) -> None:
         """Refuse to score without deltas.

@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_unlearn.data.files import reason_of, write_atomically
-from lightning_unlearn.diffusion.loading import read_checkpoint
+from lightning_unlearn.diffusion.checkpoints import read_checkpoint
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import settings_digest, tensors_digest
 from lightning_unlearn.weights.deltas import CHECKPOINT_KEY

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from lightning_unlearn.diffusion.loading import read_state
+from lightning_unlearn.diffusion.checkpoints import read_state
 from lightning_unlearn.errors import InputError
 
 _CONFIG = "adapter_config.json"

@@ -570,6 +570,13 @@ def test_checkpoint_of_a_foreign_module_is_attributed_with_its_own_objective(
     table = read_scores(tmp_path / "run")
     assert len(table.keys) == SAMPLES
     assert table.run["unlearning"]["objective"]["class"] == "somebodys_module.TheirObjective"
+    # A record says whether averaged weights were taken, whatever was asked for.
+    taken = checkpoint == "averaged.ckpt" and averaged
+    network = {"file": str(somebodys / checkpoint), "place": f"{where}.model.unet", "averaged": taken}
+    assert table.run["network"].items() >= network.items()
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "<h3>Network</h3>" in page
+    assert f'<dt>averaged</dt><dd dir="auto">{str(taken).lower()}</dd>' in page
     assert all(result["rise"] == pytest.approx(0.5, rel=1e-3) for result in table.run["targets"].values())
 
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from toys import ToyDenoiser, tiny_unet
 
-from lightning_unlearn.diffusion.loading import load_network, load_weights, read_checkpoint, read_state
+from lightning_unlearn.diffusion.checkpoints import AveragedChoice, read_checkpoint, read_state
+from lightning_unlearn.diffusion.loading import load_network, load_weights
 from lightning_unlearn.errors import InputError
 
 QUIET: dict[str, Any] = {
@@ -71,7 +72,7 @@ def train(folder: Path, callbacks: list[Callback], steps: int = 3) -> SaveEveryS
     return saver
 
 
-def loaded(path: Path | str, prefix: str = "", averaged: bool = True) -> dict[str, Tensor]:
+def loaded(path: Path | str, prefix: str = "", averaged: AveragedChoice = None) -> dict[str, Tensor]:
     network = ToyDenoiser(seed=3)
     load_weights(network, str(path), prefix, averaged)
     return network.state_dict()
@@ -186,9 +187,15 @@ def test_other_shapes_are_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("old", [True, False])
 def test_checkpoint_never_runs_code(tmp_path: Path, old: bool) -> None:
     made = tmp_path / "made"
-    state = {"state_dict": ToyDenoiser().state_dict(), "hyper_parameters": {"evil": CreatesFile(made)}}
+    weights = ToyDenoiser(seed=1).state_dict()
+    state = {"state_dict": weights, "hyper_parameters": {"evil": CreatesFile(made)}}
     torch.save(state, tmp_path / "a.ckpt", _use_new_zipfile_serialization=not old)
-    assert "without running code" in refusal(tmp_path / "a.ckpt")
+    with pytest.raises(InputError, match="without running code"):
+        read_checkpoint(str(tmp_path / "a.ckpt"))
+    if old:  # nothing lists what such a file names
+        assert "without running code" in refusal(tmp_path / "a.ckpt")
+    else:
+        assert_same(loaded(tmp_path / "a.ckpt"), weights)
     assert not made.exists()
     torch.load(tmp_path / "a.ckpt", weights_only=False)  # it would have
     assert made.exists()
