@@ -2,44 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.weights.capture import GradientCapture, Use
-from lightning_unlearn.weights.growth import GradientGrowth, Grown, norms
+from lightning_unlearn.weights.growth import GradientGrowth
+from lightning_unlearn.weights.rounding import Grown, Summed, norms
 
-
-@dataclass(frozen=True)
-class BackwardPass:
-    """What one backward pass left.
-
-    Attributes:
-        uses: Layer name to its uses.
-        finite: Whether all gradients that came are finite.
-    """
-
-    uses: Mapping[str, list[Use]]
-    finite: bool
+Taker = Callable[[str, list[Use]], None]
 
 
 class BatchWatch:
     """Hooks on the chosen layers during a fit, that are listened to in the batches that are to be taken.
 
+    What came to a layer is given away as soon as the layer's gradient is complete, in the middle of the backward pass:
+    kept until its end, it would be all the activations that gradient checkpointing saves. Of a layer that is run in a
+    pass without gradient, too, it is not known before the end whether more will come.
+
     Args:
         network: That the layers are in.
         layers: The chosen layers, by name.
         target: Dotted name of the network, for messages.
+        take_layer: Takes a layer's uses in a backward pass.
     """
 
-    def __init__(self, network: nn.Module, layers: Mapping[str, nn.Module], target: str) -> None:
+    def __init__(self, network: nn.Module, layers: Mapping[str, nn.Module], target: str, take_layer: Taker) -> None:
         self.target = target
         self._network = network
         self._layers = dict(layers)
-        self._growth = GradientGrowth(layers)
+        self._take_layer = take_layer
+        self._sums: dict[str, Summed] = {}  # of the layers that were given away
+        self._finite: list[Tensor] = []
+        self._growth = GradientGrowth(layers, self._give_away_complete)
         self._growth.attach()
         self._capture = GradientCapture(layers, network)
         self._capture.attach()
@@ -90,6 +87,7 @@ class BatchWatch:
         self._saw_backward = self._inside = True
         self._capture.forget()
         self._growth.take()
+        self._sums, self._finite = {}, []
         self._loss_factor = None
         if loss.requires_grad:
             loss.register_hook(self._note_factor)  # type: ignore[no-untyped-call]
@@ -100,14 +98,26 @@ class BatchWatch:
     def _notice_foreign(self) -> None:
         self._foreign |= self._growth.accumulated and not self._inside
 
-    def take(self, loss_scale: float) -> BackwardPass | None:
-        """What a backward pass left, once it is sure that it is what the layers' parameters got.
+    def _give_away_complete(self, name: str) -> None:
+        # Before Lightning's backward pass, gradients are of the training step's own purposes.
+        if self._inside and name not in self._sums and self._capture.is_complete(name):
+            self._give_away(name, self._capture.take_layer(name))
+
+    def _give_away(self, name: str, uses: list[Use]) -> None:
+        with torch.autocast(uses[0].layer.inputs.device.type, enabled=False):
+            self._sums[name] = self._growth.summed(name, uses)
+            for use in uses:
+                self._finite += [use.layer.inputs.isfinite().all(), use.layer.output_gradients.isfinite().all()]
+            self._take_layer(name, uses)
+
+    def take(self, loss_scale: float) -> bool | None:
+        """Give away what is left of a backward pass, and be sure that it is what the layers' parameters got.
 
         Args:
             loss_scale: What the user says that the loss is multiplied with.
 
         Returns:
-            Its uses of layers; nothing if the batch is not to be taken, or no gradient came.
+            Whether all gradients that came are finite; nothing if the batch is not to be taken, or no gradient came.
 
         Raises:
             InputError: If a parameter's gradient grew by something else than what was captured.
@@ -116,50 +126,58 @@ class BatchWatch:
             return None
         self._inside = False
         uses, grown = self._capture.take_uses(), self._growth.take()
-        if not uses and not grown:
+        if again := uses.keys() & self._sums.keys():
+            raise InputError(
+                f"Layer {min(again)} got more gradients after its own was complete, from a second backward pass over "
+                "the same forward pass; add the losses up and go back once."
+            )
+        for name, found in uses.items():
+            self._give_away(name, found)
+        if not self._sums and not grown:
             return None
         self._saw_gradient = True
-        self._refuse_partly_frozen(uses)
-        ratios, names = self._growth.differences(uses, grown)
-        tensors = [tensor for found in uses.values() for use in found for tensor in _tensors(use)]
-        finite = [tensor.isfinite().all() for tensor in tensors]
+        self._refuse_partly_frozen(self._sums)
+        ratios, names = self._growth.differences(self._sums, grown)
         device = ratios.device
         factor = self._loss_factor if self._loss_factor is not None else torch.ones((), device=device)
         # Asked once for all: each answer waits for the device.
-        answers = torch.cat(
-            [torch.stack([flag.to(device, torch.float64) for flag in [*finite, factor.sum()]]), ratios.double()]
-        ).tolist()
-        flags, factor_seen, off = answers[: len(finite)], answers[len(finite)], answers[len(finite) + 1 :]
-        if not all(flags) or any(ratio != ratio for ratio in off):
-            return BackwardPass(uses, finite=False)
+        flags = [flag.to(device, torch.float64) for flag in [*self._finite, factor.sum()]]
+        answers = torch.cat([torch.stack(flags), ratios.double()]).tolist()
+        finite, factor_seen, off = answers[: len(flags) - 1], answers[len(flags) - 1], answers[len(flags) :]
+        if not all(finite) or any(ratio != ratio for ratio in off):
+            return False
         for (name, kind), ratio in zip(names, off, strict=True):
             if ratio > 1:
-                self._refuse(name, kind, uses.get(name, []), grown.get((name, kind)))
-        if factor_seen != 1 and loss_scale == 1:
-            raise InputError(
-                f"The backward pass multiplies the loss by {factor_seen:g}, which can't be told from the loss itself; "
-                f"set loss_scale={factor_seen:g} of FisherAccumulator, times any other factor of the loss."
-            )
-        return BackwardPass(uses, finite=True)
+                self._refuse(name, kind, grown.get((name, kind)))
+        self._refuse_other_factor(factor_seen, loss_scale)
+        return True
 
-    def _refuse(self, name: str, kind: str, uses: list[Use], grown: Grown | None) -> None:
-        captured, own = norms(uses, grown, kind)
+    def _refuse_other_factor(self, seen: float, loss_scale: float) -> None:
+        if seen != 1 and loss_scale == 1:
+            raise InputError(
+                f"The backward pass multiplies the loss by {seen:g}, which can't be told from the loss itself; "
+                f"set loss_scale={seen:g} of FisherAccumulator, times any other factor of the loss."
+            )
+
+    def _refuse(self, name: str, kind: str, grown: Grown | None) -> None:
+        captured, own = norms(self._sums.get(name), grown, kind)
+        cause = likely_cause(self._layers[name], name in self._sums)
         raise InputError(
             f"What was captured of layer {name} is not the gradient of its {kind}: summed over the batch it has norm "
-            f"{captured:.3g}, but the gradient grew by {own:.3g}. {likely_cause(self._layers[name], bool(uses))}; "
+            f"{captured:.3g}, but the gradient grew by {own:.3g}. {cause}; "
             "leave the layer out by patterns, or take that away."
         )
 
-    def _refuse_partly_frozen(self, uses: Mapping[str, list[Use]]) -> None:
+    def _refuse_partly_frozen(self, used: Collection[str]) -> None:
         frozen = [
             name
             for name, layer in self._layers.items()
             if not all(parameter.requires_grad for parameter in layer.parameters(recurse=False))
         ]
-        if frozen and uses:
+        if frozen and used:
             raise InputError(
                 f"{len(frozen)} of the chosen layers (e.g. {frozen[0]}) are frozen in a backward pass that others "
-                f"(e.g. {next(iter(uses))}) get gradients from, so they would be of different samples; choose layers "
+                f"(e.g. {next(iter(used))}) get gradients from, so they would be of different samples; choose layers "
                 "that are trained together."
             )
 
@@ -220,10 +238,6 @@ class BatchWatch:
         """Take the hooks off."""
         self._capture.detach()
         self._growth.detach()
-
-
-def _tensors(use: Use) -> tuple[Tensor, Tensor]:
-    return use.layer.inputs, use.layer.output_gradients
 
 
 def likely_cause(layer: nn.Module, captured: bool) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -14,7 +15,7 @@ from lightning_unlearn.callbacks.batch_watch import BatchWatch
 from lightning_unlearn.callbacks.fisher_sums import FisherSums
 from lightning_unlearn.callbacks.own_loss import trainers_factor, weights_of_samples
 from lightning_unlearn.callbacks.sample_rows import RowsPerSample, SampleRows, samples_in
-from lightning_unlearn.callbacks.step_passes import StepPasses, WeightedPass
+from lightning_unlearn.callbacks.step_passes import StepPasses, WeightedLoss
 from lightning_unlearn.callbacks.what_mixes_samples import (
     holds,
     refuse_batch_norm,
@@ -22,6 +23,7 @@ from lightning_unlearn.callbacks.what_mixes_samples import (
     trains_nothing,
 )
 from lightning_unlearn.errors import InputError
+from lightning_unlearn.training import FisherPass
 from lightning_unlearn.weights.parameters import layer_parameters
 
 
@@ -77,8 +79,10 @@ class Collection:
         self._alone = trains_nothing(trainer.optimizers, module)
         self._passes = StepPasses(SampleRows(rows_per_sample, module), reduction, loss_scale, sample_weights)
         self._loss_scale = loss_scale
+        self._takes = False  # this batch
         self._stepped: set[str] = set()  # the parameters that a step has come to of the passes that wait
-        self._watch = BatchWatch(network, layers, target)
+        self._watch = BatchWatch(network, layers, target, self._passes.take_layer)
+        self._one_pass = has_one_pass(module)
         # Lightning says so for its own optimizers' steps only, and torch not for those that a GradScaler skips.
         self._handle = register_optimizer_step_pre_hook(self._before_step)
 
@@ -94,6 +98,7 @@ class Collection:
             batch: It.
             take: Whether its gradients are to be taken.
         """
+        self._takes = take
         self._passes.begin(samples_in(batch) if take else ())
         self._watch.begin(take=take)
 
@@ -116,16 +121,19 @@ class Collection:
             if self._alone:
                 self._commit()
             self._passes.drop()
+        if self._takes:
+            weights = weights_of_samples(self._module, self._sample_weights)
+            like = self._sums.local if self._one_pass else None
+            self._passes.start(WeightedLoss(trainers_factor(self._trainer), weights), like)
         self._watch.before_backward(loss)
 
     def after_backward(self) -> None:
         """Lightning's backward pass has ended; gradients are not yet unscaled or clipped."""
-        found = self._watch.take(self._loss_scale)
-        if found is None:
+        finite = self._watch.take(self._loss_scale)
+        if finite is None:
             return
         refuse_batch_norm(self._network, self._target)
-        weights = weights_of_samples(self._module, self._sample_weights)
-        self._passes.add(WeightedPass(found, trainers_factor(self._trainer), weights))
+        self._passes.end(finite=finite)
         if self._module.automatic_optimization:
             self._commit()
 
@@ -179,3 +187,17 @@ class Collection:
         """Take the hooks off."""
         self._watch.detach()
         self._handle.remove()
+
+
+def has_one_pass(module: LightningModule) -> bool:
+    """Whether each batch surely has one backward pass, so that none counts together with another.
+
+    Args:
+        module: That is trained.
+
+    Returns:
+        Whether Lightning runs it, or it is a pass for a Fisher.
+    """
+    if isinstance(module, FisherPass):
+        return True
+    return module.automatic_optimization and not is_overridden("backward", module)

@@ -109,23 +109,16 @@ class SampleRows:
         """
         names = {name: None for uses in passes for name in uses}
         found: dict[str, CapturedLayer] = {}
-        joins: set[tuple[int, float]] = set()
+        joins: dict[tuple[int, float], str] = {}
         for name in names:
             calls = [_by_call(name, uses[name], sizes) for uses in passes if name in uses]
             if self.per_sample is None:
                 found[name] = in_positions([_as_samples(name, one, sizes) for one in calls])
-                joins.add((len(found[name]), float(len(found[name]))))
+                joined = float(len(found[name]))
             else:
                 found[name], joined = self._grouped(name, [call for one in calls for call in one], sizes)
-                joins.add((len(found[name]), joined))
-        if len(joins) > 1:
-            example = {len(layer): name for name, layer in found.items()}
-            raise InputError(
-                "Layers see different numbers of rows in one batch ("
-                + ", ".join(f"{name}: {count}" for count, name in sorted(example.items()))
-                + "), so a row is not a sample; choose other layers by patterns."
-            )
-        samples, joined = joins.pop()
+            joins.setdefault((len(found[name]), joined), name)
+        samples, joined = one_join(joins)
         return found, samples, joined
 
     def _grouped(self, name: str, calls: list[CapturedLayer], sizes: tuple[int, ...]) -> tuple[CapturedLayer, float]:
@@ -165,6 +158,27 @@ class SampleRows:
                 f"samples; it must give a sample's number, from 0 to {samples - 1}, for each row."
             )
         return of.long()
+
+
+def one_join(joins: Mapping[tuple[int, float], str]) -> tuple[int, float]:
+    """The numbers of samples, and of those that a mean joins, that all layers saw.
+
+    Args:
+        joins: These numbers to a layer that saw them; at least one.
+
+    Returns:
+        The only ones.
+
+    Raises:
+        InputError: If there are others.
+    """
+    if len(joins) > 1:
+        seen = ", ".join(f"{name}: {samples}" for (samples, _), name in sorted(joins.items()))
+        raise InputError(
+            f"Layers see different numbers of rows in one batch ({seen}), so a row is not a sample; choose other "
+            "layers by patterns."
+        )
+    return next(iter(joins))
 
 
 def _as_samples(name: str, calls: list[CapturedLayer], sizes: tuple[int, ...]) -> CapturedLayer:

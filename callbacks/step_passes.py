@@ -3,40 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lightning_unlearn.callbacks.batch_watch import BackwardPass
 from lightning_unlearn.callbacks.own_loss import own_loss_factor
-from lightning_unlearn.callbacks.sample_rows import SampleRows
+from lightning_unlearn.callbacks.sample_rows import SampleRows, one_join
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher import Fisher
+from lightning_unlearn.fisher.parts import add_part, part_of
 from lightning_unlearn.weights.capture import Use
 
 
 @dataclass(frozen=True)
-class WeightedPass:
-    """A backward pass with what its loss was multiplied with.
+class WeightedLoss:
+    """What a backward pass's loss was multiplied with.
 
     Attributes:
-        found: What it left.
-        factor: What undoes what the Trainer multiplied its loss with.
-        weights: Each sample's weight in its loss, ``(B,)``, if they have any.
+        factor: What undoes what the Trainer multiplied it with.
+        weights: Each sample's weight in it, ``(B,)``, if they have any.
     """
 
-    found: BackwardPass
     factor: float
     weights: Tensor | None
+
+
+@dataclass
+class Pass:
+    """A backward pass.
+
+    Attributes:
+        loss: Where it came from.
+        uses: Layer name to its uses, where they are held.
+        parts: The sums of each layer, where they are not.
+        samples: How many it has, without those of weight 0.
+        joins: Samples, and how many of them a mean joins, to a layer that saw so many.
+        refusal: Why a layer's sums can't be taken.
+        finite: Whether all gradients that came are finite.
+    """
+
+    loss: WeightedLoss
+    uses: dict[str, list[Use]] = field(default_factory=dict)
+    parts: dict[str, Fisher] = field(default_factory=dict)
+    samples: int = 0
+    joins: dict[tuple[int, float], str] = field(default_factory=dict)
+    refusal: InputError | None = None
+    finite: bool = True
 
 
 class StepPasses:
     """Backward passes wait here for the step that they lead to.
 
-    Those of one batch count together: a sample's gradients are summed over them before they are squared. Those of
-    several batches that one step takes, as in gradient accumulation, are of other samples and count by themselves.
+    Those of one batch count together: a sample's gradients are summed over them before they are squared, so they are
+    held. Where a batch has but one, each layer's gradients are squared and summed when they come. Those of several
+    batches that one step takes, as in gradient accumulation, are of other samples and count by themselves.
 
     Args:
         rows: Which sample each row is of.
@@ -57,7 +79,9 @@ class StepPasses:
         self.sample_weights = sample_weights
         self.skipped = 0
         self._sizes: tuple[int, ...] = ()
-        self._of_batch: list[WeightedPass] = []
+        self._of_batch: list[Pass] = []
+        self._current: Pass | None = None
+        self._like: Fisher | None = None
         self._parked: Fisher | None = None  # of earlier batches that no step has taken yet
         self._parked_skips = 0
 
@@ -70,13 +94,55 @@ class StepPasses:
         self._sizes = sizes
         self._of_batch = []
 
-    def add(self, taken: WeightedPass) -> None:
-        """A backward pass of this batch waits for its step.
+    def start(self, loss: WeightedLoss, like: Fisher | None) -> None:
+        """A backward pass of this batch begins.
 
         Args:
-            taken: It.
+            loss: Where it comes from.
+            like: Of the sums' kind and stage, if no other pass of this batch will count together with it.
         """
-        self._of_batch.append(taken)
+        self._current, self._like = Pass(loss), like
+
+    def take_layer(self, name: str, uses: list[Use]) -> None:
+        """What the current pass leaves at a layer; what can't be used is refused when the pass has ended.
+
+        Args:
+            name: The layer's.
+            uses: All its uses.
+        """
+        current = self._current
+        assert current is not None
+        if self._like is None:
+            current.uses[name] = uses
+            return
+        try:
+            captured, samples, joined = self.rows.arrange([{name: uses}], self._sizes)
+            own = self._own_factor(samples, joined, current.loss)
+        except InputError as error:
+            current.refusal = current.refusal or error
+            return
+        current.joins.setdefault((samples, joined), name)
+        current.samples = samples - _left_out(own)
+        part = current.parts[name] = part_of(self._like, name)
+        part.update({name: captured[name].scaled(own * current.loss.factor)})
+
+    def end(self, *, finite: bool) -> None:
+        """The current pass has ended, and waits for its step.
+
+        Args:
+            finite: Whether all its gradients are finite.
+
+        Raises:
+            InputError: If what it left can't be used.
+        """
+        current, self._current = self._current, None
+        assert current is not None
+        current.finite = finite
+        if finite and current.refusal is not None:
+            raise current.refusal
+        if finite and current.joins:
+            one_join(current.joins)
+        self._of_batch.append(current)
 
     @property
     def waiting(self) -> bool:
@@ -126,22 +192,44 @@ class StepPasses:
     def _add_batch(self, sums: Fisher) -> bool:
         """Add the passes of this batch together; returns whether they are finite."""
         passes, self._of_batch = self._of_batch, []
-        if not all(taken.found.finite for taken in passes):
+        if not all(taken.finite for taken in passes):
             return False  # the GradScaler skips this step too
-        factor = passes[0].factor
-        uses = [_scaled(taken.found.uses, taken.factor / factor) for taken in passes]
+        if any(taken.parts for taken in passes):
+            self._add_parts(passes, sums)
+        else:
+            self._add_held(passes, sums)
+        return True
+
+    def _add_parts(self, passes: list[Pass], sums: Fisher) -> None:
+        if len(passes) > 1:
+            raise InputError(
+                f"{len(passes)} backward passes of one batch lead to one step, and with automatic optimization each of "
+                "them counts by itself; use manual optimization, with which they count together."
+            )
+        for part in passes[0].parts.values():
+            add_part(sums, part)
+        sums.count += passes[0].samples
+
+    def _add_held(self, passes: list[Pass], sums: Fisher) -> None:
+        loss = passes[0].loss
+        uses = [_scaled(taken.uses, taken.loss.factor / loss.factor) for taken in passes]
         captured, samples, joined = self.rows.arrange(uses, self._sizes)
-        weights = passes[0].weights
-        if weights is not None and not all(_equal(weights, taken.weights) for taken in passes):
+        if loss.weights is not None and not all(_equal(loss.weights, taken.loss.weights) for taken in passes):
             raise InputError(
                 f"{self.sample_weights!r} changed between backward passes of one step, so one weight a sample undoes "
                 "neither; leave sample_weights out, or take a step after each pass."
             )
-        own = own_loss_factor(samples, joined, self.reduction, self.loss_scale, weights, self.sample_weights)
-        sums.update({name: layer.scaled(own * factor) for name, layer in captured.items()})
-        if isinstance(own, Tensor):
-            sums.count -= int((own == 0).sum())
-        return True
+        own = self._own_factor(samples, joined, loss)
+        sums.update({name: layer.scaled(own * loss.factor) for name, layer in captured.items()})
+        sums.count -= _left_out(own)
+
+    def _own_factor(self, samples: int, joined: float, loss: WeightedLoss) -> float | Tensor:
+        return own_loss_factor(samples, joined, self.reduction, self.loss_scale, loss.weights, self.sample_weights)
+
+
+def _left_out(own: float | Tensor) -> int:
+    """How many samples have no weight in the loss."""
+    return int((own == 0).sum()) if isinstance(own, Tensor) else 0
 
 
 def _equal(one: Tensor, other: Tensor | None) -> bool:

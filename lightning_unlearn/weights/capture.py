@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.weights.kept_inputs import KeptInputs
 from lightning_unlearn.weights.outermost_calls import OutermostCalls
+from lightning_unlearn.weights.positions import positions_of
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class GradientCapture:
         self._captured: dict[str, list[tuple[int, int, Tensor, Tensor]]] = {}
         self._changed: str | None = None  # a layer whose input was changed in place
         self._order = 0
+        self._uses: dict[str, int] = {}  # in forward passes, without what checkpointing runs again
         self._inputs = KeptInputs()
 
     def attach(self) -> None:
@@ -136,6 +138,7 @@ class GradientCapture:
         """Forget what was captured, and number uses and calls anew."""
         self.forget()
         self._order = 0
+        self._uses.clear()
         self._calls.clear()
 
     def detach(self) -> None:
@@ -158,6 +161,8 @@ class GradientCapture:
         def hook(layer: nn.Module, arguments: tuple[Tensor, ...], keywords: dict[str, Tensor], output: Tensor) -> None:
             if not self.enabled or not isinstance(output, Tensor):
                 return
+            if torch._C._current_graph_task_id() == -1:  # not during backward
+                self._uses[name] = self._uses.get(name, 0) + 1
             call = self._calls.of_a_use(name, differentiable=output.requires_grad)
             if not output.requires_grad:
                 return
@@ -181,6 +186,28 @@ class GradientCapture:
 
         return hook
 
+    def is_complete(self, name: str) -> bool:
+        """Whether gradients came to as many uses of a layer as forward passes had: then no more will come.
+
+        Args:
+            name: The layer's.
+
+        Returns:
+            Whether that is so. A use that no loss needs leaves it false to the end.
+        """
+        return 0 < self._uses.get(name, 0) <= len(self._captured.get(name, ()))
+
+    def take_layer(self, name: str) -> list[Use]:
+        """What was captured of one layer since the last call, which is forgotten.
+
+        Args:
+            name: The layer's.
+
+        Returns:
+            Its uses, as :meth:`take_uses` gives them.
+        """
+        return self._as_uses(name, self._captured.pop(name, []))
+
     def take_uses(self) -> dict[str, list[Use]]:
         """What was captured since the last call, use by use, and start anew.
 
@@ -198,13 +225,13 @@ class GradientCapture:
                 f"The input of layer {changed} was changed in place after its use, so its gradient can't be captured; "
                 "change a copy instead, or leave the layer out by patterns."
             )
-        return {
-            name: [
-                Use(order, call, CapturedLayer(*_positions(self.layers[name], inputs, gradients)), gradients.dtype)
-                for order, call, inputs, gradients in sorted(uses, key=lambda use: use[0])
-            ]
-            for name, uses in captured.items()
-        }
+        return {name: self._as_uses(name, uses) for name, uses in captured.items()}
+
+    def _as_uses(self, name: str, captured: list[tuple[int, int, Tensor, Tensor]]) -> list[Use]:
+        return [
+            Use(order, call, CapturedLayer(*positions_of(self.layers[name], inputs, gradients)), gradients.dtype)
+            for order, call, inputs, gradients in sorted(captured, key=lambda use: use[0])
+        ]
 
     def take(self) -> dict[str, CapturedLayer]:
         """What was captured since the last call, and start anew.
@@ -252,29 +279,3 @@ def in_positions(uses: list[CapturedLayer]) -> CapturedLayer:
     return CapturedLayer(
         torch.cat([use.inputs for use in uses], 1), torch.cat([use.output_gradients for use in uses], 1)
     )
-
-
-def _positions(layer: nn.Module, inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
-    """Bring a layer's input and output gradient to one form, float32 or wider.
-
-    Args:
-        layer: Linear or Conv2d.
-        inputs: What it was called with, the batch first.
-        gradients: The gradient at its output.
-
-    Returns:
-        ``(B, T, i)`` and ``(B, T, o)``.
-    """
-    inputs = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
-    gradients = gradients.to(torch.promote_types(gradients.dtype, inputs.dtype))
-    inputs = inputs.to(gradients.dtype)
-    if isinstance(layer, nn.Conv2d):
-        assert not isinstance(layer.padding, str)
-        if inputs.ndim == 3:  # without a batch: one row
-            inputs, gradients = inputs[None], gradients[None]
-        # (B, i, T)
-        patches = nn.functional.unfold(inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-        return patches.mT, gradients.flatten(2).mT
-    if inputs.ndim == 1:
-        inputs, gradients = inputs[None], gradients[None]
-    return inputs.reshape(len(inputs), -1, inputs.shape[-1]), gradients.reshape(len(gradients), -1, gradients.shape[-1])

@@ -17,8 +17,7 @@ is undone and before clipping.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,30 +25,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_unlearn.weights.capture import Use
-
-PROBES = 8
-
-# How many standard deviations of rounding are let through. A sum of n terms, each rounded by chance, is off by some
-# sqrt(n) units of its terms (Higham and Mary, SIAM J. Sci. Comput. 41, 2019): 8 of those are never seen, and a layer
-# that is not what it seems is off by far more.
-ROUNDINGS = 8.0
-
-
-@dataclass(frozen=True)
-class Grown:
-    """What a parameter's gradient grew by in a backward pass, as numbers.
-
-    Attributes:
-        probes: ``(PROBES,)`` float64: what it gives between the random vectors.
-        square: Its squared norm, a float64 scalar.
-        floor: What underflow may hide of its norm.
-        unit: The unit roundoff of its type.
-    """
-
-    probes: Tensor
-    square: Tensor
-    floor: float
-    unit: float
+from lightning_unlearn.weights.rounding import PROBES, Grown, Summed, beyond_rounding, unit_of
 
 
 class GradientGrowth:
@@ -57,14 +33,17 @@ class GradientGrowth:
 
     Args:
         layers: Layer name to Linear or Conv2d.
+        on_layer: Called during a backward pass with the name of a layer all of whose parameters have got a gradient;
+            again, if checkpointing brings it in parts.
 
     Attributes:
         accumulated: Whether any ``.grad`` grew since the last :meth:`take`: a backward pass, and no
             ``torch.autograd.grad``.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module], on_layer: Callable[[str], None] | None = None) -> None:
         self.layers = dict(layers)
+        self._on_layer = on_layer
         self.enabled = True
         self.accumulated = False
         self._handles: list[RemovableHandle] = []
@@ -102,32 +81,54 @@ class GradientGrowth:
                 continue  # of a parametrisation: nothing will be seen, and that is refused
             self._hooked[id(parameter)] = parameter
             self._handles.append(parameter.register_hook(self._note(name, kind)))
-            self._handles.append(parameter.register_post_accumulate_grad_hook(self._note_backward))
+            self._handles.append(parameter.register_post_accumulate_grad_hook(self._note_backward(name)))
 
-    def _note_backward(self, parameter: Tensor) -> None:
-        self.accumulated |= self.enabled
+    def _note_backward(self, name: str) -> Any:
+        def hook(parameter: Tensor) -> None:
+            self.accumulated |= self.enabled
+            kinds = [kind for kind in ("weight", "bias") if getattr(self.layers[name], kind) is not None]
+            if self.enabled and self._on_layer is not None and all((name, kind) in self._seen for kind in kinds):
+                self._on_layer(name)
+
+        return hook
 
     def _note(self, name: str, kind: str) -> Any:
         def hook(gradient: Tensor) -> None:
             if not self.enabled:
                 return
-            about = torch.finfo(gradient.dtype)
-            # What is below the smallest number that float16 holds is 0 in its result.
-            floor = about.smallest_normal * about.eps * gradient.numel() ** 0.5
-            wide = gradient.detach().to(torch.promote_types(gradient.dtype, torch.float32))
-            outputs = self._probes(wide.shape[0], wide, "outputs")  # (o, k)
-            if kind == "bias":
-                values = wide @ outputs
-            else:
-                matrix = wide.flatten(1)  # (o, i)
-                values = ((matrix @ self._probes(matrix.shape[1], wide, "inputs")) * outputs).sum(0)
-            probes, square = values.double(), wide.square().sum().double()
+            with torch.autocast(gradient.device.type, enabled=False):
+                grown = self.grown(name, kind, gradient.detach())
             before = self._seen.get((name, kind))
             if before is not None:  # checkpointing may bring a gradient in parts
-                probes, square, floor = probes + before.probes, square + before.square, floor + before.floor
-            self._seen[name, kind] = Grown(probes, square, floor, unit_of(gradient.dtype))
+                probes, square = grown.probes + before.probes, grown.square + before.square
+                grown = Grown(probes, square, grown.floor + before.floor, grown.unit)
+            self._seen[name, kind] = grown
 
         return hook
+
+    def grown(self, name: str, kind: str, gradient: Tensor) -> Grown:
+        """The numbers of a gradient.
+
+        Args:
+            name: Of its layer.
+            kind: ``weight`` or ``bias``.
+            gradient: It.
+
+        Returns:
+            Its numbers.
+        """
+        about = torch.finfo(gradient.dtype)
+        # What is below the smallest number that float16 holds is 0 in its result.
+        floor = about.smallest_normal * about.eps * gradient.numel() ** 0.5
+        wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        outputs = self._probes(wide.shape[0], wide, "outputs")  # (o, k)
+        if kind == "bias":
+            values = wide @ outputs
+        else:
+            matrix = wide.flatten(1)  # (o, i)
+            values = ((matrix @ self._probes(matrix.shape[1], wide, "inputs")) * outputs).sum(0)
+        unit = unit_of(gradient.dtype, gradient.device.type, self.layers[name])
+        return Grown(values.double(), wide.square().sum().double(), floor, unit)
 
     def _probes(self, size: int, like: Tensor, side: str) -> Tensor:
         """Random vectors ``(size, PROBES)``, the same each time."""
@@ -147,13 +148,33 @@ class GradientGrowth:
         seen, self._seen, self.accumulated = self._seen, {}, False
         return seen
 
+    def summed(self, name: str, uses: Sequence[Use]) -> Summed:
+        """The numbers of what was captured of a layer.
+
+        Args:
+            name: The layer's.
+            uses: Its uses in one backward pass, at least one.
+
+        Returns:
+            Their numbers.
+        """
+        terms: dict[str, list[Tensor]] = {"weight": [], "bias": []}
+        for use in uses:
+            inputs, gradients = use.layer.inputs.flatten(0, 1), use.layer.output_gradients.flatten(0, 1)
+            left = gradients @ self._probes(gradients.shape[1], gradients, "outputs")  # (n, k)
+            terms["bias"].append(left)
+            terms["weight"].append(left * (inputs @ self._probes(inputs.shape[1], inputs, "inputs")))
+        unit = max(unit_of(use.dtype, gradients.device.type, self.layers[name]) for use in uses)
+        width = inputs.shape[1] + gradients.shape[1]
+        return Summed({kind: _numbers(parts) for kind, parts in terms.items()}, unit, width)
+
     def differences(
-        self, captured: Mapping[str, Sequence[Use]], grown: Mapping[tuple[str, str], Grown]
+        self, captured: Mapping[str, Summed], grown: Mapping[tuple[str, str], Grown]
     ) -> tuple[Tensor, list[tuple[str, str]]]:
         """How far what was captured is from what gradients grew by, in units of what rounding may do.
 
         Args:
-            captured: Layer name to its uses.
+            captured: Layer name to what :meth:`summed` gave.
             grown: What :meth:`take` gave after the same backward pass.
 
         Returns:
@@ -162,29 +183,12 @@ class GradientGrowth:
         names: list[tuple[str, str]] = []
         ratios: list[Tensor] = []
         for name, layer in self.layers.items():
-            uses = captured.get(name, ())
-            sums = self._sums(uses) if uses else {}
-            unit = max([unit_of(use.dtype) for use in uses], default=0.0)
             for kind in ("weight", "bias"):
-                if getattr(layer, kind) is not None and (uses or (name, kind) in grown):
+                if getattr(layer, kind) is not None and (name in captured or (name, kind) in grown):
                     names.append((name, kind))
-                    ratios.append(_ratio(sums.get(kind), grown.get((name, kind)), unit))
+                    ratios.append(beyond_rounding(captured.get(name), grown.get((name, kind)), kind))
         device = ratios[0].device if ratios else None
         return torch.stack([ratio.to(device) for ratio in ratios]) if ratios else torch.zeros(0), names
-
-    def _sums(self, uses: Sequence[Use]) -> dict[str, Tensor]:
-        """Name to ``(3, PROBES)``: sums of terms, sums of their squares, and the norm of all partial sums of terms."""
-        terms: dict[str, list[Tensor]] = {"weight": [], "bias": []}
-        for use in uses:
-            inputs, gradients = use.layer.inputs.flatten(0, 1), use.layer.output_gradients.flatten(0, 1)
-            left = gradients @ self._probes(gradients.shape[1], gradients, "outputs")  # (n, k)
-            terms["bias"].append(left)
-            terms["weight"].append(left * (inputs @ self._probes(inputs.shape[1], inputs, "inputs")))
-        found = {}
-        for kind, parts in terms.items():
-            joined = torch.cat(parts).double()  # whose squares float32 may not hold
-            found[kind] = torch.stack([joined.sum(0), joined.square().sum(0), joined.cumsum(0).square().sum(0).sqrt()])
-        return found
 
     def detach(self) -> None:
         """Take the hooks off."""
@@ -195,72 +199,13 @@ class GradientGrowth:
         self._seen.clear()
 
 
-def unit_of(dtype: torch.dtype) -> float:
-    """The unit roundoff of what a matrix product in a type takes in, by the settings of this process.
-
-    Args:
-        dtype: A floating type.
-
-    Returns:
-        Half the distance from 1 to the next number: of the type, or of the narrower one that it may be rounded to.
-    """
-    unit = torch.finfo(dtype).eps / 2
-    if dtype != torch.float32:
-        return unit
-    try:
-        precision = torch.get_float32_matmul_precision()
-        convolutions = torch.cuda.is_available() and torch.backends.cudnn.allow_tf32
-    except RuntimeError:  # torch's older and newer settings were mixed
-        return float(torch.finfo(torch.bfloat16).eps) / 2
-    if precision == "medium":
-        return float(torch.finfo(torch.bfloat16).eps) / 2
-    return 2.0**-11 if precision == "high" or convolutions else unit
-
-
-def _ratio(sums: Tensor | None, grown: Grown | None, unit: float) -> Tensor:
-    """The difference over what rounding may make of it, for a parameter of which there is one of both at least.
-
-    Args:
-        sums: ``(3, PROBES)`` of what was captured.
-        grown: What its gradient grew by.
-        unit: The unit roundoff of the types that the layer worked in.
-
-    Returns:
-        A scalar.
-    """
-    if sums is None:
-        assert grown is not None
-        sums = grown.probes.new_zeros(3, PROBES)
-    values, squares, partial = sums
-    if grown is None:
-        grown = Grown(torch.zeros_like(values), values.new_zeros(()), 0.0, 0.0)
-    # The product's factors and result are rounded to the narrow type, each by chance: sqrt(Σ_n |g_n|² |a_n|²) bounds
-    # the one and the result's norm the other. A sum is rounded at each of its partial sums S_k by u |S_k| by chance, in
-    # float32 or float64: sqrt(Σ_k S_k²) u in all. With terms of random signs that is √n less than a bound by Σ |t|,
-    # behind which an error of a per cent would hide where a batch has many positions.
-    unit = max(unit, grown.unit)
-    wide = torch.finfo(torch.float64 if unit < 2.0**-50 else torch.float32).eps / 2
-    narrow = unit * (grown.square.to(values.device).sqrt() + squares.mean().sqrt())
-    allowed = narrow + wide * partial.mean() + grown.floor
-    difference = (values - grown.probes.to(values.device)).square().mean().sqrt()
-    ratio: Tensor = difference / (ROUNDINGS * allowed).clamp(min=torch.finfo(torch.float64).tiny)
-    return ratio
-
-
-def norms(captured: Sequence[Use], grown: Grown | None, kind: str) -> tuple[float, float]:
-    """The two norms of a parameter that differ, for a message.
-
-    Args:
-        captured: The uses of its layer.
-        grown: What was noted of it.
-        kind: ``weight`` or ``bias``.
-
-    Returns:
-        Of what was captured, summed over rows, and of what its gradient grew by.
-    """
-    total = torch.zeros(())
-    for use in captured:
-        gradients = use.layer.output_gradients.flatten(0, 1)
-        part = gradients.mT @ use.layer.inputs.flatten(0, 1) if kind == "weight" else gradients.sum(0)
-        total = total.to(part) + part
-    return float(total.norm()), float(grown.square.sqrt()) if grown is not None else 0.0
+def _numbers(parts: Sequence[Tensor]) -> Tensor:
+    """Of terms ``(n, PROBES)``, use by use, what :class:`Summed` holds."""
+    joined = torch.cat([*parts]).double()  # whose squares float32 may not hold
+    between = torch.zeros_like(joined[0])
+    if len(parts) > 1:
+        # A use's product is rounded, and so is the sum with those before it, the last use first.
+        sums = torch.stack([part.double().sum(0) for part in reversed(parts)])
+        between = sums.square().sum(0) + sums.cumsum(0)[1:].square().sum(0)
+    partial = joined.cumsum(0).square().sum(0).sqrt()
+    return torch.stack([joined.sum(0), joined.square().sum(0), partial, between])

@@ -21,7 +21,8 @@ def ratios(positions: int, factor: float) -> list[float]:
     inputs, wanted = (torch.randn(8, positions // 8, 4, generator=generator) for _ in range(2))
     used = functional.linear(inputs, layer.weight, layer.bias)
     ((layer(inputs) * wanted).sum() + (factor - 1) * (used * wanted).sum()).backward()
-    found, _ = growth.differences(capture.take_uses(), growth.take())
+    sums = {name: growth.summed(name, uses) for name, uses in capture.take_uses().items()}
+    found, _ = growth.differences(sums, growth.take())
     growth.detach()
     capture.detach()
     return [float(value) for value in found]
