@@ -71,21 +71,21 @@ class FlowMatchingObjective(Objective):
     ) -> None:
         self.scheduler = load_flow_scheduler(scheduler, shift)
         self.num_timesteps = int(self.scheduler.config.num_train_timesteps)
-        usual = _usual_training(scheduler) if isinstance(scheduler, str) else None
-        if density is None and usual is None:
+        usual = _usual_training(scheduler) if isinstance(scheduler, str) else FlowTraining(None)
+        found = density if density is not None else usual.density
+        if found is None:
             raise InputError(
                 "Nothing here says with what density training drew its timesteps; give FlowMatchingObjective its "
-                f"density, one of {', '.join(DENSITIES)}, or as `scheduler` the folder of a pipeline of a known family."
+                f"density, one of {', '.join(DENSITIES)}, or as `scheduler` the folder of a pipeline of a family for "
+                "which diffusers has a training script."
             )
         if weighting not in WEIGHTINGS:
             raise InputError(f"There is no weighting {weighting!r}; choose one of {', '.join(WEIGHTINGS)}.")
         if guidance is not None and not (isinstance(guidance, int | float) and math.isfinite(guidance)):
             raise InputError(f"guidance is a finite number, not {guidance!r}; leave it out where training had none.")
-        self.timestep_density: Density = density if density is not None else usual.density  # type: ignore[union-attr]
+        self.timestep_density: Density = found
         self.weighting = weighting
-        self.preconditioned = (
-            preconditioned if preconditioned is not None else usual is not None and usual.preconditioned
-        )
+        self.preconditioned = usual.preconditioned if preconditioned is None else preconditioned
         self.guidance = guidance
         self._density_numbers = {"logit_mean": logit_mean, "logit_std": logit_std, "mode_scale": mode_scale}
         self.density()  # refuses what is out of range
@@ -207,7 +207,7 @@ class FlowMatchingObjective(Objective):
         return {**super().settings(), "shift": shift, "density_numbers": numbers}
 
 
-def _usual_training(folder: str) -> FlowTraining | None:
+def _usual_training(folder: str) -> FlowTraining:
     """How diffusers' script trains the family of a pipeline's network, as the pipeline's folder says which it is."""
     for path in (Path(folder) / part / "config.json" for part in ("transformer", "unet", ".")):
         try:
@@ -216,5 +216,5 @@ def _usual_training(folder: str) -> FlowTraining | None:
             continue
         for family in FAMILIES:
             if name in family.class_names:
-                return family.flow
-    return None
+                return family.flow or FlowTraining(None)
+    return FlowTraining(None)

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from torch import nn
 
+from lightning_unlearn.diffusion.families.aura_flow import AuraFlowFamily
 from lightning_unlearn.diffusion.families.base import Condition, Family
+from lightning_unlearn.diffusion.families.chroma import ChromaFamily
+from lightning_unlearn.diffusion.families.flux import FluxFamily
+from lightning_unlearn.diffusion.families.flux_2 import Flux2Family
+from lightning_unlearn.diffusion.families.stable_diffusion_3 import StableDiffusion3Family
 from lightning_unlearn.diffusion.families.unet import UNetFamily
 from lightning_unlearn.errors import InputError
 
-FAMILIES: tuple[Family, ...] = (UNetFamily(),)
+FAMILIES: tuple[Family, ...] = (
+    UNetFamily(),
+    StableDiffusion3Family(),
+    FluxFamily(),
+    ChromaFamily(),
+    Flux2Family(),
+    AuraFlowFamily(),
+)
 
 __all__ = ["FAMILIES", "Condition", "Family", "UNetFamily", "family_of"]
 

@@ -40,11 +40,11 @@ class FlowTraining:
     """How diffusers' training script of a family trains by flow matching where it is told nothing else.
 
     Attributes:
-        density: Of its timesteps.
+        density: Of its timesteps; ``None`` where there is no script, so that it must be said.
         preconditioned: Whether it takes the network's outputs as preconditioned.
     """
 
-    density: Density = "uniform"
+    density: Density | None = "uniform"
     preconditioned: bool = False
 
 
