@@ -15,8 +15,9 @@ DEMO ?= demo
 PIP := $(BIN)/python -m pip install --quiet --no-compile
 
 COVERAGE :=
+SEED ?= 0
 
-.PHONY: demo test check style stage types imports docs suite coverage install install-test clean
+.PHONY: demo test check style stage types imports docs suite coverage drills install install-test clean
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -66,6 +67,11 @@ coverage: COVERAGE := --cov --cov-report=term-missing:skip-covered --cov-fail-un
 coverage: suite
 
 test: check suite
+
+# The drills in full, some ten minutes: what killed, signalled, starved and damaged runs leave and say. A drill that has seen a fault fails.
+drills: $(VENV)/.test
+	for name in malformed_tars full_disk altered_files kills signals; do \
+		OMP_NUM_THREADS=1 $(BIN)/python tests/drills/$$name.py --seed $(SEED) || exit 1; done
 
 clean:
 	rm -rf $(VENV) .stage build site *.egg-info

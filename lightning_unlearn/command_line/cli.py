@@ -83,7 +83,8 @@ def main(args: Sequence[str] | None = None) -> int:
             if stop.signal is None:
                 raise
         else:
-            return 0
+            if stop.signal is None:  # else what the signal raised got lost, and the command went on to its end
+                return 0
         stop.say()
         return stop.status
 

@@ -3,6 +3,7 @@
 The handler raises :class:`Stopped` wherever the command is, so that everything is closed on the way out. Where the main
 thread can't be reached (it computes, or waits for another process), a second thread, which hears of the signal by the
 interpreter's wakeup descriptor, ends the process after a grace of two seconds: files are written whole or not at all.
+So it does where what was raised got lost, as in a finaliser or in a library that takes any exception for its own.
 
 A training of the user's own, in ``fit``, is Lightning's: on SIGTERM it ends after the batch that it is in, with
 the callbacks that a user has for it, and SLURM's signal for a requeue is not touched at all.
@@ -50,6 +51,7 @@ class Stop:
         self._over = threading.Event()
         self._before: dict[int, Any] = {}
         self._ends: tuple[int, int] | None = None
+        self._show_ignored = sys.unraisablehook
 
     @property
     def status(self) -> int:
@@ -62,6 +64,7 @@ class Stop:
         for number in SIGNALS:
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 self._before[number] = signal.signal(number, self._handle)
+        sys.unraisablehook = self._ignored
         if self._program:
             self._ends = os.pipe()
             os.set_blocking(self._ends[1], False)
@@ -73,6 +76,7 @@ class Stop:
         if self.signal is not None and self._program:
             return
         self._over.set()
+        sys.unraisablehook = self._show_ignored
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self._ends is not None:
@@ -105,6 +109,11 @@ class Stop:
         if self._of_lightning and number == signal.SIGTERM and signal.getsignal(number) != self._handle:
             return  # Lightning has composed this handler with its own
         raise Stopped
+
+    def _ignored(self, lost: sys.UnraisableHookArgs) -> None:
+        """Say what Python says of an exception that nobody can take, but not of a signal that came in a finaliser."""
+        if lost.exc_type is not Stopped:
+            self._show_ignored(lost)
 
     def _watch(self) -> None:
         assert self._ends is not None
