@@ -119,6 +119,24 @@ def load_network_with_origin(
     return network.eval(), origin
 
 
+def network_without_weights(path: str, averaged: AveragedChoice = None) -> nn.Module:
+    """A network as its config describes it, on torch's meta device: all its layers and shapes, and no numbers.
+
+    Args:
+        path: The folder of a diffusers pipeline or network; only its ``config.json`` is read.
+        averaged: As in :func:`load_network`.
+
+    Returns:
+        The network, frozen and in eval mode.
+
+    Raises:
+        InputError: If there is no config, or diffusers can't make a network of it.
+    """
+    part = _network_folder(path, averaged)
+    with torch.device("meta"):
+        return _from_config(Path(path), part).eval().requires_grad_(False)
+
+
 def _network_folder(path: str, averaged: AveragedChoice) -> Path:
     folder = Path(path)
     if folder.is_file():
