@@ -26,6 +26,7 @@ commands:
   fisher      take the Fisher of a trained model, by passes over its training shards
   evaluate    train again without the images that methods name, and see whether the model can still make the picture
   race        choose the samples that a race of several `predict`s goes on with, or write its table
+  check       say what a config describes, what each stage will take, and what is missing; it loads no weights
   report      write the report of a finished run again
   prepare     images and captions, or ready latents and embeddings, to shards
 
@@ -39,6 +40,7 @@ COMMANDS = (
     "fisher",
     "evaluate",
     "race",
+    "check",
     "report",
     "prepare",
 )

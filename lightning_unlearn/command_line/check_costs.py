@@ -1,0 +1,188 @@
+"""What each stage of an attribution takes: calls of the network, memory of the device, disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_unlearn.command_line.check_memory import CallMemory, bytes_of, call_memory
+from lightning_unlearn.command_line.check_plan import Plan
+from lightning_unlearn.data.conditions import chosen_caption
+from lightning_unlearn.data.samples import Sample, ViewBatch
+from lightning_unlearn.diffusion.contract import Objective
+from lightning_unlearn.errors import InputError
+from lightning_unlearn.fisher.kronecker import matrix_shape
+from lightning_unlearn.unlearning.problem import DATA_DRAWS
+from lightning_unlearn.weights.deltas import NetworkLoss
+from lightning_unlearn.weights.parameters import LayerSpec
+
+FLOAT32 = 4
+# How often the search of a step measures a target's losses: the median of both benches (benchmarks/RESULTS.md).
+SEARCHED = 5
+# Covariances while they are summed, and once more while their eigenvectors are found.
+STATES_OF_FISHER = 2
+# A row of a score table: keys and captions' counts beside the scores, as Parquet packs them.
+BYTES_A_SCORE = 8
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the work.
+
+    Attributes:
+        name: What it is called.
+        forward: Evaluations of a view's loss.
+        backward: Those with a backward pass among them.
+        memory: Bytes of the device at its peak, the network included; ``None`` where a call could not be measured.
+        disk: Bytes of what it writes.
+    """
+
+    name: str
+    forward: int
+    backward: int
+    memory: int | None
+    disk: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of what lies on a device.
+
+    Attributes:
+        network: Weights and buffers.
+        chosen: The chosen weights, in their own type.
+        delta: One target's, float32.
+        fisher: A finished EKFAC Fisher's.
+    """
+
+    network: int
+    chosen: int
+    delta: int
+    fisher: int
+
+
+def sizes_of(network: nn.Module, layers: dict[str, LayerSpec]) -> Sizes:
+    """What a network, a delta and a Fisher take.
+
+    Args:
+        network: On any device.
+        layers: The chosen layers.
+
+    Returns:
+        Bytes.
+    """
+    numbers = sum(torch.Size(shape).numel() for spec in layers.values() for shape in spec.parameter_shapes.values())
+    width = next(network.parameters()).element_size()
+    matrices = [matrix_shape(spec) for spec in layers.values()]
+    fisher = sum(o * o + i * i + o * i for o, i in matrices) * FLOAT32
+    return Sizes(bytes_of([*network.parameters(), *network.buffers()]), numbers * width, numbers * FLOAT32, fisher)
+
+
+def stages_of(plan: Plan, passes: int = 5) -> list[Stage]:
+    """What each stage takes.
+
+    Args:
+        plan: With a network, an objective, chosen layers and a first sample.
+        passes: Of the Fisher over the training samples.
+
+    Returns:
+        Fisher, unlearning and scoring; without the Fisher if there is one.
+    """
+    assert plan.network is not None
+    assert plan.objective is not None
+    assert plan.sample is not None
+    sizes = sizes_of(plan.network, plan.layers)
+    samples = plan.samples or 0
+    forward, backward = calls_memory(plan.network, plan.objective, plan.sample, list(plan.layers))
+    stages = []
+    if plan.fisher is None:
+        held = sizes.network + STATES_OF_FISHER * sizes.fisher
+        memory = None if backward is None else held + backward.of(plan.batch_size)
+        stages.append(Stage("fisher", samples * passes, samples * passes, memory, sizes.fisher))
+    stages.append(_unlearning(plan, sizes, backward))
+    views = plan.views.draws * (1 + plan.views.flips)
+    captions = len(plan.sample.captions)
+    views *= captions if plan.views.captions is None else min(captions, plan.views.captions)
+    held = sizes.network + sizes.chosen + plan.targets * sizes.delta
+    memory = None if forward is None else held + forward.of(plan.batch_size)
+    table = samples * plan.targets * BYTES_A_SCORE
+    stages.append(Stage("scoring", samples * views * (1 + plan.targets), 0, memory, table))
+    return stages
+
+
+def _unlearning(plan: Plan, sizes: Sizes, backward: CallMemory | None) -> Stage:
+    strategy = plan.strategy
+    taken = (plan.queries * plan.draws + plan.targets * strategy.real_draws) * strategy.steps
+    measured = plan.queries * plan.rise_draws
+    if getattr(strategy, "searches", False):
+        measured += SEARCHED * strategy.steps * (plan.queries * plan.rise_draws + plan.targets * DATA_DRAWS)
+    if strategy.needs_samples:
+        measured += DATA_DRAWS
+    deltas = plan.targets * sizes.delta
+    # The deltas and their gradients, the Fisher and its inverse eigenvalues, and the weights that one target has.
+    held = sizes.network + 2 * deltas + sizes.fisher + sizes.delta + sizes.chosen
+    memory = None if backward is None else held + backward.of(plan.draw_batch_size)
+    return Stage("unlearning", taken + measured, taken, memory, deltas)
+
+
+def calls_memory(
+    network: nn.Module, objective: Objective, sample: Sample, layers: list[str]
+) -> tuple[CallMemory | None, CallMemory | None]:
+    """What a call of the loss takes, without and with its backward pass.
+
+    Args:
+        network: On the meta device.
+        objective: Its loss.
+        sample: Whose shapes the calls have.
+        layers: Names of the layers whose weights have gradients.
+
+    Returns:
+        Of a forward pass, and of both; ``None`` where the network's code can't be run without numbers.
+    """
+    loss = NetworkLoss(network, objective)
+    chosen = {
+        name: parameter
+        for layer in layers
+        for name, parameter in network.named_parameters()
+        if name.rpartition(".")[0] == layer
+    }
+
+    def call(views: int, *, learns: bool, place: str) -> Any:
+        batch, noise = _views(network, sample, views)
+        timesteps = torch.zeros(views, dtype=torch.int64, device=place)
+        weights: dict[str, Tensor] = {}
+        if learns:
+            weights = {name: torch.empty_like(weight).requires_grad_() for name, weight in chosen.items()}
+        with torch.set_grad_enabled(learns):
+            losses = loss.under(weights, batch, timesteps, noise)
+            if learns:
+                losses.sum().backward()
+        return losses
+
+    def measured(learns: bool) -> CallMemory | None:
+        # Some losses look their timesteps up on the CPU, and some networks want them where they are themselves.
+        for place in ("meta", "cpu"):
+            try:
+                return call_memory(partial(call, learns=learns, place=place))
+            except InputError:
+                raise
+            except (RuntimeError, NotImplementedError, TypeError, ValueError):
+                continue
+        return None
+
+    return measured(False), measured(True)
+
+
+def _views(network: nn.Module, sample: Sample, views: int) -> tuple[ViewBatch, Tensor]:
+    dtype = next(network.parameters()).dtype
+    meta = torch.device("meta")
+    latents = sample.latent.expand(views, *sample.latent.shape)
+    conditions = {
+        name: array.expand(views, *array.shape) for name, array in chosen_caption(sample.conditions, 0).items()
+    }
+    batch = ViewBatch(latents, conditions).to(meta, dtype)
+    return batch, torch.empty_like(batch.latents)
