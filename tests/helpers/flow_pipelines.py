@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import string
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +48,11 @@ def opened(folder: Path) -> Opened:
     return Opened(folder, pipeline, network, family_of(network))
 
 
-def generated(model: Opened, **settings: Any) -> list[NetworkCall]:
-    """The network's calls while the pipeline generates in three steps: the first, a middle and the last."""
+def generated(model: Opened, calls_a_step: int = 1, **settings: Any) -> list[NetworkCall]:
+    """The network's calls while the pipeline generates in three steps: the first, a middle and the last.
+
+    Where a step has two calls, the first is that with the prompt.
+    """
     with recorded(model.network) as calls:
         model.pipeline(
             prompt=PROMPTS,
@@ -59,7 +63,8 @@ def generated(model: Opened, **settings: Any) -> list[NetworkCall]:
             generator=torch.Generator().manual_seed(3),
             **settings,
         )
-    return first_middle_last(calls)
+    assert len(calls) == 3 * calls_a_step
+    return first_middle_last(calls[::calls_a_step])
 
 
 def assert_predicts(
@@ -102,9 +107,8 @@ def script_table(model: Opened, indices: list[int]) -> tuple[Tensor, Tensor, Ten
 def write_samples(model: Opened, folder: Path, shape: tuple[int, ...], count: int = 6) -> Path:
     """Shards of random latents with conditions of random captions."""
     generator = torch.Generator().manual_seed(1)
-    captions = [
-        "".join(chr(97 + int(torch.randint(26, (), generator=generator))) for _ in range(5)) for _ in range(count)
-    ]
+    letters = torch.randint(26, (count, 5), generator=generator).tolist()
+    captions = ["".join(string.ascii_lowercase[letter] for letter in word) for word in letters]
     conditions, fields = model.encoded(captions), []
     for row, caption in enumerate(captions):
         latent = torch.randn(shape, generator=generator)

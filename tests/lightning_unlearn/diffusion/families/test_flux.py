@@ -60,7 +60,7 @@ def test_loss_is_the_training_script_s(tmp_path_factory: pytest.TempPathFactory)
     torch.testing.assert_close(sigmas, torch.tensor([1.0, 0.6, 0.001]).double(), rtol=1e-6, atol=0)
     objective = FlowMatchingObjective(str(double.folder), guidance=3.5)
     assert objective.density() is None
-    found = objective(double.network, batch, numbers, noise)
+    found = objective(double.network, batch, numbers, noise).detach()
     pipeline = double.pipeline
     for row, sigma in enumerate(sigmas):
         x0, eps = batch.latents[row : row + 1], noise[row : row + 1]
@@ -76,7 +76,7 @@ def test_loss_is_the_training_script_s(tmp_path_factory: pytest.TempPathFactory)
             img_ids=pipeline._prepare_latent_image_ids(1, SHAPE[1] // 2, SHAPE[2] // 2, "cpu", torch.float64),
         ).sample
         output = pipeline._unpack_latents(output, HEIGHT, WIDTH, pipeline.vae_scale_factor)
-        assert float(found[row]) == pytest.approx(float((output - (eps - x0)).square().mean()), rel=1e-9)
+        assert float(found[row]) == pytest.approx(float((output - (eps - x0)).square().mean().detach()), rel=1e-9)
 
 
 def test_selections(dev: Opened) -> None:
