@@ -52,7 +52,7 @@ class Flux2Family(Family):
             guidance=distilled_guidance(network, batch),
             encoder_hidden_states=batch.text,
             txt_ids=_places(noisy, 1, 1, batch.text.shape[1]),
-            img_ids=_places(noisy, *noisy.shape[-2:], 1),
+            img_ids=_places(noisy, noisy.shape[-2], noisy.shape[-1], 1),
             return_dict=False,
         )[0]
         return prediction.transpose(1, 2).reshape(noisy.shape)
