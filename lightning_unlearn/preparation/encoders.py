@@ -14,12 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_unlearn.diffusion.checkpoints import check_safetensors
+from lightning_unlearn.diffusion.adapters.learned_tokens import spread_words
+from lightning_unlearn.diffusion.checkpoints import check_safetensors, variant_of
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import generator_for, tensors_digest
 from lightning_unlearn.preparation.inputs import Array, Item, stack_pixels
 from lightning_unlearn.preparation.records import Record
 from lightning_unlearn.preparation.tally import Tally
+from lightning_unlearn.preparation.text_changes import TextChanges
 from lightning_unlearn.weights.precision import ExactFloat32
 
 
@@ -131,7 +133,11 @@ class EncodedText:
     def _encode(self, captions: list[str]) -> Array:
         device = next(self.encoder.parameters()).device
         batch = self.tokenizer(
-            captions, padding="max_length", truncation=True, max_length=self.tokens, return_tensors="pt"
+            spread_words(captions, self.tokenizer),
+            padding="max_length",
+            truncation=True,
+            max_length=self.tokens,
+            return_tensors="pt",
         ).to(device)
         if not self.masked:
             return _numpy(self.encoder(batch["input_ids"])[0])  # (captions, tokens, dim)
@@ -150,19 +156,23 @@ class EncodedText:
         return np.split(np.concatenate(parts), ends)
 
     def _count_cut(self, captions: list[str]) -> None:
-        whole = self.tokenizer(captions, truncation=False, verbose=False)["input_ids"]
+        whole = self.tokenizer(spread_words(captions, self.tokenizer), truncation=False, verbose=False)["input_ids"]
         for caption, ids in zip(captions, whole, strict=True):
             if len(ids) > self.tokens:
                 self.cut.add(f"captions are longer than the {self.tokens} tokens that are read", caption[:60])
 
 
-def pipeline_text(folder: Path, device: torch.device, batch_size: int) -> EncodedText:
+def pipeline_text(
+    folder: Path, device: torch.device, batch_size: int, changes: TextChanges, tuned: Path | None = None
+) -> EncodedText:
     """The text encoder of a Stable Diffusion 1 or 2 pipeline, used as its training does.
 
     Args:
         folder: Of the pipeline.
         device: Where it runs.
         batch_size: Captions at a time.
+        changes: Of the encoder and its tokenizer.
+        tuned: Folder of an encoder that takes the place of the pipeline's, whose tokenizer it has.
 
     Returns:
         The source.
@@ -170,19 +180,24 @@ def pipeline_text(folder: Path, device: torch.device, batch_size: int) -> Encode
     Raises:
         InputError: If the pipeline has not exactly one CLIP text encoder.
     """
-    config = _config(folder / "text_encoder")
+    place = tuned if tuned is not None else folder / "text_encoder"
+    config = _config(place)
     # diffusers hands the encoder a mask of the padding where its config says so; Stable Diffusion's does not.
     plain = config.get("model_type") == "clip_text_model" and not config.get("use_attention_mask")
     if not plain or (folder / "text_encoder_2").exists():
         raise InputError(f"{folder} has not just one CLIP text encoder; give ready `text`, or a `text_encoder`.")
     transformers = _transformers()
-    encoder = _load_model(transformers.CLIPTextModel, folder / "text_encoder").to(device)
+    encoder = _load_model(transformers.CLIPTextModel, place).to(device)
     tokenizer = _load(transformers.AutoTokenizer.from_pretrained, folder / "tokenizer")
+    about = changes.apply({"text_encoder": encoder}, {"text_encoder": tokenizer})
     tokens = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
-    return EncodedText(encoder, tokenizer, tokens, False, batch_size, f"{folder.resolve().name}/text_encoder")
+    name = f"{place.resolve().parent.name}/{place.name}"
+    return _changed(EncodedText(encoder, tokenizer, tokens, False, batch_size, name), about)
 
 
-def folder_text(folder: Path, tokens: int | None, device: torch.device, batch_size: int) -> EncodedText:
+def folder_text(
+    folder: Path, tokens: int | None, device: torch.device, batch_size: int, changes: TextChanges
+) -> EncodedText:
     """A transformers encoder with its tokenizer in one folder; of an encoder-decoder the encoder alone.
 
     Args:
@@ -190,6 +205,7 @@ def folder_text(folder: Path, tokens: int | None, device: torch.device, batch_si
         tokens: Length that captions are padded or cut to; by default the tokenizer's.
         device: Where it runs.
         batch_size: Captions at a time.
+        changes: Of the encoder and its tokenizer.
 
     Returns:
         The source.
@@ -206,7 +222,14 @@ def folder_text(folder: Path, tokens: int | None, device: torch.device, batch_si
     model = _load_model(transformers.AutoModel, folder)
     # T5 saved without its decoder still loads with one (of random weights), so the config can't be asked.
     encoder = model.encoder if hasattr(model, "encoder") and hasattr(model, "decoder") else model
-    return EncodedText(encoder.to(device), tokenizer, length, True, batch_size, folder.resolve().name)
+    about = changes.apply({"text_encoder": encoder}, {"text_encoder": tokenizer})
+    return _changed(EncodedText(encoder.to(device), tokenizer, length, True, batch_size, folder.resolve().name), about)
+
+
+def _changed(text: EncodedText, about: dict[str, Any]) -> EncodedText:
+    # Beside the encoder's digest, which is of what it became.
+    text.about |= about
+    return text
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -246,7 +269,8 @@ def _load_model(kind: Any, folder: Path, **settings: Any) -> Any:
     check_safetensors(folder)
     if not any(folder.glob("*.safetensors")):
         raise InputError(f"{folder} has no .safetensors file; save the model again with save_pretrained.")
-    model, info = _load(kind.from_pretrained, folder, use_safetensors=True, output_loading_info=True, **settings)
+    settings |= {"use_safetensors": True, "output_loading_info": True, "variant": variant_of(folder)}
+    model, info = _load(kind.from_pretrained, folder, **settings)
     # Weights that the file lacks are random; that is harmless only for a decoder and a pooler, which are not used.
     missing = [name for name in info["missing_keys"] if not name.startswith(("decoder.", "post_quant", "pooler."))]
     if missing:

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from lightning_unlearn.data.shards import MANIFEST, ShardInfo
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import digest
+from lightning_unlearn.preparation.adapter_options import options_of_adapter
 from lightning_unlearn.preparation.assembly import Assembly
 from lightning_unlearn.preparation.choices import (
     Alpha,
@@ -32,6 +33,7 @@ from lightning_unlearn.preparation.shard_by_shard import tars_of, write_shard_by
 from lightning_unlearn.preparation.sources import device_called, latent_source, text_source
 from lightning_unlearn.preparation.survey import Survey
 from lightning_unlearn.preparation.tally import Tally
+from lightning_unlearn.preparation.text_changes import TextChanges
 
 
 def prepare(
@@ -45,6 +47,8 @@ def prepare(
     latents: str | None = None,
     latents_flip: str | None = None,
     text: str | None = None,
+    adapter: str | None = None,
+    token: str | None = None,
     captions: str | None = None,
     flips: bool = False,
     vae_sample: Literal["mean", "sample"] = "mean",
@@ -94,12 +98,16 @@ def prepare(
         pipeline: Folder of a diffusers pipeline (save_pretrained) with an AutoencoderKL and one CLIP text encoder.
         size: Side of the square pictures in pixels; with a pipeline by default what its network was trained on.
         grey: One channel instead of three, for a network that works on pixels.
-        text_encoder: Folder of a transformers encoder with its tokenizer; states of padding are set to zero.
+        text_encoder: Folder of a transformers encoder with its tokenizer; states of padding are set to zero. With a
+            pipeline, one without a tokenizer (checkpoint-500/text_encoder) takes the place of the pipeline's own.
         tokens: Length that captions are padded or cut to for text_encoder; by default what its tokenizer says.
         latents: Ready latents, an .npy file (N, C, H, W), shifted and scaled as the network was trained on them; or a
             folder with *_sd.npz or *_sdxl.npz that kohya's trainer cached, which are scaled as it does.
         latents_flip: Ready latents of the mirrored pictures.
         text: Ready text states, an .npy file (N, captions, tokens, dim), or (N, tokens, dim) for one caption each.
+        adapter: A LoRA whose weights for text encoders, if it has any, are merged into them; what its header says of
+            its training's pictures (size, flips) is followed where no option says otherwise.
+        token: Files of learned tokens (textual inversion, Custom Diffusion), with commas between them.
         captions: Captions of ready latents without images, in the arrays' order: .json (a list) or .jsonl of texts,
             lists of texts or objects with captions; .csv or .parquet; or .txt, one caption a line.
         flips: Also store the latent of the mirrored picture, which is not the mirrored latent.
@@ -192,9 +200,14 @@ def prepare(
     if not_followed:
         tqdm.write(f"like={like}: {'; '.join(not_followed)}.", file=sys.stderr)
     place = device_called(device)
+    if adapter is not None:
+        size, flips, taken = options_of_adapter(adapter, size, flips)
+        if taken:
+            tqdm.write(f"From the header of {adapter}: {', '.join(taken)}.", file=sys.stderr)
     tally = Tally()
     latents_from = latent_source(latents, latents_flip, pipeline, size, grey, vae_sample, seed, place, tally)
-    text_from = text_source(text, text_encoder, tokens, pipeline, place, batch_size)
+    changes = TextChanges(adapter, tuple(token.split(",")) if token else ())
+    text_from = text_source(text, text_encoder, tokens, pipeline, place, batch_size, changes)
     reading = Reading(images is not None, key, image_column, caption_column, caption, split, choices, tally)
 
     def assembly(source: str) -> Assembly:

@@ -11,6 +11,10 @@ from lightning_unlearn.preparation.cached_latents import CachedLatents
 from lightning_unlearn.preparation.encoders import VaeLatents, folder_text, pipeline_text
 from lightning_unlearn.preparation.inputs import LatentSource, PixelLatents, ReadyLatents, ReadyText, TextSource
 from lightning_unlearn.preparation.tally import Tally
+from lightning_unlearn.preparation.text_changes import TextChanges
+
+# What transformers saves of a tokenizer.
+_TOKENIZER = ("tokenizer_config.json", "tokenizer.json", "vocab.json", "spiece.model")
 
 
 def latent_source(
@@ -57,6 +61,7 @@ def text_source(
     pipeline: str | None,
     device: torch.device,
     batch_size: int,
+    changes: TextChanges,
 ) -> TextSource:
     """Where text states come from.
 
@@ -67,16 +72,24 @@ def text_source(
         pipeline: With a text encoder.
         device: Where it runs.
         batch_size: Captions at a time.
+        changes: Of the encoder.
 
     Returns:
         The source.
+
+    Raises:
+        InputError: If ready text states are to be changed.
     """
     if text is not None:
+        if changes:
+            raise InputError("`adapter` and `token` change text encoders, but `text` is ready; leave one of them out.")
         return ReadyText(text)
-    if text_encoder is not None:
-        return folder_text(Path(text_encoder).expanduser(), tokens, device, batch_size)
-    assert pipeline is not None
-    return pipeline_text(Path(pipeline).expanduser(), device, batch_size)
+    folder = None if text_encoder is None else Path(text_encoder).expanduser()
+    # A training saves a pipeline's encoder without its tokenizer, which it did not change.
+    if pipeline is not None and (folder is None or not any((folder / name).is_file() for name in _TOKENIZER)):
+        return pipeline_text(Path(pipeline).expanduser(), device, batch_size, changes, folder)
+    assert folder is not None
+    return folder_text(folder, tokens, device, batch_size, changes)
 
 
 def device_called(name: str) -> torch.device:

@@ -19,6 +19,7 @@ _IN_FOLDER = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 # diffusers keeps PEFT's configuration here, each setting behind the part of the pipeline that it is for.
 _DIFFUSERS_HEADER = "lora_adapter_metadata"
 _NETWORKS = ("unet.", "transformer.")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,14 @@ class AdapterFile:
         tensors: Key to tensor.
         header: What a safetensors file says of itself.
         config: PEFT's settings of the network's adapter, empty where there are none.
+        text_configs: The same of each text encoder's, by the part of the pipeline.
     """
 
     path: str
     tensors: Mapping[str, Tensor]
     header: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    text_configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def read_adapter_file(path: str) -> AdapterFile:
@@ -66,6 +69,8 @@ def read_adapter_file(path: str) -> AdapterFile:
     if place.suffix == ".safetensors":
         with safe_open(place, "pt") as file:
             header = dict(file.metadata() or {})
+    # A folder of PEFT is of one model, whichever it is.
+    text_configs: dict[str, Mapping[str, Any]] = {part: config for part in TEXT_ENCODERS if config}
     if not config and _DIFFUSERS_HEADER in header:
         settings = _json(place, header[_DIFFUSERS_HEADER])
         config = {
@@ -74,7 +79,10 @@ def read_adapter_file(path: str) -> AdapterFile:
             for prefix in _NETWORKS
             if name.startswith(prefix)
         }
-    return AdapterFile(str(place), tensors, header, config)
+        for part in TEXT_ENCODERS:
+            own = {name.removeprefix(f"{part}."): it for name, it in settings.items() if name.startswith(f"{part}.")}
+            text_configs |= {part: own} if own else {}
+    return AdapterFile(str(place), tensors, header, config, text_configs)
 
 
 def _json(place: Path, text: str | bytes) -> dict[str, Any]:

@@ -66,14 +66,13 @@ def load_adapter(network: nn.Module, path: str, merge: bool = False) -> LoadedAd
     file = read_adapter_file(path)
     layers, text = read_layers(file, LayerNames(network))
     training = read_training_record(file.path, file.header)
-    _inject(network, file.path, layers)
-    _check(network, file.path, layers)
+    put_on(network, file.path, layers)
     if merge:
         merge_adapter(network)
     if text:
         warnings.warn(
             f"{file.path} also holds {len(text)} weights of text encoders ({some_of(text)}), which are no part of the "
-            "network: text states must be made with them."
+            "network: text states must be made with them, as `prepare --adapter` does."
         )
     for sentence in training.unfollowed() if training else ():
         warnings.warn(f"{file.path}: {sentence}")
@@ -157,6 +156,21 @@ def adapter_scales(network: nn.Module) -> dict[str, float]:
         if hasattr(module, "lora_A") and isinstance(getattr(module, "scaling", None), dict)
         for adapter, scale in module.scaling.items()
     }
+
+
+def put_on(network: nn.Module, path: str, layers: Mapping[str, LowRank]) -> None:
+    """Put an adapter on a model through PEFT, and see that PEFT took it as it is.
+
+    Args:
+        network: The model, without an adapter.
+        path: The adapter's file, for messages.
+        layers: Layer name to its adapter.
+
+    Raises:
+        InputError: If PEFT can't, or did not.
+    """
+    _inject(network, path, layers)
+    _check(network, path, layers)
 
 
 def _inject(network: nn.Module, path: str, layers: Mapping[str, LowRank]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -29,10 +30,27 @@ def read_layers(file: AdapterFile, names: LayerNames) -> tuple[dict[str, LowRank
     """
     refuse_other_kinds(file.path, list(file.tensors))
     text = [key for key in file.tensors if is_text_encoder(key)]
-    grouped = _grouped(file, names, set(text))
-    if not grouped:
+    own = {key: tensor for key, tensor in file.tensors.items() if not is_text_encoder(key)}
+    if not own:
         reason = "only weights of text encoders" if text else "no LoRA weights"
         raise InputError(f"{file.path} holds {reason}, so there is nothing for the network; name another adapter.")
+    return layers_of(replace(file, tensors=own), names), text
+
+
+def layers_of(file: AdapterFile, names: LayerNames) -> dict[str, LowRank]:
+    """The adapter of each layer of one model, which every key must be of.
+
+    Args:
+        file: The adapter as it was saved, or the part of it that is of this model.
+        names: The model's.
+
+    Returns:
+        Layer name to its adapter, in the model's order.
+
+    Raises:
+        InputError: See :func:`read_layers`.
+    """
+    grouped = _grouped(file, names)
     scales = Scales(file, {name: tensors.get("alpha") for name, tensors in grouped.items()})
     found: dict[str, LowRank] = {}
     for name, tensors in grouped.items():
@@ -47,15 +65,13 @@ def read_layers(file: AdapterFile, names: LayerNames) -> tuple[dict[str, LowRank
                 )
             found[layer] = adapter
     _refuse_dead(file, found)
-    return {layer: found[layer] for layer in names.layers if layer in found}, text
+    return {layer: found[layer] for layer in names.layers if layer in found}
 
 
-def _grouped(file: AdapterFile, names: LayerNames, text: set[str]) -> dict[str, dict[Role, Tensor]]:
+def _grouped(file: AdapterFile, names: LayerNames) -> dict[str, dict[Role, Tensor]]:
     grouped: dict[str, dict[Role, Tensor]] = {}
     unused = []
     for key, tensor in file.tensors.items():
-        if key in text:
-            continue
         parsed = parse_key(key)
         if parsed is None or names.find(parsed.layer) is None:
             unused.append(key)
