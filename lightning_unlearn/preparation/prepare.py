@@ -96,10 +96,14 @@ def prepare(
         grey: One channel instead of three, for a network that works on pixels.
         text_encoder: Folder of a transformers encoder with its tokenizer; states of padding are set to zero.
         tokens: Length that captions are padded or cut to for text_encoder; by default what its tokenizer says.
-        latents: Ready latents, an .npy file (N, C, H, W), shifted and scaled as the network was trained on them; or a
-            folder with *_sd.npz or *_sdxl.npz that kohya's trainer cached, which are scaled as it does.
+        latents: Ready latents, an .npy file (N, C, H, W), shifted and scaled as the network was trained on them, a row
+            for each sample in their order (see text); or a folder with *_sd.npz or *_sdxl.npz that kohya's trainer
+            cached, which are scaled as it does.
         latents_flip: Ready latents of the mirrored pictures.
-        text: Ready text states, an .npy file (N, captions, tokens, dim), or (N, tokens, dim) for one caption each.
+        text: Ready text states, an .npy file (N, captions, tokens, dim), or (N, tokens, dim) for one caption each. Row
+            by row they go with the samples: of a folder in the order of sorted(paths) within it (a10.png before
+            a2.png), of a table in that of its rows, of captions in theirs. Which sample has the first row and which the
+            last is said.
         captions: Captions of ready latents without images, in the arrays' order: .json (a list) or .jsonl of texts,
             lists of texts or objects with captions; .csv or .parquet; or .txt, one caption a line.
         flips: Also store the latent of the mirrored picture, which is not the mirrored latent.
