@@ -156,7 +156,9 @@ def _in_folder(folder: Path, manifests: dict[str, dict[str, ShardInfo]]) -> list
 
 def _refuse_pictures(folder: Path) -> None:
     """Tell a person who names pictures, in a folder or those right below it, what shards are."""
-    inside = (path for place in (folder, *sorted(folder.iterdir())) if place.is_dir() for path in sorted(place.iterdir()))
+    inside = (
+        path for place in (folder, *sorted(folder.iterdir())) if place.is_dir() for path in sorted(place.iterdir())
+    )
     picture = next((path.name for path in inside if path.suffix.lower()[1:] in PICTURE_FIELDS), None)
     if picture is not None:
         raise InputError(
