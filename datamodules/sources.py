@@ -15,6 +15,7 @@ from typing import Any
 import braceexpand
 
 from lightning_unlearn.data.addresses import is_address, is_command, lasting_address, shown_address
+from lightning_unlearn.data.samples import PICTURE_FIELDS
 from lightning_unlearn.data.shards import MANIFEST, ShardInfo
 from lightning_unlearn.datamodules.remote import check_kind, fresh_facts
 from lightning_unlearn.errors import InputError
@@ -146,7 +147,24 @@ def _in_folder(folder: Path, manifests: dict[str, dict[str, ShardInfo]]) -> list
         raise InputError(
             f"{folder} holds {unread[0]!r}, and shards are read as {', '.join(READ)} alone; pack it in another way."
         )
-    return [_plain(path) for path in paths if path.name.lower().endswith(READ)]
+    found = [_plain(path) for path in paths if path.name.lower().endswith(READ)]
+    if not found:
+        _refuse_pictures(folder)
+        raise InputError(f"No shard found in {folder}; name folders that hold .tar files.")
+    return found
+
+
+def _refuse_pictures(folder: Path) -> None:
+    """Tell a person who names pictures, in a folder or those right below it, what shards are."""
+    inside = (
+        path for place in (folder, *sorted(folder.iterdir())) if place.is_dir() for path in sorted(place.iterdir())
+    )
+    picture = next((path.name for path in inside if path.suffix.lower()[1:] in PICTURE_FIELDS), None)
+    if picture is not None:
+        raise InputError(
+            f"{folder} holds pictures (e.g. {picture!r}), not shards; make shards of them with `lightning-unlearn "
+            f"prepare --images {folder} --output FOLDER …`, and name that folder."
+        )
 
 
 def _manifest(folder: Path, manifests: dict[str, dict[str, ShardInfo]]) -> dict[str, ShardInfo]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+
+from tqdm.auto import tqdm
 
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.preparation.inputs import LatentSource, TextSource
@@ -42,9 +45,11 @@ class Survey:
             InputError: If there is none, one is bad and not to be skipped, or ready arrays don't fit.
         """
         samples = captions = 0
+        first = last = ""
         shapes = Counter[str]()
         for record, fault in self.records(self.reading.tally):
             samples += 1
+            first, last = first or record.key, record.key
             if fault is not None:
                 if not self.skip:
                     raise InputError(fault)
@@ -63,6 +68,9 @@ class Survey:
                     f"There are {rows} ready {what} but {samples} samples in {self.source}; "
                     "they must go together, row by row."
                 )
+            if rows is not None:  # another order has as many rows, and only a person can see it
+                said = f"Row 0 of the ready {what} is taken for the sample {first!r}, row {rows - 1} for {last!r}."
+                tqdm.write(said, file=sys.stderr)
         self._refuse_buckets(shapes)
         return samples, captions
 

@@ -160,6 +160,24 @@ def test_no_shard_at_all_is_an_error(tmp_path: Path, named: str | list[str], mon
     assert_one_sentence(error, "No shard found")
 
 
+@pytest.mark.parametrize("inside", ["a.png", "10_sks dog/b.JPG"])
+def test_a_folder_of_pictures_is_told_what_makes_shards_of_it(tmp_path: Path, inside: str) -> None:
+    picture = tmp_path / "pictures" / inside
+    picture.parent.mkdir(parents=True)
+    picture.touch()
+    with pytest.raises(InputError) as error:
+        list_shards(str(tmp_path / "pictures"))
+    assert_one_sentence(error, picture.name, f"prepare --images {tmp_path / 'pictures'}")
+
+
+def test_a_folder_without_shards_is_not_passed_over_beside_another_one(tmp_path: Path) -> None:
+    toy_shards(tmp_path / "shards", 8, 4)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError) as error:
+        list_shards([str(tmp_path / "shards"), str(tmp_path / "empty")])
+    assert_one_sentence(error, "No shard found", str(tmp_path / "empty"))
+
+
 @pytest.mark.parametrize("command", ["pipe:cat x.tar", "{pipe:cat x.tar,y}", "\\pipe:cat x.tar"])
 def test_command_is_refused_unless_asked_for(command: str) -> None:
     with pytest.raises(InputError) as error:

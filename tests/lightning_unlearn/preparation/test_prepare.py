@@ -420,7 +420,9 @@ def test_ready_text_of_one_caption_needs_no_axis_for_it(tmp_path: Path) -> None:
     assert sample.latent_flip is None
 
 
-def test_ready_arrays_follow_a_table_that_names_their_pictures(photos: Path, tmp_path: Path) -> None:
+def test_ready_arrays_follow_a_table_that_names_their_pictures(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     ready = ready_arrays(tmp_path, samples=3, captions=1)
     table = "file_name,text,photographer\nhouse.png,a house,Ann\nball.png,a ball,Bo\ncat.png,a cat,Cy\n"
     (photos / "metadata.csv").write_text(table)
@@ -432,6 +434,8 @@ def test_ready_arrays_follow_a_table_that_names_their_pictures(photos: Path, tmp
         assert np.array_equal(samples[key].latent, ready["latents"][number])
         assert samples[key].picture is not None
     assert samples["ball"].metadata["photographer"] == "Bo"
+    # Another order would have as many rows.
+    assert "Row 0 of the ready text states is taken for the sample 'house', row 2 for 'cat'." in capsys.readouterr().err
 
 
 def test_ready_latents_go_with_a_text_encoder(text_encoder: Path, tmp_path: Path) -> None:
