@@ -160,7 +160,7 @@ def calls_memory(
         with torch.set_grad_enabled(learns):
             losses = loss.under(weights, batch, timesteps, noise)
             if learns:
-                losses.sum().backward()
+                losses.sum().backward()  # type: ignore[no-untyped-call]
         return losses
 
     def measured(learns: bool) -> CallMemory | None:

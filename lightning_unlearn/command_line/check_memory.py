@@ -74,11 +74,11 @@ def peak_bytes(call: Callable[[], Any]) -> int:
     return living.peak
 
 
-class _Living(TorchDispatchMode):
+class _Living(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all storages that are made while it is on, as long as they live."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._known: set[int] = set()
 
@@ -137,7 +137,7 @@ class _Fused(TorchFunctionMode):
         if function is nn.functional.scaled_dot_product_attention:
             tensors = [*arguments[:3], *(named[name] for name in ("query", "key", "value") if name in named)]
             if all(tensor.is_meta for tensor in tensors):
-                return _FusedAttention.apply(*tensors)
+                return _FusedAttention.apply(*tensors)  # type: ignore[no-untyped-call]
         return function(*arguments, **named)
 
 

@@ -44,7 +44,7 @@ def opened(folder: Path) -> Opened:
 
     pipeline = DiffusionPipeline.from_pretrained(str(folder), local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
-    network = pipeline.transformer.eval()
+    network = (getattr(pipeline, "transformer", None) or pipeline.unet).eval()
     return Opened(folder, pipeline, network, family_of(network))
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_unlearn.diffusion.checkpoints import read_content
@@ -63,7 +62,7 @@ def read_learned_tokens(path: str) -> list[LearnedToken]:
     for key, value in content.items():
         if isinstance(value, Tensor) and value.is_floating_point() and value.ndim in (1, 2):
             word = stem if key in _PARTS or key == "emb_params" else str(key)
-            tokens.append(LearnedToken(word, torch.atleast_2d(value.detach()).float(), _PARTS.get(str(key))))
+            tokens.append(LearnedToken(word, value.detach().reshape(-1, value.shape[-1]).float(), _PARTS.get(str(key))))
     if not tokens or len(tokens) < sum(isinstance(value, Tensor) for value in content.values()):
         raise InputError(
             f"{path} is no file of learned tokens, which has a vector or a table of them for each word; give the "
@@ -112,7 +111,7 @@ def spread_words(captions: Sequence[str], tokenizer: Any) -> list[str]:
     Returns:
         The captions as diffusers' pipelines hand them to their tokenizers.
     """
-    from diffusers.loaders import TextualInversionLoaderMixin
+    from diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
 
     return list(TextualInversionLoaderMixin().maybe_convert_prompt(list(captions), tokenizer))
 

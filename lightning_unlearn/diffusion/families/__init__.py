@@ -10,10 +10,12 @@ from lightning_unlearn.diffusion.families.chroma import ChromaFamily
 from lightning_unlearn.diffusion.families.flux import FluxFamily
 from lightning_unlearn.diffusion.families.flux_2 import Flux2Family
 from lightning_unlearn.diffusion.families.stable_diffusion_3 import StableDiffusion3Family
+from lightning_unlearn.diffusion.families.stable_diffusion_xl import StableDiffusionXLFamily
 from lightning_unlearn.diffusion.families.unet import UNetFamily
 from lightning_unlearn.errors import InputError
 
 FAMILIES: tuple[Family, ...] = (
+    StableDiffusionXLFamily(),
     UNetFamily(),
     StableDiffusion3Family(),
     FluxFamily(),

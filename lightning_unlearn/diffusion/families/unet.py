@@ -16,7 +16,7 @@ from lightning_unlearn.errors import InputError
 PLAIN: dict[str, tuple[tuple[Any, ...], str]] = {
     "class_embed_type": ((None,), "class labels"),
     "num_class_embeds": ((None,), "class labels"),
-    "addition_embed_type": ((None, "text"), "more conditions, as Stable Diffusion XL takes pooled text and sizes"),
+    "addition_embed_type": ((None, "text"), "more conditions"),
     "encoder_hid_dim_type": ((None, "text_proj"), "states of a picture beside those of the text"),
     "time_cond_proj_dim": ((None,), "a guidance scale, as a guidance-distilled network does"),
 }
@@ -37,6 +37,8 @@ class UNetFamily(Family):
         "feed_forward": (r".*\.ff\.net\.(0\.proj|2)",),
     }
 
+    plain: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = PLAIN
+
     def check(self, network: nn.Module) -> None:
         """Refuse a U-Net that takes more than text, or predicts a variance too; see :meth:`Family.check`.
 
@@ -47,7 +49,7 @@ class UNetFamily(Family):
             InputError: If its config says so.
         """
         name = type(network).__name__
-        for key, (values, what) in PLAIN.items():
+        for key, (values, what) in self.plain.items():
             value = setting(network, key)
             if value not in values:
                 raise InputError(
