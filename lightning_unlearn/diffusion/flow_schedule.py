@@ -23,20 +23,17 @@ FLOW_SCHEDULERS = frozenset(
 )
 # What says how a flow was trained, and what says how pictures are sampled from it, and leaves its loss as it is.
 FLOW_TRAINING_KEYS = frozenset({"num_train_timesteps", "shift", "use_dynamic_shifting"})
-FLOW_SAMPLING_KEYS = frozenset(
+SPACING_KEYS = frozenset({"shift_terminal", "use_beta_sigmas", "use_exponential_sigmas", "use_karras_sigmas"})
+FLOW_SAMPLING_KEYS = SPACING_KEYS | frozenset(
     {
         "base_image_seq_len",
         "base_shift",
         "max_image_seq_len",
         "max_shift",
         "scale_factors",
-        "shift_terminal",
         "stochastic_sampling",
         "time_shift_type",
         "upscale_mode",
-        "use_beta_sigmas",
-        "use_exponential_sigmas",
-        "use_karras_sigmas",
     }
 )
 FLOW_FIXED_KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -88,6 +85,8 @@ def load_flow_scheduler(scheduler: str | dict[str, Any] | None, shift: float | N
     if shift is not None:
         config |= {"shift": shift, "use_dynamic_shifting": False}
     _check_numbers(config, where)
+    # How a sampler spaces its steps is no matter of the table, and one of these ways asks for scipy.
+    config = {key: value for key, value in config.items() if key not in SPACING_KEYS}
     try:
         return FlowMatchEulerDiscreteScheduler.from_config(config)  # type: ignore[no-untyped-call]
     except (ArithmeticError, AttributeError, ImportError, RuntimeError, TypeError, ValueError) as error:

@@ -62,9 +62,9 @@ def generate(
 ) -> Tensor:
     """Generate latents without noise of the sampler's own and without classifier-free guidance.
 
-    By DDIM (Song et al., arXiv 2010.02502, Eq. 12 with σ = 0) for a noise schedule, by Euler's method on the
-    scheduler's sigmas for a flow. A guidance-distilled network is given the objective's guidance, unless ``guidance``
-    ``(B, 1)`` is among the conditions.
+    By DDIM (Song et al., arXiv 2010.02502, Eq. 12 with σ = 0) for a noise schedule; for a flow by Euler's method, in
+    even steps of the scheduler's table, shifted as it says, for a picture's size, too. A guidance-distilled network is
+    given the objective's guidance, unless ``guidance`` ``(B, 1)`` is among the conditions.
 
     Args:
         network: A network of a known family.

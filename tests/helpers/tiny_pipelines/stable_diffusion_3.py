@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from tiny_pipelines import parts
 
 CHANNELS, PLACES = 4, 8
 
 
-def make(folder: Path) -> Path:
-    """Save one with random weights."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+def transformer() -> Any:
+    """The network alone."""
+    from diffusers import SD3Transformer2DModel
 
-    transformer = parts.seeded(
+    return parts.seeded(
         lambda: SD3Transformer2DModel(
             sample_size=PLACES,
             patch_size=2,
@@ -30,8 +31,14 @@ def make(folder: Path) -> Path:
             qk_norm="rms_norm",
         )
     )
+
+
+def make(folder: Path) -> Path:
+    """Save one with random weights."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
     pipeline = StableDiffusion3Pipeline(
-        transformer=transformer,
+        transformer=transformer(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=parts.kl_autoencoder(CHANNELS, shift_factor=0.0609, scaling_factor=1.5305, use_quant_conv=False),
         text_encoder=parts.clip_encoder(8, projected=True),
