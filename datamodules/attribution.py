@@ -32,7 +32,7 @@ class AttributionDataModule(LightningDataModule):
 
     Args:
         shards: The training shards: folders, paths, brace patterns or addresses (http(s), s3, gs, hf, …).
-        queries: The queries, in shards of the same form.
+        queries: The queries, in shards of the same form; without them only methods that need none can score.
         query_keys: Only these queries, in this order.
         targets_by: A field of the queries' json, e.g. ``artist``: those with the same value are unlearned together, and
             the value is the name of their scores. The order is then that of names and keys. By default each query is
@@ -54,7 +54,7 @@ class AttributionDataModule(LightningDataModule):
     def __init__(
         self,
         shards: str | list[str],
-        queries: str | list[str],
+        queries: str | list[str] | None = None,
         query_keys: list[str] | None = None,
         targets_by: str | None = None,
         draws: int = 128,
@@ -82,6 +82,8 @@ class AttributionDataModule(LightningDataModule):
         self.multiprocessing_context = multiprocessing_context
         self.keys = None if keys is None else read_keys(keys)
         self.queries: list[Sample] = []
+        # What samples must have the shapes of: a query, or the first sample where there is none.
+        self._form: Sample | None = None
         self.shards: list[ShardInfo] = []
         self._done: frozenset[str] = frozenset()
 
@@ -96,7 +98,10 @@ class AttributionDataModule(LightningDataModule):
         """
         # The order in which shards are dealt is that of the list, whatever their servers add to it.
         self.shards = with_facts(list_shards(self.shard_patterns, allow_pipe=self.allow_pipe))
-        self.queries = self._read_queries()
+        if self.query_patterns is None and stage == "fit":
+            raise InputError("There is nothing to unlearn; name the generated images as `queries`.")
+        self.queries = [] if self.query_patterns is None else self._read_queries(self.query_patterns)
+        self._form = self.queries[0] if self.queries else None
         if self.keys is not None:
             self._check_keys(self.keys)
         for shard in self._dealt():
@@ -104,7 +109,9 @@ class AttributionDataModule(LightningDataModule):
                 continue
             for fields in read_fields(shard):
                 try:
-                    check_shapes(decode_sample(fields), self.queries[0], shard.shown)
+                    sample = decode_sample(fields)
+                    self._form = self._form or sample
+                    check_shapes(sample, self._form, shard.shown)
                 except InputError:
                     if self.on_bad_sample == "error":
                         raise
@@ -126,27 +133,24 @@ class AttributionDataModule(LightningDataModule):
             f"No shard holds any of the {len(keys)} chosen keys, e.g. {min(keys)!r}; give keys that the shards hold."
         )
 
-    def _read_queries(self) -> list[Sample]:
-        infos = list_shards(self.query_patterns, allow_pipe=self.allow_pipe)
+    def _read_queries(self, patterns: str | list[str]) -> list[Sample]:
+        infos = list_shards(patterns, allow_pipe=self.allow_pipe)
         found: dict[str, Sample] = {}
         # By address, not by size: the order of the queries is for people.
         for shard in sorted(infos, key=lambda info: info.url):
             for sample in read_samples(shard, pictures=True, masks=True):
                 if sample.key in found:
-                    raise InputError(
-                        f"The query {sample.key!r} stands twice in {self.query_patterns}; keys must be unique."
-                    )
+                    raise InputError(f"The query {sample.key!r} stands twice in {patterns}; keys must be unique.")
                 found[sample.key] = sample
         if self.query_keys is not None:
             missing = [key for key in self.query_keys if key not in found]
             if missing:
                 raise InputError(
-                    f"There is no query {missing[0]!r} in {self.query_patterns}; it holds "
-                    f"{', '.join(list(found)[:5])} …"
+                    f"There is no query {missing[0]!r} in {patterns}; it holds {', '.join(list(found)[:5])} …"
                 )
             found = {key: found[key] for key in self.query_keys}
         if not found:
-            raise InputError(f"There is no query in {self.query_patterns}; make some with `lightning-unlearn prepare`.")
+            raise InputError(f"There is no query in {patterns}; make some with `lightning-unlearn prepare`.")
         queries = list(found.values())
         for query in queries:
             first = queries[0]
@@ -157,6 +161,12 @@ class AttributionDataModule(LightningDataModule):
                     "have one shape."
                 )
         return [query for target in targets_of(queries, self.targets_by) for query in target.members]
+
+    def _like(self) -> Sample:
+        """What samples must have the shapes of."""
+        if self._form is None:
+            raise InputError("There are no samples and no queries to know their shapes by; name shards that hold some.")
+        return self._form
 
     def _rank(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
@@ -201,7 +211,7 @@ class AttributionDataModule(LightningDataModule):
         Returns:
             The samples, without end.
         """
-        return RealSamples(self.shards, stream, seed, self.queries[0], self.on_bad_sample == "skip")
+        return RealSamples(self.shards, stream, seed, self._like(), self.on_bad_sample == "skip")
 
     def train_dataloader(self) -> DrawLoader:
         """This rank's draws of all queries, and of real samples if the strategy wants them; an epoch is one step of it.
@@ -220,7 +230,7 @@ class AttributionDataModule(LightningDataModule):
         shards = self.shards_to_score()
         workers = min(self.num_workers, len(shards))
         return DataLoader(
-            ScoringStream(shards, self.batch_size, self.queries[0], self.on_bad_sample == "skip", self.keys),
+            ScoringStream(shards, self.batch_size, self._like(), self.on_bad_sample == "skip", self.keys),
             batch_size=None,
             num_workers=workers,
             multiprocessing_context=self.multiprocessing_context if workers else None,

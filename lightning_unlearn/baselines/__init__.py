@@ -13,6 +13,7 @@ from lightning_unlearn.baselines.pixel_similarity import PixelSimilarity
 from lightning_unlearn.baselines.random import Random
 from lightning_unlearn.baselines.text_similarity import TextSimilarity
 from lightning_unlearn.baselines.trak import TRAK
+from lightning_unlearn.baselines.undone import Undone
 
 BASELINES: dict[str, type[Baseline]] = {
     kind.name: kind
@@ -27,6 +28,7 @@ BASELINES: dict[str, type[Baseline]] = {
         JourneyTRAK,
         DTRAK,
         DAS,
+        Undone,
     )
 }
 
@@ -44,4 +46,5 @@ __all__ = [
     "Random",
     "Subject",
     "TextSimilarity",
+    "Undone",
 ]

@@ -52,11 +52,13 @@ class Baseline(ABC):
         name: As it is called in configs and tables.
         needs_fisher: Whether scores depend on the subject's Fisher.
         needs_query_views: Whether queries are looked at on the views, flips among them, that samples are.
+        columns: Of the table, for a method that scores the model and needs no query; ``None`` for one a query.
     """
 
     name: ClassVar[str]
     needs_fisher: ClassVar[bool] = False
     needs_query_views: ClassVar[bool] = False
+    columns: ClassVar[Sequence[str] | None] = None
 
     @abstractmethod
     def scores(self, subject: Subject) -> Tensor:
@@ -66,7 +68,8 @@ class Baseline(ABC):
             subject: The model, its training samples and the queries.
 
         Returns:
-            ``(N, Q)`` float64 on the CPU, in the order of ``subject.batches()``; high means influential.
+            ``(N, Q)`` float64 on the CPU, in the order of ``subject.batches()``; high means influential. ``Q`` is the
+            number of ``columns`` where the method has its own.
         """
 
     def settings(self) -> dict[str, Any]:

@@ -77,8 +77,8 @@ class MethodRun:
         """Score all samples and write the table.
 
         Raises:
-            InputError: If the folder is another run's, a shard can't be read, queries form sets, have masks or lack
-                flips, or scores are not finite.
+            InputError: If the folder is another run's, a shard can't be read, queries are missing, form sets, have
+                masks or lack flips, or scores are not finite.
         """
         started = time.monotonic()
         self.data.setup("predict")
@@ -97,7 +97,7 @@ class MethodRun:
         say(f"Scoring by {self.method.name} on {self.device} …")
         keys = self._keys
         scores = self.method.scores(self._subject())
-        if scores.shape != (len(keys), len(self.data.queries)) or not scores.isfinite().all():
+        if scores.shape != (len(keys), len(self._columns())) or not scores.isfinite().all():
             rows = (~scores.isfinite()).nonzero()[:1, 0].tolist()
             what = f"not finite for {keys[rows[0]]!r}" if rows else f"of shape {tuple(scores.shape)}"
             raise InputError(
@@ -112,6 +112,10 @@ class MethodRun:
 
     def _check_queries(self) -> None:
         """Refuse sets and regions, of which methods know nothing, and queries without the views that they need."""
+        if self.method.columns is not None:
+            return
+        if not self.data.queries:
+            raise InputError(f"{self.method.name} scores samples for queries; name some as `queries`.")
         if self.data.targets_by is not None:
             raise InputError(
                 f"{self.method.name} scores each query by itself, not sets of them; leave targets_by out, or take "
@@ -142,7 +146,9 @@ class MethodRun:
             "samples": {"shards": versions, "on_bad_sample": self.data.on_bad_sample},
         }
         prints = {name: settings_digest(values) for name, values in settings.items()}
-        prints |= {"weights": self.module.weights_fingerprint(), "queries": _queries_digest(self.data.queries)}
+        prints["weights"] = self.module.weights_fingerprint()
+        if self.method.columns is None:
+            prints["queries"] = _queries_digest(self.data.queries)
         if self.method.needs_fisher:
             prints["fisher"] = self.module.fisher_fingerprint()
         return prints
@@ -156,9 +162,15 @@ class MethodRun:
             "objective": self.module.objective.settings(),
             "views": self.module.views.settings(),
             "precision": "32-true",
-            "targets": {query.key: {"captions": query.captions} for query in self.data.queries},
+            "targets": self._columns(),
             "world_size": 1,
         }
+
+    def _columns(self) -> dict[str, dict[str, Any]]:
+        """The table's columns, with what ``run.json`` says of each."""
+        if self.method.columns is not None:
+            return {name: {} for name in self.method.columns}
+        return {query.key: {"captions": query.captions} for query in self.data.queries}
 
     def _pass(self, name: str) -> Iterator[SampleBatch]:
         """The samples of all shards, with their ends."""
@@ -212,7 +224,7 @@ class MethodRun:
             raise InputError("There are no training samples; name shards that hold some.")
 
     def _write(self, scores: Tensor, run: str, shards: dict[str, dict[str, Any]]) -> None:
-        queries = [query.key for query in self.data.queries]
+        queries = list(self._columns())
         losses = torch.cat(self._base_losses)
         for name, rows in self._rows.items():
             keys, version = [self._keys[row] for row in rows], shards[name]["version"]

@@ -36,7 +36,7 @@ def write_report(
     urls = table.run["query_shards"] if data is None else data.query_patterns
     queries = [
         sample
-        for shard in list_shards(urls, allow_pipe=allow_pipe)
+        for shard in (list_shards(urls, allow_pipe=allow_pipe) if urls else [])
         for sample in read_samples(shard, pictures=True, masks=True, keys=shown)
     ]
     recorded = [info["url"] for info in table.run["shards"].values()]

@@ -98,8 +98,8 @@ def scored_shards(folder: Path, shards: list[ShardInfo]) -> frozenset[str]:
     return frozenset(shard_id(shard.url) for shard in shards if is_scored(folder, shard_id(shard.url), shard.version))
 
 
-def _as_list(patterns: str | list[str]) -> list[str]:
-    return [patterns] if isinstance(patterns, str) else patterns
+def _as_list(patterns: str | list[str] | None) -> list[str]:
+    return [patterns] if isinstance(patterns, str) else patterns or []
 
 
 def _absolute(url: str) -> str:

@@ -151,6 +151,7 @@ def test_unknown_variants_are_refused() -> None:
 
 def test_registry_holds_every_method_under_its_name() -> None:
     assert set(BASELINES) == {
+        "undone",
         "random",
         "pixel_similarity",
         "text_similarity",

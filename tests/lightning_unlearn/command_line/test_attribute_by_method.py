@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import adapter_forms
 import numpy as np
 import pytest
+import torch
 from attribution_runs import grouped_fields
 from command_toys import SAMPLES, SHARDS, run, toy_config, toy_folder, write_config
 from toys import done_shards, tiny_unet, toy_fields
@@ -25,7 +28,8 @@ from lightning_unlearn.draws.views import Views
 from lightning_unlearn.fisher import load_fisher
 from lightning_unlearn.scores.files import read_scores
 from lightning_unlearn.scores.table import ScoreTable
-from lightning_unlearn.weights.deltas import NetworkLoss
+from lightning_unlearn.unlearning.scoring import measure_losses
+from lightning_unlearn.weights.deltas import DeltaStore, NetworkLoss
 from lightning_unlearn.weights.parameters import select_layers
 
 QUIET = ["--trainer.enable_progress_bar", "false"]
@@ -344,3 +348,37 @@ def test_bar_counts_samples(config: str, tmp_path: Path, capsys: pytest.CaptureF
     assert f"{SAMPLES} samples scored into {tmp_path / 'run' / 'scores'}.\n" in out
     run("report", "--folder", tmp_path / "run")
     assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_what_an_adapter_learned_needs_no_query(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], config: str
+) -> None:
+    network = load_network(tiny_unet(), str(toy_folder() / "network.pt"))
+    adapter = adapter_forms.random_adapter(network, ["mid_block.attentions.0.proj_in", "conv_in"])
+    path = adapter_forms.save(tmp_path / "lora.safetensors", adapter_forms.kohya_state(adapter))
+    content = toy_config()
+    del content["data"]["init_args"]["queries"], content["model"]["init_args"]["fisher"]
+    content["model"]["init_args"] |= {"adapter": path, "parameters": "adapter"}
+    alone = write_config(tmp_path / "alone.yaml", content)
+    table = score(alone, tmp_path / "run", "--method", "Undone")
+    assert table.queries == ["adapter"]
+    assert len(table.keys) == SAMPLES
+    before = toy_subject(Views(timesteps=2))
+    after = replace(before, loss=NetworkLoss(adapter_forms.applied(network, adapter), DenoisingObjective()))
+    losses = [
+        torch.cat(
+            [measure_losses(s.loss, {}, DeltaStore({}, []), s.views, b, torch.device("cpu"))[0] for b in s.batches()]
+        )
+        for s in (before, after)
+    ]
+    expected = (losses[0] - losses[1]).nanmean((-3, -2, -1)).detach().numpy()
+    np.testing.assert_allclose(table.scores[:, 0], expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+    assert table.run["network"]["adapter"] == path
+    assert table.run["query_shards"] == []
+    assert "sample-" in (tmp_path / "run" / "report.html").read_text()
+    # Nothing else can do without.
+    assert "name some as `queries`" in refused(
+        capsys, "--config", alone, "--output", str(tmp_path / "a"), "--method", "DTRAK"
+    )
+    said = refused(capsys, "--config", alone, "--output", str(tmp_path / "b"), "--model.strategy", "Mirrored")
+    assert "name the generated images as `queries`" in said
