@@ -91,7 +91,7 @@ def npy_bytes(array: np.ndarray[Any, Any]) -> bytes:
 def encode_sample(
     key: str,
     latent: np.ndarray[Any, Any],
-    text: np.ndarray[Any, Any],
+    text: np.ndarray[Any, Any] | Mapping[str, np.ndarray[Any, Any]],
     metadata: Mapping[str, Any],
     *,
     latent_flip: np.ndarray[Any, Any] | None = None,
@@ -106,7 +106,8 @@ def encode_sample(
     Args:
         key: Unique name; a dot in it would end it in a tar file, so dots become underscores.
         latent: ``(C, H, W)`` float16 or float32.
-        text: ``(captions, tokens, dim)`` float16 or float32.
+        text: ``(captions, tokens, dim)`` float16 or float32; or all that the network is conditioned on, name to
+            ``(captions or 1, …)``.
         metadata: JSON-like, with ``captions``.
         latent_flip: ``(C, H, W)`` or ``None``.
         picture: Bytes of an encoded picture or ``None``.
@@ -116,10 +117,11 @@ def encode_sample(
     Returns:
         Field name to bytes, and ``__key__``.
     """
+    conditions = {"text": text} if isinstance(text, np.ndarray) else text
     fields: dict[str, Any] = {
         "__key__": key.replace(".", "_"),
         "latent.npy": npy_bytes(latent),
-        "text.npy": npy_bytes(text),
+        **{f"{name}.npy": npy_bytes(array) for name, array in conditions.items()},
         "json": json.dumps(dict(metadata), ensure_ascii=False, sort_keys=True).encode(),
     }
     if latent_flip is not None:

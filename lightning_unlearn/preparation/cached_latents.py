@@ -19,6 +19,7 @@ from lightning_unlearn.preparation.tally import Tally
 # `a_0512x0768_sd.npz` is of a.png, which has 512 x 768 pixels. What lies in it is not scaled; training does that.
 _NAME = re.compile(r"(?P<stem>.+)_\d+x\d+_(?P<kind>sd|sdxl)\.npz")
 _FACTORS = {"sd": 0.18215, "sdxl": 0.13025}
+PIXELS_A_LATENT = 8
 
 
 class CachedLatents:
@@ -88,6 +89,24 @@ class CachedLatents:
         """See :class:`LatentSource`."""
         name = "latents_flipped" if mirrored else "latents"
         return np.stack([self._scaled(item, name) for item in items])
+
+    def numbers(self, item: Item) -> dict[str, list[int]]:
+        """See :class:`LatentSource`; the sizes that Stable Diffusion XL is told, height before width.
+
+        Args:
+            item: The sample.
+
+        Returns:
+            None where the cache does not say them.
+        """
+        arrays = _read(self._file(item.record))
+        if not {"original_size", "crop_ltrb"} <= arrays.keys():
+            return {}
+        (width, height), (left, top, *_) = (
+            arrays[name].astype(int).tolist() for name in ("original_size", "crop_ltrb")
+        )
+        target = [side * PIXELS_A_LATENT for side in arrays["latents"].shape[-2:]]
+        return {"original_size": [height, width], "crop_top_left": [top, left], "target_size": target}
 
     def _scaled(self, item: Item, name: str) -> Array:
         path = self._file(item.record)

@@ -16,6 +16,19 @@ Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
+class Taken:
+    """What was taken of a picture.
+
+    Attributes:
+        original: ``(height, width)`` of all of it.
+        corner: ``(top, left)`` of what was cut out, after it was resized.
+    """
+
+    original: tuple[int, int]
+    corner: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class Item:
     """One sample on its way to a shard.
 
@@ -24,12 +37,14 @@ class Item:
         record: What is known of it.
         pixels: ``(channels, height, width)`` float32 in [-1, 1]; ``None`` where latents are ready.
         preview: An encoded picture for people to look at, if there is one.
+        taken: Which part of the picture the pixels are.
     """
 
     index: int
     record: Record
     pixels: Array | None = None
     preview: bytes | None = None
+    taken: Taken | None = None
 
 
 class LatentSource(Protocol):
@@ -57,6 +72,10 @@ class LatentSource(Protocol):
         """Latents ``(B, C, H, W)`` of ``B`` samples' pictures, or of their mirror images."""
         ...
 
+    def numbers(self, item: Item) -> dict[str, list[int]]:
+        """What a network is told of a picture in numbers, by name."""
+        ...
+
 
 class TextSource(Protocol):
     """Gives the text states of samples.
@@ -64,19 +83,19 @@ class TextSource(Protocol):
     Attributes:
         rows: How many samples it has text for, if it is ready.
         captions: How many captions each of these has.
-        shape: Of one caption, ``(tokens, dim)``.
+        shapes: Name to the shape for one caption; ``text`` is ``(tokens, dim)``.
         cut: Captions that were longer than what is read of them; the first of these, and how many.
         about: What the manifest says of it.
     """
 
     rows: int | None
     captions: int | None
-    shape: tuple[int, ...]
+    shapes: dict[str, tuple[int, ...]]
     cut: Tally
     about: dict[str, Any]
 
-    def states(self, items: Sequence[Item]) -> list[Array]:
-        """Text states of ``B`` samples, each ``(captions, tokens, dim)``."""
+    def states(self, items: Sequence[Item]) -> list[dict[str, Array]]:
+        """The conditions of ``B`` samples by name; ``text`` is ``(captions, tokens, dim)``."""
         ...
 
 
@@ -117,6 +136,10 @@ class PixelLatents:
         """See :class:`LatentSource`."""
         return stack_pixels(items, mirrored=mirrored)
 
+    def numbers(self, item: Item) -> dict[str, list[int]]:
+        """See :class:`LatentSource`; none."""
+        return {}
+
 
 class ReadyLatents:
     """Latents that someone made before, read from the disk as they are needed.
@@ -152,6 +175,10 @@ class ReadyLatents:
         """See :class:`LatentSource`."""
         return np.stack([self.sides[mirrored][item.index] for item in items])
 
+    def numbers(self, item: Item) -> dict[str, list[int]]:
+        """See :class:`LatentSource`; none."""
+        return {}
+
 
 class ReadyText:
     """Text states that someone made before, read from the disk as they are needed.
@@ -168,13 +195,13 @@ class ReadyText:
         self.array = array if array.ndim == 4 else array[:, None]  # (N, captions, tokens, dim)
         self.rows: int | None = len(array)
         self.captions: int | None = self.array.shape[1]
-        self.shape: tuple[int, ...] = self.array.shape[2:]
+        self.shapes: dict[str, tuple[int, ...]] = {"text": self.array.shape[2:]}
         self.cut = Tally()
         self.about: dict[str, Any] = {"encoder": "ready array"}
 
-    def states(self, items: Sequence[Item]) -> list[Array]:
+    def states(self, items: Sequence[Item]) -> list[dict[str, Array]]:
         """See :class:`TextSource`."""
-        return [self.array[item.index] for item in items]
+        return [{"text": self.array[item.index]} for item in items]
 
 
 def _open_array(path: str, dimensions: tuple[int, ...], form: str) -> Array:

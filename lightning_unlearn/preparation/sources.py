@@ -8,10 +8,12 @@ import torch
 
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.preparation.cached_latents import CachedLatents
-from lightning_unlearn.preparation.encoders import VaeLatents, folder_text, pipeline_text
+from lightning_unlearn.preparation.encoders import folder_text, pipeline_text
+from lightning_unlearn.preparation.family_text import family_text
 from lightning_unlearn.preparation.inputs import LatentSource, PixelLatents, ReadyLatents, ReadyText, TextSource
 from lightning_unlearn.preparation.tally import Tally
 from lightning_unlearn.preparation.text_changes import TextChanges
+from lightning_unlearn.preparation.vae import VaeLatents
 
 # What transformers saves of a tokenizer.
 _TOKENIZER = ("tokenizer_config.json", "tokenizer.json", "vocab.json", "spiece.model")
@@ -87,7 +89,8 @@ def text_source(
     folder = None if text_encoder is None else Path(text_encoder).expanduser()
     # A training saves a pipeline's encoder without its tokenizer, which it did not change.
     if pipeline is not None and (folder is None or not any((folder / name).is_file() for name in _TOKENIZER)):
-        return pipeline_text(Path(pipeline).expanduser(), device, batch_size, changes, folder)
+        found = None if folder is not None else family_text(Path(pipeline).expanduser(), device, batch_size, changes)
+        return found or pipeline_text(Path(pipeline).expanduser(), device, batch_size, changes, folder)
     assert folder is not None
     return folder_text(folder, tokens, device, batch_size, changes)
 

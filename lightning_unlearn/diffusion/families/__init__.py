@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_unlearn.diffusion.families.aura_flow import AuraFlowFamily
-from lightning_unlearn.diffusion.families.base import Condition, Family
+from lightning_unlearn.diffusion.families.base import Condition, Family, encode_kl, scaling_of
 from lightning_unlearn.diffusion.families.chroma import ChromaFamily
 from lightning_unlearn.diffusion.families.flux import FluxFamily
 from lightning_unlearn.diffusion.families.flux_2 import Flux2Family
@@ -24,7 +24,7 @@ FAMILIES: tuple[Family, ...] = (
     AuraFlowFamily(),
 )
 
-__all__ = ["FAMILIES", "Condition", "Family", "UNetFamily", "family_of"]
+__all__ = ["FAMILIES", "Condition", "Family", "UNetFamily", "encode_kl", "family_of", "scaling_of"]
 
 
 def family_of(network: nn.Module) -> Family:

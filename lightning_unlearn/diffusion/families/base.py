@@ -61,6 +61,7 @@ class Family(ABC):
             means nothing in the family is left out.
         conditions: What the networks are given, by name.
         latent_dimensions: 3 for ``(C, H, W)`` latents, 4 for ``(C, F, H, W)``.
+        vae_class: The class of the VAE whose latents the networks work on.
         flow: How flows of the family are usually trained; ``None`` for a family of noise schedules.
     """
 
@@ -69,6 +70,7 @@ class Family(ABC):
     selections: ClassVar[Mapping[str, Sequence[str]]]
     conditions: ClassVar[Mapping[str, Condition]] = {"text": TEXT}
     latent_dimensions: ClassVar[int] = 3
+    vae_class: ClassVar[str] = "AutoencoderKL"
     flow: ClassVar[FlowTraining | None] = None
 
     def knows(self, network: nn.Module) -> bool:
@@ -206,13 +208,7 @@ class Family(ABC):
             Mean and standard deviation ``(B, C, H, W)`` of the VAE's distribution; no deviation where the VAE gives a
             code and no distribution.
         """
-        distribution = vae.encode(pixels).latent_dist
-        config = vae.config
-        # Some VAEs normalise each channel (diffusers' latents_mean, latents_std), others have one shift for all.
-        shift = torch.as_tensor(config.get("latents_mean") or [config.get("shift_factor") or 0.0]).to(pixels)
-        spread = torch.as_tensor(config.get("latents_std") or [1.0]).to(pixels)
-        factor = config.get("scaling_factor", 0.18215) / spread[:, None, None]
-        return (distribution.mean - shift[:, None, None]) * factor, distribution.std * factor
+        return encode_kl(vae, pixels)
 
     @final
     def predict(self, network: nn.Module, noisy: Tensor, timesteps: Tensor, batch: ViewBatch) -> Tensor:
@@ -262,3 +258,36 @@ def setting(network: nn.Module, name: str) -> Any:
     """
     config = getattr(network, "config", None)
     return config.get(name) if isinstance(config, Mapping) else None
+
+
+def encode_kl(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Latents of an ``AutoencoderKL``; see :meth:`Family.encode_pictures`.
+
+    Args:
+        vae: The VAE.
+        pixels: ``(B, channels, H, W)`` in [-1, 1].
+
+    Returns:
+        Mean and standard deviation ``(B, C, H, W)``, scaled and shifted as its config says.
+    """
+    distribution = vae.encode(pixels).latent_dist
+    said = scaling_of(vae)
+    shift, factor = (torch.tensor(said[name]).to(pixels)[:, None, None] for name in ("shift", "factor"))
+    return (distribution.mean - shift) * factor, distribution.std * factor
+
+
+def scaling_of(vae: Any) -> dict[str, list[float]]:
+    """How the latents of a VAE are shifted and scaled, by its config.
+
+    Args:
+        vae: Of diffusers.
+
+    Returns:
+        ``shift`` and ``factor``, one number for all channels or one for each.
+    """
+    config = vae.config
+    # Some VAEs normalise each channel (diffusers' latents_mean, latents_std), others have one shift for all.
+    shift = config.get("latents_mean") or [config.get("shift_factor") or 0.0]
+    spread = config.get("latents_std") or [1.0]
+    factor = config.get("scaling_factor", 0.18215) / torch.tensor(spread)
+    return {"shift": torch.tensor(shift).flatten().tolist(), "factor": factor.flatten().tolist()}
