@@ -59,7 +59,8 @@ class FisherAccumulator(ResumedSums):
     Args:
         target: Dotted name of the network in the LightningModule, e.g. ``"unet"``; ``""`` for the module itself.
         parameters: Which of its weights: ``text_kv``, ``cross_attention``, ``attention``, ``feed_forward``, ``all``, or
-            patterns of layer names (see :func:`lightning_unlearn.weights.parameters.select_layers`).
+            patterns of layer names; in a training of an adapter (PEFT), ``adapter`` for its ``A`` and ``B``, whatever
+            layers it is on (see :func:`lightning_unlearn.weights.parameters.select_layers`).
         fisher: The kind of Fisher: ``diagonal`` or ``ekfac``.
         path: Where the Fisher is written at the end of training, as safetensors; relative to
             ``trainer.default_root_dir``.
