@@ -117,9 +117,11 @@ def stages_of(plan: Plan, passes: int = 5) -> list[Stage]:
 def _unlearning(plan: Plan, sizes: Sizes, backward: CallMemory | None) -> Stage:
     strategy = plan.strategy
     taken = (plan.queries * plan.draws + plan.targets * strategy.real_draws) * strategy.steps
-    measured = plan.queries * plan.rise_draws
-    if getattr(strategy, "searches", False):
-        measured += SEARCHED * strategy.steps * (plan.queries * plan.rise_draws + plan.targets * DATA_DRAWS)
+    # Before the first step, and after each as often as its size is tried.
+    tried = SEARCHED if getattr(strategy, "searches", False) else 1
+    measured = plan.queries * plan.rise_draws * (1 + tried * strategy.steps)
+    if strategy.needs_samples:
+        measured += plan.targets * DATA_DRAWS * tried * strategy.steps
     if strategy.needs_samples:
         measured += DATA_DRAWS
     deltas = plan.targets * sizes.delta

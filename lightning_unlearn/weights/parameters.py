@@ -129,7 +129,11 @@ def select_layers(network: nn.Module, selection: str | Sequence[str]) -> dict[st
     elif selection == "adapter":
         patterns = _ADAPTER
     elif isinstance(selection, str):
-        patterns = family_of(network).selections[selection]
+        family = family_of(network)
+        if selection not in family.selections:
+            others = ", ".join([*family.selections, "all"])
+            raise InputError(f"{selection!r} means nothing in {family.title}; choose {others}, or give patterns.")
+        patterns = family.selections[selection]
     else:
         patterns = selection
     covered = {name: module for name, module in network.named_modules() if _seems_covered(module)}
