@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 
 import torch
@@ -35,7 +36,6 @@ class BatchWatch:
         self._layers = dict(layers)
         self._take_layer = take_layer
         self._sums: dict[str, Summed] = {}  # of the layers that were given away
-        self._finite: list[Tensor] = []
         self._growth = GradientGrowth(layers, self._give_away_complete)
         self._growth.attach()
         self._capture = GradientCapture(layers, network)
@@ -87,7 +87,7 @@ class BatchWatch:
         self._saw_backward = self._inside = True
         self._capture.forget()
         self._growth.take()
-        self._sums, self._finite = {}, []
+        self._sums = {}
         self._loss_factor = None
         if loss.requires_grad:
             loss.register_hook(self._note_factor)  # type: ignore[no-untyped-call]
@@ -106,8 +106,6 @@ class BatchWatch:
     def _give_away(self, name: str, uses: list[Use]) -> None:
         with torch.autocast(uses[0].layer.inputs.device.type, enabled=False):
             self._sums[name] = self._growth.summed(name, uses)
-            for use in uses:
-                self._finite += [use.layer.inputs.isfinite().all(), use.layer.output_gradients.isfinite().all()]
             self._take_layer(name, uses)
 
     def take(self, loss_scale: float) -> bool | None:
@@ -140,11 +138,13 @@ class BatchWatch:
         ratios, names = self._growth.differences(self._sums, grown)
         device = ratios.device
         factor = self._loss_factor if self._loss_factor is not None else torch.ones((), device=device)
-        # Asked once for all: each answer waits for the device.
-        flags = [flag.to(device, torch.float64) for flag in [*self._finite, factor.sum()]]
-        answers = torch.cat([torch.stack(flags), ratios.double()]).tolist()
-        finite, factor_seen, off = answers[: len(flags) - 1], answers[len(flags) - 1], answers[len(flags) :]
-        if not all(finite) or any(ratio != ratio for ratio in off):
+        # What is not finite makes its row's number, and so their sum, not finite. Asked once for all: each answer waits
+        # for the device.
+        sums = [numbers.sum().to(device) for summed in self._sums.values() for numbers in summed.kinds.values()]
+        numbers = torch.stack([factor.sum().to(device, torch.float64), *sums])
+        factor_seen, *answers = torch.cat([numbers, ratios.double()]).tolist()
+        off = answers[len(sums) :]
+        if not all(map(math.isfinite, answers[: len(sums)])) or any(map(math.isnan, off)):
             return False
         for (name, kind), ratio in zip(names, off, strict=True):
             if ratio > 1:

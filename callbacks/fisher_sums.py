@@ -96,6 +96,16 @@ class FisherSums:
             total.merge(earlier)
         return total
 
+    def without_this_rank(self) -> dict[str, Any] | None:
+        """What all ranks know without asking each other: the state that this stage of this fit began with.
+
+        Returns:
+            It; nothing if the fit began with nothing.
+        """
+        if self.earlier is None and self.local is not None and self.local.stage not in (None, *self.local.stages[:1]):
+            return self.local.empty().state()
+        return self.earlier
+
     def _new(self, like: Fisher) -> Fisher:
         """One of the same layers and targets, in its first stage."""
         new = FISHERS[self.kind](like.layers)
@@ -117,10 +127,11 @@ class FisherSums:
             total.next_stage()
         # Bases of several decompositions could differ (in signs, or where eigenvalues are equal), and sums within
         # them would not add up; so one rank decomposes for all.
-        self.earlier = self._trainer.strategy.broadcast(total.state() if self._trainer.is_global_zero else None)
-        assert self.earlier is not None
-        total.load_state(self.earlier)
-        self.local = total.empty().to(self._trainer.strategy.root_device)
+        begun = self._trainer.strategy.broadcast(total.state() if self._trainer.is_global_zero else None)
+        assert begun is not None
+        total.load_state(begun)
+        # What came before is in the bases, which are large: they are kept once.
+        self.local, self.earlier = total.empty().to(self._trainer.strategy.root_device), None
         rank_zero_info(f"FisherAccumulator took {stage} of {taken} samples, and goes on to {total.stage}.")
 
     def finish(self) -> Fisher:
