@@ -56,7 +56,7 @@ def test_from_a_pipeline_to_scores(tmp_path: Path, name: str, parameters: str) -
         "strategy": {
             "class_path": "Newton",
             "init_args": {
-                "alpha": 1e-3,
+                "alpha": 1e-7,
                 "N": 6,
                 "step_range": {"longest": 1e9, "least_linear": 0.0, "most_others": 1e9},
             },

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from attribution_runs import trainer
+from attribution_runs import random_fisher, trainer
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from lightning_unlearn.callbacks import FisherAccumulator, ScoreWriter
@@ -16,6 +19,8 @@ from lightning_unlearn.datamodules import AttributionDataModule, TrainingDataMod
 from lightning_unlearn.diffusion.flow_matching import FlowMatchingObjective
 from lightning_unlearn.draws.views import Views, place_timesteps
 from lightning_unlearn.scores.files import read_scores
+from lightning_unlearn.scores.table import ScoreTable
+from lightning_unlearn.strategies import Newton
 from lightning_unlearn.training import FisherPass
 from lightning_unlearn.unlearning.module import UnlearningModule
 
@@ -109,3 +114,51 @@ def test_a_training_picture_finds_itself_first(
     table = read_scores(tmp_path / "run")
     for column, key in enumerate(table.queries):
         assert table.keys[int(table.scores[:, column].argmax())] == key
+
+
+class StopError(RuntimeError):
+    pass
+
+
+class StopAfter(Callback):
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
+
+    def on_predict_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
+        if batch_idx == self.batches:
+            raise StopError
+
+
+def test_scores_do_not_depend_on_batches_order_or_a_restart(
+    tmp_path: Path, network: nn.Module, objective: FlowMatchingObjective, shards: Path
+) -> None:
+    """The law, for pooled text, a density of timesteps and noise of each sample's own."""
+    fisher = random_fisher(network, "text_kv")
+    views = Views(4, noise="per_sample")
+    module = UnlearningModule(
+        network, objective, fisher, strategy=Newton(target_increase=0.5), views=views, rise_draws=8
+    )
+    queries: dict[str, Any] = {"query_keys": ["picture-03", "picture-20"], "draws": 16}
+    trainer(tmp_path).fit(module, AttributionDataModule(str(shards), str(shards), **queries))
+    backwards = tmp_path / "backwards"
+    backwards.mkdir()
+    names = sorted(path.name for path in shards.glob("*.tar"))
+    for new, old in zip(names, reversed(names), strict=True):
+        shutil.copy(shards / old, backwards / new)
+
+    def scored(out: str, folder: Path, batch_size: int, *callbacks: Callback) -> ScoreTable:
+        data = AttributionDataModule(str(folder), str(shards), batch_size=batch_size, **queries)
+        trainer(tmp_path, ScoreWriter(str(tmp_path / out)), *callbacks).predict(module, data)
+        return read_scores(tmp_path / out)
+
+    expected = scored("expected", shards, 8)
+    with pytest.raises(StopError):
+        scored("restarted", shards, 3, StopAfter(4))  # within the second shard
+    for found in (
+        scored("single", shards, 1),
+        scored("odd", shards, 5),
+        scored("backwards", backwards, 8),
+        scored("restarted", shards, 3),
+    ):
+        assert found.keys == expected.keys
+        assert (abs(found.scores - expected.scores).max(0) <= 1e-4 * expected.scores.std(0)).all()
