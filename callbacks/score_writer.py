@@ -16,7 +16,7 @@ from torch import Tensor
 from torchmetrics.functional import spearman_corrcoef
 from typing_extensions import override
 
-from lightning_unlearn.data.files import write_atomically
+from lightning_unlearn.data.files import check_folder, write_atomically
 from lightning_unlearn.data.samples import Sample
 from lightning_unlearn.data.shards import ShardInfo, shard_id
 from lightning_unlearn.errors import InputError
@@ -125,6 +125,7 @@ class ScoreWriter(Callback):
         if keys is not None:  # a shard of another selection is another table
             fingerprints["keys"] = digest(*sorted(keys))
         self._run = run_digest(fingerprints)
+        check_folder(self.folder, "give ScoreWriter another folder")
         earlier = earlier_run(self.folder, fingerprints)
         # What an earlier run noted of this rank's shards.
         for name in self._to_score(trainer):

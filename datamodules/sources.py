@@ -103,6 +103,8 @@ def _expand(url: str, manifests: dict[str, dict[str, ShardInfo]]) -> list[ShardI
         if not is_command(url):
             check_kind(url)
         return [ShardInfo(url)]
+    if not url.strip():
+        raise InputError("An empty name is given for shards; name a folder, paths, brace patterns or addresses.")
     if not _exists(url):
         raise InputError(
             f"There is no shard at {url}; check the path, or the folder you run from. Several shards are named by "
@@ -125,6 +127,8 @@ def _alone(path: Path, manifests: dict[str, dict[str, ShardInfo]]) -> ShardInfo:
 
 def _plain(path: Path) -> ShardInfo:
     path.name.encode()
+    if path.suffix.lower()[1:] in PICTURE_FIELDS:
+        raise _of_pictures(path, path.parent)
     state = path.stat()
     if not stat.S_ISREG(state.st_mode) and not stat.S_ISDIR(state.st_mode):
         raise InputError(f"{path} is no regular file; name files of shards.")
@@ -156,15 +160,18 @@ def _in_folder(folder: Path, manifests: dict[str, dict[str, ShardInfo]]) -> list
 
 def _refuse_pictures(folder: Path) -> None:
     """Tell a person who names pictures, in a folder or those right below it, what shards are."""
-    inside = (
-        path for place in (folder, *sorted(folder.iterdir())) if place.is_dir() for path in sorted(place.iterdir())
-    )
-    picture = next((path.name for path in inside if path.suffix.lower()[1:] in PICTURE_FIELDS), None)
+    places = [folder, *(path for path in sorted(folder.iterdir()) if path.is_dir())]
+    inside = (path for place in places for path in sorted(place.iterdir()))
+    picture = next((path for path in inside if path.suffix.lower()[1:] in PICTURE_FIELDS), None)
     if picture is not None:
-        raise InputError(
-            f"{folder} holds pictures (e.g. {picture!r}), not shards; make shards of them with `lightning-unlearn "
-            f"prepare --images {folder} --output FOLDER …`, and name that folder."
-        )
+        raise _of_pictures(picture, folder)
+
+
+def _of_pictures(picture: Path, folder: Path) -> InputError:
+    return InputError(
+        f"{folder} holds pictures (e.g. {picture.name!r}), not shards; make shards of them with `lightning-unlearn "
+        f"prepare --images {folder} --output FOLDER …`, and name that folder."
+    )
 
 
 def _manifest(folder: Path, manifests: dict[str, dict[str, ShardInfo]]) -> dict[str, ShardInfo]:

@@ -11,7 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_unlearn.baselines import Baseline
 from lightning_unlearn.callbacks import ScoreWriter
-from lightning_unlearn.command_line.command_parts import BARE, make_folder, many, say
+from lightning_unlearn.command_line.command_parts import BARE, check_top, make_folder, many, say
 from lightning_unlearn.command_line.method_run import MethodRun
 from lightning_unlearn.command_line.quiet import quiet
 from lightning_unlearn.command_line.race_command import RaceRun, check_race
@@ -74,6 +74,7 @@ def attribute(arguments: list[str]) -> None:
     with quiet(steps=True), one_sentence():
         cli = TrainerCLI("attribute", arguments, description, options, **BARE)
         module, data, trainer = attribution_parts(cli)
+        check_top(cli.config.top)
         output, method = Path(cli.config.output), cli.config_init["method"]
         if isinstance(method, Baseline):
             _refuse_options_of_unlearning(cli, method)
