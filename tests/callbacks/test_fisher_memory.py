@@ -63,7 +63,7 @@ class Trained(LightningModule):
 
 def fit(folder: Path, module: Trained, accumulator: FisherAccumulator | None) -> None:
     data: Any = torch.randn(2 * BATCH, POSITIONS, WIDTH, generator=torch.Generator().manual_seed(1))
-    quiet = {name: False for name in ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")}
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     callbacks: Any = [accumulator] if accumulator else []
     trainer = Trainer(max_epochs=2, accelerator="cpu", devices=1, callbacks=callbacks, default_root_dir=folder, **quiet)
     trainer.fit(module, DataLoader(data, BATCH))
