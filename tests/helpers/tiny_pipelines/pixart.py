@@ -1,0 +1,45 @@
+"""A tiny PixArt-α with sizes, and a tiny PixArt-Σ without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_pipelines.parts import t5_encoder, t5_tokenizer, vae
+
+TEXT = 12
+
+
+def network(sizes: bool = True) -> Any:
+    from diffusers import PixArtTransformer2DModel
+
+    return PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=6,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        # With 128 the pipeline hands over sizes, and so its pictures are of 256 pixels here.
+        sample_size=128 if sizes else 8,
+        patch_size=2,
+        cross_attention_dim=12,
+        caption_channels=TEXT,
+        use_additional_conditions=sizes,
+    ).eval()
+
+
+def make(folder: Path, sigma: bool = False) -> Path:
+    from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtSigmaPipeline
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        kind = PixArtSigmaPipeline if sigma else PixArtAlphaPipeline
+        kind(
+            tokenizer=t5_tokenizer(),
+            text_encoder=t5_encoder(TEXT),
+            vae=vae(),
+            transformer=network(not sigma),
+            scheduler=DPMSolverMultistepScheduler(),
+        ).save_pretrained(folder)
+    return folder
