@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_unlearn.diffusion.families.aura_flow import AuraFlowFamily
-from lightning_unlearn.diffusion.families.base import Condition, Family, encode_kl, scaling_of
+from lightning_unlearn.diffusion.families.base import Condition, Family
 from lightning_unlearn.diffusion.families.chroma import ChromaFamily
 from lightning_unlearn.diffusion.families.class_unet import ClassTextUNetFamily, ClassUNetFamily
 from lightning_unlearn.diffusion.families.dit import DiTFamily
@@ -13,6 +13,7 @@ from lightning_unlearn.diffusion.families.flux import FluxFamily
 from lightning_unlearn.diffusion.families.flux_2 import Flux2Family
 from lightning_unlearn.diffusion.families.hunyuan_dit import HunyuanDiTFamily
 from lightning_unlearn.diffusion.families.kandinsky_2 import Kandinsky2Family
+from lightning_unlearn.diffusion.families.vaes import encode_kl, scaling_of
 from lightning_unlearn.diffusion.families.pixart import PixArtFamily
 from lightning_unlearn.diffusion.families.stable_diffusion_3 import StableDiffusion3Family
 from lightning_unlearn.diffusion.families.stable_diffusion_xl import StableDiffusionXLFamily

@@ -37,7 +37,5 @@ def resolved(family: Family, selection: str) -> Sequence[str]:
         usual = "text_kv" if "text_kv" in family.selections else "attention, feed_forward"
         return [name for name in (family.auto or usual).split(", ") if name in there]
     if selection not in there:
-        raise InputError(
-            f"{family.title} has no weights that {selection!r} means; choose one of {', '.join(there)}."
-        )
+        raise InputError(f"{family.title} has no weights that {selection!r} means; choose one of {', '.join(there)}.")
     return [selection]

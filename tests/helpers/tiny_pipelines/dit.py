@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-from tiny_pipelines.parts import vae
+from tiny_pipelines.parts import kl_autoencoder, saved, seeded
 
 
 def network() -> Any:
@@ -27,7 +26,4 @@ def network() -> Any:
 def make(folder: Path) -> Path:
     from diffusers import DDIMScheduler, DiTPipeline
 
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        DiTPipeline(network(), vae(), DDIMScheduler()).save_pretrained(folder)
-    return folder
+    return saved(DiTPipeline(seeded(network), kl_autoencoder(4), DDIMScheduler()), folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
+from tiny_pipelines.parts import saved, seeded
 
 STATE = 12
 
@@ -35,9 +35,8 @@ def network() -> Any:
 def make(folder: Path) -> Path:
     from diffusers import DDPMScheduler, KandinskyV22Pipeline, VQModel
 
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        movq = VQModel(
+    def movq() -> Any:
+        return VQModel(
             block_out_channels=(8, 8),
             down_block_types=("DownEncoderBlock2D",) * 2,
             up_block_types=("UpDecoderBlock2D",) * 2,
@@ -46,6 +45,6 @@ def make(folder: Path) -> Path:
             vq_embed_dim=4,
             num_vq_embeddings=12,
         )
-        scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, clip_sample=False, variance_type="learned_range")
-        KandinskyV22Pipeline(network(), scheduler, movq.eval()).save_pretrained(folder)
-    return folder
+
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, clip_sample=False, variance_type="learned_range")
+    return saved(KandinskyV22Pipeline(seeded(network), scheduler, seeded(movq)), folder)

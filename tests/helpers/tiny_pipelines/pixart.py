@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-from tiny_pipelines.parts import t5_encoder, t5_tokenizer, vae
+from tiny_pipelines.parts import kl_autoencoder, saved, seeded, t5_encoder, t5_tokenizer
 
 TEXT = 12
 
@@ -32,14 +31,12 @@ def network(sizes: bool = True) -> Any:
 def make(folder: Path, sigma: bool = False) -> Path:
     from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtSigmaPipeline
 
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        kind = PixArtSigmaPipeline if sigma else PixArtAlphaPipeline
-        kind(
-            tokenizer=t5_tokenizer(),
-            text_encoder=t5_encoder(TEXT),
-            vae=vae(),
-            transformer=network(not sigma),
-            scheduler=DPMSolverMultistepScheduler(),
-        ).save_pretrained(folder)
-    return folder
+    kind = PixArtSigmaPipeline if sigma else PixArtAlphaPipeline
+    pipeline = kind(
+        tokenizer=t5_tokenizer(),
+        text_encoder=t5_encoder(TEXT),
+        vae=kl_autoencoder(4),
+        transformer=seeded(lambda: network(not sigma)),
+        scheduler=DPMSolverMultistepScheduler(),
+    )
+    return saved(pipeline, folder)
