@@ -102,8 +102,9 @@ FIXED_KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_flow_sigmas": ((False, None), "that is flow matching"),
     "timestep_type": (("discrete", None), "a network of it takes logarithms of sigmas in the place of timesteps"),
     "variance_type": (
-        ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", None),
-        "a network of it predicts a variance too",
+        # Whether a network predicts a variance too, and where it lies, its family knows by its channels.
+        ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range", None),
+        "what a network of it predicts is not known",
     ),
 }
 # What diffusers itself writes beside the settings.

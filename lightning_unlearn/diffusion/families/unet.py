@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_unlearn.data.samples import ViewBatch
 from lightning_unlearn.diffusion.families.base import OWN_OBJECTIVE, Family, setting
+from lightning_unlearn.diffusion.families.selections import BLOCK_SELECTIONS
 from lightning_unlearn.errors import InputError
 
 # Settings by which a U-Net takes more than latents, timesteps and text states, the values with which it does not, and
@@ -26,17 +27,15 @@ class UNetFamily(Family):
     """``diffusers.UNet2DConditionModel``: text enters through ``attn2.to_k`` and ``attn2.to_v`` and nowhere else.
 
     Wang et al. (arXiv 2406.09408, Section 4 and Table 2) unlearn just these weights.
+
+    Attributes:
+        plain: Settings by which a U-Net takes more than this family gives it, the values with which it does not, and
+            what it would take.
     """
 
     title: ClassVar[str] = "Stable Diffusion 1 and 2"
     class_names: ClassVar[Sequence[str]] = ("UNet2DConditionModel",)
-    selections: ClassVar[Mapping[str, Sequence[str]]] = {
-        "text_kv": (r".*\.attn2\.to_[kv]",),
-        "cross_attention": (r".*\.attn2\.(to_[qkv]|to_out\.0)",),
-        "attention": (r".*\.attn[12]\.(to_[qkv]|to_out\.0)",),
-        "feed_forward": (r".*\.ff\.net\.(0\.proj|2)",),
-    }
-
+    selections: ClassVar[Mapping[str, Sequence[str]]] = BLOCK_SELECTIONS
     plain: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = PLAIN
 
     def check(self, network: nn.Module) -> None:
