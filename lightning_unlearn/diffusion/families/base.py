@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
-import torch
 from torch import Tensor, nn
 
 from lightning_unlearn.data.conditions import Conditions
 from lightning_unlearn.data.samples import ViewBatch
+from lightning_unlearn.diffusion.families.vaes import encode_kl
 from lightning_unlearn.diffusion.timestep_density import Density
 from lightning_unlearn.errors import InputError
 
@@ -63,6 +63,8 @@ class Family(ABC):
         latent_dimensions: 3 for ``(C, H, W)`` latents, 4 for ``(C, F, H, W)``.
         vae_class: The class of the VAE whose latents the networks work on.
         flow: How flows of the family are usually trained; ``None`` for a family of noise schedules.
+        plain: Settings by which a network takes more than the family gives it: the values with which it does not, and
+            what it would take.
     """
 
     title: ClassVar[str]
@@ -72,6 +74,7 @@ class Family(ABC):
     latent_dimensions: ClassVar[int] = 3
     vae_class: ClassVar[str] = "AutoencoderKL"
     flow: ClassVar[FlowTraining | None] = None
+    plain: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {}
 
     def knows(self, network: nn.Module) -> bool:
         """Whether a network is one of this family.
@@ -94,6 +97,7 @@ class Family(ABC):
         Raises:
             InputError: If it needs more than the family gives it, or predicts more than one value a latent.
         """
+        refuse_settings(network, self.plain)
         takes, gives = setting(network, "in_channels"), setting(network, "out_channels")
         if gives is None or takes is None or takes == gives:
             return
@@ -260,34 +264,20 @@ def setting(network: nn.Module, name: str) -> Any:
     return config.get(name) if isinstance(config, Mapping) else None
 
 
-def encode_kl(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Latents of an ``AutoencoderKL``; see :meth:`Family.encode_pictures`.
+def refuse_settings(network: nn.Module, plain: Mapping[str, tuple[tuple[Any, ...], str]]) -> None:
+    """Refuse a network that takes more than its family gives it.
 
     Args:
-        vae: The VAE.
-        pixels: ``(B, channels, H, W)`` in [-1, 1].
+        network: With a config.
+        plain: See :attr:`Family.plain`.
 
-    Returns:
-        Mean and standard deviation ``(B, C, H, W)``, scaled and shifted as its config says.
+    Raises:
+        InputError: If its config says so.
     """
-    distribution = vae.encode(pixels).latent_dist
-    said = scaling_of(vae)
-    shift, factor = (torch.tensor(said[name]).to(pixels)[:, None, None] for name in ("shift", "factor"))
-    return (distribution.mean - shift) * factor, distribution.std * factor
-
-
-def scaling_of(vae: Any) -> dict[str, list[float]]:
-    """How the latents of a VAE are shifted and scaled, by its config.
-
-    Args:
-        vae: Of diffusers.
-
-    Returns:
-        ``shift`` and ``factor``, one number for all channels or one for each.
-    """
-    config = vae.config
-    # Some VAEs normalise each channel (diffusers' latents_mean, latents_std), others have one shift for all.
-    shift = config.get("latents_mean") or [config.get("shift_factor") or 0.0]
-    spread = config.get("latents_std") or [1.0]
-    factor = config.get("scaling_factor", 0.18215) / torch.tensor(spread)
-    return {"shift": torch.tensor(shift).flatten().tolist(), "factor": factor.flatten().tolist()}
+    for key, (values, what) in plain.items():
+        value = setting(network, key)
+        if value not in values:
+            raise InputError(
+                f"This {type(network).__name__} takes {what} (its config has {key} {value!r}), which samples don't "
+                f"hold; {OWN_OBJECTIVE}."
+            )
