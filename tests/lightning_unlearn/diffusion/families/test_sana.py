@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import inspect
 from dataclasses import replace
 
 import pytest
@@ -98,8 +97,8 @@ def test_what_does_not_fit_is_refused(model: Opened) -> None:
     for change, words in (({"text": good.text}, "'text_mask'"), ({"text": torch.zeros(3, 4, 7)}, "Text states are")):
         with pytest.raises(InputError, match=words):
             model.family.predict(model.network, latents, times, replace(good, conditions=change))
+    odd = torch.zeros(3, 5, 8, 8)
     with pytest.raises(InputError, match="channels"):
-        odd = torch.zeros(3, 5, 8, 8)
         model.family.predict(model.network, odd, times, replace(good, latents=odd))
 
 
