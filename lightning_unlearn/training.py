@@ -81,7 +81,7 @@ class DiffusionModule(LightningModule):
                     "These shards hold no latent_flip.npy; prepare them with flips, or set flips to false."
                 )
             mirrored = torch.rand(len(batch), device=self.device) < 0.5
-            latents = torch.where(mirrored[:, None, None, None], batch.latents_flip, latents)
+            latents = torch.where(mirrored.reshape(-1, *[1] * (latents.ndim - 1)), batch.latents_flip, latents)
         length, density = self.objective.num_timesteps, self.objective.density()
         if density is None:
             timesteps = torch.randint(0, length, (len(batch),), device=self.device)

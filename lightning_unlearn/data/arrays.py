@@ -17,13 +17,13 @@ LARGEST_LATENT = 1e4
 LARGEST_TEXT = 1e7
 
 
-def decode_array(content: bytes, name: str, dimensions: int, largest: float, where: str) -> Tensor:
+def decode_array(content: bytes, name: str, dimensions: int | tuple[int, ...], largest: float, where: str) -> Tensor:
     """Decode and check an array.
 
     Args:
         content: An ``.npy`` file of float16 or float32.
         name: Of the field, for messages.
-        dimensions: How many it must have.
+        dimensions: How many it must have; several numbers are all right.
         largest: The largest magnitude that is taken for a number somebody meant.
         where: Whose array it is, for messages.
 
@@ -47,10 +47,11 @@ def decode_array(content: bytes, name: str, dimensions: int, largest: float, whe
     except Exception as error:  # a damaged header makes NumPy raise nearly anything, TokenError among it
         reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
         raise InputError(f"{where}: {name} is not a plain NumPy array ({reason}); write it with numpy.save.") from None
-    if dtype not in (np.float16, np.float32) or len(shape) != dimensions:
+    right = (dimensions,) if isinstance(dimensions, int) else dimensions
+    if dtype not in (np.float16, np.float32) or len(shape) not in right:
         raise InputError(
             f"{where}: {name} is {dtype} with {len(shape)} dimensions, but must be float16 or float32 with "
-            f"{dimensions}; make the shard again with `lightning-unlearn prepare`."
+            f"{' or '.join(map(str, right))}; make the shard again with `lightning-unlearn prepare`."
         )
     promised, held = math.prod(shape) * dtype.itemsize, len(content) - stream.tell()
     if promised != held:

@@ -4,6 +4,7 @@ A sample is a mapping of field name to bytes, as WebDataset reads it from a tar 
 
 ``latent.npy``
     ``(C, H, W)`` float16 or float32: what the network is trained on; an image in [-1, 1] for a pixel-space model.
+    ``(C, F, H, W)`` of a video.
 ``latent_flip.npy``
     Optional, the same shape: the latent of the mirrored picture (which is not the mirrored latent).
 ``text.npy``, ``pooled.npy``, …
@@ -198,13 +199,13 @@ def decode_sample(fields: Mapping[str, Any]) -> Sample:
         raise InputError(f"{where} has no captions; its json needs a list of strings named 'captions'.")
     if not _is_text(json.dumps(metadata, ensure_ascii=False)):
         raise InputError(f"{where}: its json holds half a surrogate pair, which is no text; write it anew.")
-    latent = decode_array(fields["latent.npy"], "latent.npy", 3, LARGEST_LATENT, where)
+    latent = decode_array(fields["latent.npy"], "latent.npy", (3, 4), LARGEST_LATENT, where)
     if "text.npy" not in fields and any(captions) and not metadata.get(NUMBERS):
         _check_present(["text.npy"], where)
     conditions = decode_conditions(fields, metadata, len(captions), where)
     flip = None
     if "latent_flip.npy" in fields:
-        flip = decode_array(fields["latent_flip.npy"], "latent_flip.npy", 3, LARGEST_LATENT, where)
+        flip = decode_array(fields["latent_flip.npy"], "latent_flip.npy", (3, 4), LARGEST_LATENT, where)
     if flip is not None and flip.shape != latent.shape:
         raise InputError(
             f"{where}: latent_flip.npy {tuple(flip.shape)} and latent.npy {tuple(latent.shape)} differ in shape."

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from lightning_unlearn.data.samples import ViewBatch
 from lightning_unlearn.diffusion.contract import Objective, first_with
 from lightning_unlearn.diffusion.families import FAMILIES, family_of
-from lightning_unlearn.diffusion.families.base import FlowTraining, setting
+from lightning_unlearn.diffusion.families.base import FlowTraining
+from lightning_unlearn.diffusion.families.settings import setting
 from lightning_unlearn.diffusion.flow_schedule import load_flow_scheduler
 from lightning_unlearn.diffusion.mean_errors import drawn_error, mean_error
 from lightning_unlearn.diffusion.timestep_density import DENSITIES, Density, timestep_probabilities

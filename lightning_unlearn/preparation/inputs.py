@@ -141,11 +141,14 @@ class PixelLatents:
         return {}
 
 
+_LATENTS = "(N, C, H, W) or (N, C, F, H, W)"
+
+
 class ReadyLatents:
     """Latents that someone made before, read from the disk as they are needed.
 
     Args:
-        path: An ``.npy`` file ``(N, C, H, W)``.
+        path: An ``.npy`` file ``(N, C, H, W)``, or ``(N, C, F, H, W)`` of videos.
         path_flip: Those of the mirrored pictures.
 
     Raises:
@@ -153,9 +156,9 @@ class ReadyLatents:
     """
 
     def __init__(self, path: str, path_flip: str | None) -> None:
-        self.sides = {False: _open_array(path, (4,), "(N, C, H, W)")}
+        self.sides = {False: _open_array(path, (4, 5), _LATENTS)}
         if path_flip is not None:
-            self.sides[True] = _open_array(path_flip, (4,), "(N, C, H, W)")
+            self.sides[True] = _open_array(path_flip, (4, 5), _LATENTS)
             if self.sides[True].shape != self.sides[False].shape:
                 raise InputError(
                     f"{path_flip} {self.sides[True].shape} and {path} {self.sides[False].shape} differ in shape; "

@@ -101,9 +101,9 @@ def prepare(
         text_encoder: Folder of a transformers encoder with its tokenizer; states of padding are set to zero. With a
             pipeline, one without a tokenizer (checkpoint-500/text_encoder) takes the place of the pipeline's own.
         tokens: Length that captions are padded or cut to for text_encoder; by default what its tokenizer says.
-        latents: Ready latents, an .npy file (N, C, H, W), shifted and scaled as the network was trained on them, a row
-            for each sample in their order (see text); or a folder with *_sd.npz or *_sdxl.npz that kohya's trainer
-            cached, which are scaled as it does.
+        latents: Ready latents, an .npy file (N, C, H, W) or (N, C, F, H, W), shifted and scaled as the network was
+            trained on them, a row for each sample in their order (see text); or a folder with *_sd.npz or *_sdxl.npz
+            that kohya's trainer cached, which are scaled as it does.
         latents_flip: Ready latents of the mirrored pictures.
         text: Ready text states, an .npy file (N, captions, tokens, dim), or (N, tokens, dim) for one caption each. Row
             by row they go with the samples: of a folder in the order of sorted(paths) within it (a10.png before

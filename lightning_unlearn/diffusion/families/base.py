@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_unlearn.data.conditions import Conditions
 from lightning_unlearn.data.samples import ViewBatch
+from lightning_unlearn.diffusion.families.settings import OWN_OBJECTIVE, refuse_settings, setting
 from lightning_unlearn.diffusion.families.vaes import encode_kl
 from lightning_unlearn.diffusion.timestep_density import Density
 from lightning_unlearn.errors import InputError
@@ -72,6 +73,8 @@ class Family(ABC):
             else attention and feed-forward.
         left_out: Regular expressions of layers that ``all`` and ``linear`` can't take, and why: their rows are not
             samples, or their weights are used without them.
+        plain: Settings by which a network takes more than the family gives it: the values with which it does not, and
+            what it would take.
     """
 
     title: ClassVar[str]
@@ -84,6 +87,7 @@ class Family(ABC):
     variance: ClassVar[bool] = False
     auto: ClassVar[str] = ""
     left_out: ClassVar[Mapping[str, str]] = {}
+    plain: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {}
 
     def knows(self, network: nn.Module) -> bool:
         """Whether a network is one of this family.
@@ -106,6 +110,7 @@ class Family(ABC):
         Raises:
             InputError: If it needs more than the family gives it, or predicts more than one value a latent.
         """
+        refuse_settings(network, self.plain)
         takes, gives = setting(network, "in_channels"), setting(network, "out_channels")
         if gives is None or takes is None or takes == gives or (self.variance and gives == 2 * takes):
             return
@@ -264,22 +269,5 @@ class Family(ABC):
         return prediction
 
 
-OWN_OBJECTIVE = "give an objective of your own (a subclass of Objective)"
-
-
 def _variance(likely: bool) -> str:
     return ", that is a variance beside the noise" if likely else ""
-
-
-def setting(network: nn.Module, name: str) -> Any:
-    """What a network's config says of one of its settings.
-
-    Args:
-        network: One of diffusers, or of a class that derives from one.
-        name: Of the setting.
-
-    Returns:
-        Its value, ``None`` where the config says nothing.
-    """
-    config = getattr(network, "config", None)
-    return config.get(name) if isinstance(config, Mapping) else None

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from lightning_unlearn.data.samples import ViewBatch
-from lightning_unlearn.diffusion.families.base import OWN_OBJECTIVE, TEXT, Condition, Family, setting
+from lightning_unlearn.diffusion.families.base import TEXT, Condition, Family
+from lightning_unlearn.diffusion.families.settings import OWN_OBJECTIVE, setting
 from lightning_unlearn.diffusion.families.unet import PLAIN, UNetFamily
 from lightning_unlearn.errors import InputError
 

@@ -8,9 +8,10 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from lightning_unlearn.data.samples import ViewBatch
-from lightning_unlearn.diffusion.families.base import Condition, Family, setting
+from lightning_unlearn.diffusion.families.base import Condition, Family
 from lightning_unlearn.diffusion.families.class_unet import CLASS, check_classes
 from lightning_unlearn.diffusion.families.selections import BLOCK_SELECTIONS
+from lightning_unlearn.diffusion.families.settings import setting
 from lightning_unlearn.errors import InputError
 
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from lightning_unlearn.data.conditions import Conditions
 from lightning_unlearn.data.samples import ViewBatch
-from lightning_unlearn.diffusion.families.base import Condition, Family, setting
+from lightning_unlearn.diffusion.families.base import Condition, Family
 from lightning_unlearn.diffusion.families.selections import BLOCK_SELECTIONS
+from lightning_unlearn.diffusion.families.settings import setting
 from lightning_unlearn.errors import InputError
 
 SIZES = ("original_size", "target_size", "crop_top_left")

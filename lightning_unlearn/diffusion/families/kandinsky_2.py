@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from lightning_unlearn.data.samples import ViewBatch
-from lightning_unlearn.diffusion.families.base import Condition, Family, setting
+from lightning_unlearn.diffusion.families.base import Condition, Family
+from lightning_unlearn.diffusion.families.settings import setting
 
 
 class Kandinsky2Family(Family):

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from lightning_unlearn.data.conditions import Conditions
 from lightning_unlearn.data.samples import ViewBatch
-from lightning_unlearn.diffusion.families.base import Condition, Family, setting
+from lightning_unlearn.diffusion.families.base import Condition, Family
 from lightning_unlearn.diffusion.families.selections import BLOCK_SELECTIONS
+from lightning_unlearn.diffusion.families.settings import setting
 
 SIZES: Mapping[str, Condition] = {"resolution": Condition(1, length=2), "aspect_ratio": Condition(1, length=1)}
 

@@ -8,9 +8,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from lightning_unlearn.data.samples import ViewBatch
-from lightning_unlearn.diffusion.families.base import OWN_OBJECTIVE, Family, setting
+from lightning_unlearn.diffusion.families.base import Family
 from lightning_unlearn.diffusion.families.selections import BLOCK_SELECTIONS
-from lightning_unlearn.errors import InputError
 
 # Settings by which a U-Net takes more than latents, timesteps and text states, the values with which it does not, and
 # what it would take.
@@ -37,25 +36,6 @@ class UNetFamily(Family):
     class_names: ClassVar[Sequence[str]] = ("UNet2DConditionModel",)
     selections: ClassVar[Mapping[str, Sequence[str]]] = BLOCK_SELECTIONS
     plain: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = PLAIN
-
-    def check(self, network: nn.Module) -> None:
-        """Refuse a U-Net that takes more than text, or predicts a variance too; see :meth:`Family.check`.
-
-        Args:
-            network: The U-Net.
-
-        Raises:
-            InputError: If its config says so.
-        """
-        name = type(network).__name__
-        for key, (values, what) in self.plain.items():
-            value = setting(network, key)
-            if value not in values:
-                raise InputError(
-                    f"This {name} takes {what} (its config has {key} {value!r}), which samples don't hold; "
-                    f"{OWN_OBJECTIVE}."
-                )
-        super().check(network)
 
     def call(self, network: nn.Module, noisy: Tensor, timesteps: Tensor, batch: ViewBatch) -> Tensor:
         """Call the U-Net with its text states; see :meth:`Family.call`.

@@ -137,7 +137,7 @@ def test_other_dtype_is_an_error(dtype: Any) -> None:
     assert_one_sentence(error, "latent.npy", "float16 or float32")
 
 
-@pytest.mark.parametrize("shape", [(), (8,), (8, 8), (1, 3, 8, 8), (3, 0, 8)])
+@pytest.mark.parametrize("shape", [(), (8,), (8, 8), (1, 1, 3, 8, 8), (3, 0, 8)])
 def test_other_number_of_dimensions_or_nothing_is_an_error(shape: tuple[int, ...]) -> None:
     with pytest.raises(InputError) as error:
         sample(0, **{"latent.npy": npy_bytes(np.zeros(shape, np.float32))})

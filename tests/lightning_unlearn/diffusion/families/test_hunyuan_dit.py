@@ -95,7 +95,7 @@ def test_selections_are_the_layers_they_name(pipeline: Any) -> None:
 def test_another_number_of_tokens_is_named(pipeline: Any, conditions: Conditions) -> None:
     noisy = torch.zeros(3, 4, 8, 8)
     given = {**conditions, "text_2": conditions["text_2"][:, :9], "text_2_mask": conditions["text_2_mask"][:, :9]}
-    with pytest.raises(InputError, match="'text_2' has 9 tokens.*takes 256"):
+    with pytest.raises(InputError, match=r"'text_2' has 9 tokens.*takes 256"):
         family_of(pipeline.transformer).predict(
             pipeline.transformer, noisy, torch.zeros(3, dtype=torch.int64), ViewBatch(noisy, given)
         )

@@ -69,7 +69,7 @@ def test_selections_are_the_layers_they_name(pipeline: Any) -> None:
     assert set(select_layers(pipeline.unet, "cross_attention")) == crossing
     assert set(select_layers(pipeline.unet, "auto")) == crossing
     assert crossing < set(select_layers(pipeline.unet, "attention"))
-    with pytest.raises(InputError, match="Kandinsky 2.2 has no weights that 'text_kv' means; choose one of cross"):
+    with pytest.raises(InputError, match=r"Kandinsky 2\.2 has no weights that 'text_kv' means; choose one of cross"):
         select_layers(pipeline.unet, "text_kv")
 
 
