@@ -123,9 +123,9 @@ class TrainingRecord:
             yield f"{trained} regularisation pictures; they are samples only if they are prepared, too."
         for key, value in (self.others or {}).items():
             name = f"{trained} {key.removeprefix('ss_')} = {value}"
-            yield (
-                f"{name}; the objective must be given the same." if key in _FLOW else f"{name}, which is not followed."
-            )
+            # What is said of a flow the objective follows, or refuses; a mask of T5's padding neither.
+            if key not in _FLOW or key == "ss_apply_t5_attn_mask":
+                yield f"{name}, which is not followed."
 
 
 # What bears on the loss or on what training saw, and the values that mean that it was off.
@@ -144,9 +144,12 @@ _OTHERS: Mapping[str, frozenset[str]] = {
     "ss_color_aug": frozenset({"False"}),
     "ss_face_crop_aug_range": frozenset(),
 }
-# The same of flow matching, which an objective can be told.
+# The same of flow matching, which the objective is told (flow_training.py).
 _FLOW: Mapping[str, frozenset[str]] = {
     "ss_weighting_scheme": frozenset({"none", "uniform"}),
+    "ss_logit_mean": frozenset({"0", "0.0"}),
+    "ss_logit_std": frozenset({"1", "1.0"}),
+    "ss_mode_scale": frozenset({"1.29"}),
     "ss_timestep_sampling": frozenset(),
     "ss_discrete_flow_shift": frozenset({"1", "1.0"}),
     "ss_sigmoid_scale": frozenset({"1", "1.0"}),

@@ -100,8 +100,7 @@ def test_objective_is_the_trainings_or_says_where_it_is_not(recwarn: pytest.Warn
         ({"ss_loss_type": "huber"}, "loss_type = huber, which is not followed"),
         ({"ss_multires_noise_iterations": "6"}, "multires_noise_iterations = 6"),
         ({"ss_ip_noise_gamma": "0.1"}, "ip_noise_gamma = 0.1"),
-        ({"ss_timestep_sampling": "shift"}, "timestep_sampling = shift; the objective must be given the same"),
-        ({"ss_guidance_scale": "1.0"}, "guidance_scale = 1.0; the objective must be given the same"),
+        ({"ss_apply_t5_attn_mask": "True"}, "apply_t5_attn_mask = True, which is not followed"),
         ({"ss_reg_dataset_dirs": json.dumps({"1_dog": {"n_repeats": 1, "img_count": 9}})}, "regularisation pictures"),
         (
             {
