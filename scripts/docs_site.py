@@ -62,7 +62,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add pages that are made, or lie elsewhere.
+    """Add pictures that lie elsewhere.
 
     Args:
         files: Those of ``docs/``.
@@ -71,17 +71,16 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     Returns:
         All files of the site.
     """
-    for uri, source in PAGES.items():
-        files.append(File.generated(config, uri, content=(ROOT / source).read_text("utf-8")))
     for picture in sorted((ROOT / "benchmarks").glob("*/*.png")):
         uri = f"results/{picture.parent.name}/{picture.name}"
         files.append(File.generated(config, uri, abs_src_path=str(picture)))
-    files.append(File.generated(config, COMMANDS_PAGE, content=commands_page()))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Let pages that lie elsewhere in the repository call each other by their names here.
+    """Put in what is made, or lies elsewhere in the repository, where pages call each other by their names here.
+
+    In ``docs/`` such a page only says so, for whoever reads the Markdown as it stands.
 
     Args:
         markdown: The page's.
@@ -92,8 +91,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     Returns:
         The page's Markdown.
     """
+    if page.file.src_uri == COMMANDS_PAGE:
+        return commands_page()
     if page.file.src_uri in PAGES:
-        return re.sub(r"\]\(([A-Z]+\.md)\)", lambda found: f"]({LINKS.get(found[1], found[1])})", markdown)
+        text = (ROOT / PAGES[page.file.src_uri]).read_text("utf-8")
+        return re.sub(r"\]\(([A-Z]+\.md)\)", lambda found: f"]({LINKS.get(found[1], found[1])})", text)
     if RESULTS_TABLE in markdown:
         return markdown.replace(RESULTS_TABLE, results_table())
     return markdown

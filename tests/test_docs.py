@@ -222,6 +222,12 @@ def test_links_of_pages_beside_the_site_lead_to_files(page: Path) -> None:
             assert not anchor or anchor in headings(target), link
 
 
+@pytest.mark.parametrize("page", PAGES[2:], ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_of_the_sites_pages_lead_to_files_in_plain_markdown_too(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s#]+)[^)\s]*\)", page.read_text("utf-8")):
+        assert link.startswith("http") or (page.parent / link).exists(), link
+
+
 # ---------------------------------------------------------------------- the site
 
 
