@@ -101,7 +101,7 @@ def _positions(network: nn.Module, noisy: Tensor) -> tuple[Tensor, Tensor]:
     grid = (noisy.shape[-2] // patch, noisy.shape[-1] // patch)
     made: tuple[Tensor, Tensor] = get_2d_rotary_pos_embed(
         setting(network, "attention_head_dim"),
-        get_resize_crop_region_for_grid(grid, _BASE_GRID // patch),
+        get_resize_crop_region_for_grid(grid, _BASE_GRID // patch),  # type: ignore[no-untyped-call]
         grid,
         device=noisy.device,
         output_type="pt",

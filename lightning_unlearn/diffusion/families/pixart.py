@@ -67,9 +67,7 @@ class PixArtFamily(Family):
         )
         return {"text": text, "text_mask": mask.float()}
 
-    def facts(  # type: ignore[override]
-        self, height: int, width: int, original: tuple[int, int], crop: tuple[int, int]
-    ) -> dict[str, list[Any]]:
+    def facts(self, height: int, width: int, original: tuple[int, int], crop: tuple[int, int]) -> dict[str, list[Any]]:
         """See :meth:`Family.facts`; networks that don't take them leave them be."""
         return {"resolution": [height, width], "aspect_ratio": [height / width]}
 

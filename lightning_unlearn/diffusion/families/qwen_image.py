@@ -73,7 +73,8 @@ class QwenImageFamily(Family):
     @torch.no_grad()
     def encode(self, pipeline: Any, captions: Sequence[str]) -> Conditions:
         """The language model's states behind the pipeline's own instruction; see :meth:`Family.encode`."""
-        return padded(*pipeline.encode_prompt(list(captions), max_sequence_length=TOKENS), tokens=TOKENS)
+        text, mask = pipeline.encode_prompt(list(captions), max_sequence_length=TOKENS)
+        return padded(text, mask, TOKENS)
 
     def encode_pictures(self, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Latents of a VAE of videos, for which a picture is one of one frame; see :meth:`Family.encode_pictures`."""
