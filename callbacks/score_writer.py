@@ -34,6 +34,7 @@ class _Open:
     """A shard whose end has not come yet."""
 
     keys: list[str] = field(default_factory=list)
+    places: dict[str, int] = field(default_factory=dict)
     reduced: list[Reduced] = field(default_factory=list)
     failed: str | None = None
     skipped: int = 0
@@ -203,13 +204,15 @@ class ScoreWriter(Callback):
                 self._fail(outputs.batch.shard, shard.failed)
 
     def _reduce(self, shard: _Open, outputs: Deviations, noises: int) -> None:
+        shares = outputs.batch.caption_weights
         found = reduce_losses(
-            outputs.base, outputs.unlearned, self.rule, self.flips, noises, keep_deviations=self.keep_deviations
+            outputs.base, outputs.unlearned, self.rule, self.flips, noises, shares, keep_deviations=self.keep_deviations
         )
         if outputs.exact is not None and len(found.scores) > 2:
-            exact = score(self.rule, outputs.exact[0], outputs.exact[1:], self.flips)
+            exact = score(self.rule, outputs.exact[0], outputs.exact[1:], self.flips, shares)
             self.agreement = _agreement(found.scores, exact)
         keys = outputs.batch.keys
+        shard.places |= zip(keys, outputs.batch.places, strict=False)
         losses = torch.cat([outputs.base[None], outputs.unlearned])  # (1 + Q, B, flips, captions, draws)
         good = measured(losses, outputs.batch.caption_counts) & found.scores.isfinite().all(-1)
         if not good.all():
@@ -233,7 +236,10 @@ class ScoreWriter(Callback):
                 "command again."
             )
         version = self._versions.get(name, "")
-        write_shard_scores(self.folder, name, shard.keys, joined(shard.reduced), queries, self._run, version)
+        # Batches of one form each come in another order than the shard's.
+        order = sorted(range(len(shard.keys)), key=lambda row: shard.places.get(shard.keys[row], row))
+        keys, found = [shard.keys[row] for row in order], joined(shard.reduced).rows(torch.tensor(order).long())
+        write_shard_scores(self.folder, name, keys, found, queries, self._run, version)
         self._finished.add(name)
         self.scored += len(shard.keys)
         self.skipped += shard.skipped + outputs.batch.skipped

@@ -15,6 +15,7 @@ from typing import Any
 import braceexpand
 
 from lightning_unlearn.data.addresses import is_address, is_command, lasting_address, shown_address
+from lightning_unlearn.data.groups import groups_from_json
 from lightning_unlearn.data.samples import PICTURE_FIELDS
 from lightning_unlearn.data.shards import MANIFEST, ShardInfo
 from lightning_unlearn.datamodules.remote import check_kind, fresh_facts
@@ -183,6 +184,7 @@ def _manifest(folder: Path, manifests: dict[str, dict[str, ShardInfo]]) -> dict[
                 entry.get("samples"),
                 entry.get("bytes"),
                 None if entry.get("sha256") is None else entry["sha256"].lower(),
+                groups=groups_from_json(entry.get("groups")),
             )
             for entry in entries
         }
@@ -218,6 +220,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def _is_entry(entry: Any) -> bool:
     # A name leads to no other folder than those below.
     name, sha256 = entry["name"], entry.get("sha256")
+    groups_from_json(entry.get("groups"))  # raises where it is none
     return (
         isinstance(name, str)
         and bool(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,13 +34,8 @@ def decode_array(content: bytes, name: str, dimensions: int | tuple[int, ...], l
     Raises:
         InputError: If it is no such array, its size is not that of its header, or a number is out of range.
     """
-    stream = io.BytesIO(content)
     try:
-        version = np.lib.format.read_magic(stream)
-        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[
-            version
-        ]
-        shape, fortran_order, dtype = read_header(stream)
+        shape, fortran_order, dtype, start = read_header(content)
         if dtype.hasobject:
             raise InputError("it holds objects")
         if not all(type(length) is int and length >= 0 for length in shape):
@@ -53,7 +49,7 @@ def decode_array(content: bytes, name: str, dimensions: int | tuple[int, ...], l
             f"{where}: {name} is {dtype} with {len(shape)} dimensions, but must be float16 or float32 with "
             f"{' or '.join(map(str, right))}; make the shard again with `lightning-unlearn prepare`."
         )
-    promised, held = math.prod(shape) * dtype.itemsize, len(content) - stream.tell()
+    promised, held = math.prod(shape) * dtype.itemsize, len(content) - start
     if promised != held:
         raise InputError(
             f"{where}: {name} is not a plain NumPy array (its header promises {shape}, {promised} bytes, and {held} "
@@ -61,7 +57,7 @@ def decode_array(content: bytes, name: str, dimensions: int | tuple[int, ...], l
         )
     if promised == 0:
         raise InputError(f"{where}: {name} is empty, {shape}; make this sample again or leave it out.")
-    array = np.frombuffer(content, dtype, offset=stream.tell()).reshape(shape, order="F" if fortran_order else "C")
+    array = np.frombuffer(content, dtype, offset=start).reshape(shape, order="F" if fortran_order else "C")
     array = np.array(array, np.float32, order="C")
     # NaN is what it compares with nothing to.
     magnitude = max(float(array.max()), -float(array.min()))
@@ -73,3 +69,22 @@ def decode_array(content: bytes, name: str, dimensions: int | tuple[int, ...], l
             "again or leave it out."
         )
     return torch.from_numpy(array)
+
+
+def read_header(content: bytes) -> tuple[tuple[int, ...], bool, Any, int]:
+    """What the header of an array's file says.
+
+    Args:
+        content: An ``.npy`` file.
+
+    Returns:
+        Its shape, whether the first axis changes fastest, its dtype, and where its numbers begin.
+
+    Raises:
+        Exception: Of nearly any kind, if it is damaged.
+    """
+    stream = io.BytesIO(content)
+    version = np.lib.format.read_magic(stream)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+    shape, fortran_order, dtype = read(stream)
+    return shape, fortran_order, dtype, stream.tell()

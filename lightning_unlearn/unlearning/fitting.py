@@ -194,12 +194,14 @@ class Unlearning(FrozenModule):
         """
         assert self.deltas is not None
         weights = target_weights(layer_parameters(self.layers), self.deltas.named(), batch.target)
-        losses = draw_losses(self.loss, batch, weights, "real" if batch.real else "unlearning", self.seed)
+        parts, stream = batch.parts(), "real" if batch.real else "unlearning"
+        losses = torch.cat([draw_losses(self.loss, part, weights, stream, self.seed) for part in parts])
         falling = losses if batch.real else -self.strategy.ascended(losses, batch.key)
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / batch.total
         # DDP waits for a gradient of every delta: layers that the loss does not reach get one of zero.
         reached = 0 * torch.stack([weight.flatten()[0] for weight in weights.values()]).sum()
-        return scale * (falling * batch.weights.to(falling)).sum() + reached
+        counted = torch.cat([part.weights for part in parts])
+        return scale * (falling * counted.to(falling)).sum() + reached
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The strategy's optimizer of the deltas.

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from lightning_unlearn.diffusion.adapters.kohya_header import TrainingRecord
-from lightning_unlearn.diffusion.families.base import setting
+from lightning_unlearn.diffusion.families.settings import setting
 from lightning_unlearn.errors import InputError
 
 _GIVE = "give a FlowMatchingObjective with the settings that are to be measured by"

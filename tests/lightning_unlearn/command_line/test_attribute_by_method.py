@@ -18,7 +18,7 @@ from toys import done_shards, tiny_unet, toy_fields
 
 from lightning_unlearn.baselines import BASELINES, Random, Subject
 from lightning_unlearn.command_line.cli import main
-from lightning_unlearn.data.samples import collate_samples
+from lightning_unlearn.data.batches import collate_samples
 from lightning_unlearn.data.shards import write_shards
 from lightning_unlearn.datamodules.reading import read_samples
 from lightning_unlearn.datamodules.sources import list_shards

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import DIM, LATENT, TOKENS, toy_fields
 
-from lightning_unlearn.data.samples import Sample, SampleBatch, collate_samples, decode_sample
+from lightning_unlearn.data.batches import collate_samples
+from lightning_unlearn.data.samples import Sample, SampleBatch, decode_sample
 from lightning_unlearn.data.shards import encode_sample, npy_bytes
 from lightning_unlearn.errors import InputError
 
