@@ -36,12 +36,17 @@ class FisherSums:
         self.earlier: dict[str, Any] | None = None
         self._trainer: Trainer | None = None  # while it trains
 
+    @property
+    def in_last_stage(self) -> bool:
+        """Whether no further stage follows."""
+        return self.local is None or self.local.stage in (None, *self.local.stages[-1:])
+
     def forget(self) -> None:
         """Start anew."""
         self.local = self.earlier = None
 
-    def start(self, trainer: Trainer, layers: Mapping[str, LayerSpec], dtype: torch.dtype, targets: Targets) -> Fisher:
-        """Begin with the sums of a fit.
+    def start(self, trainer: Trainer, layers: Mapping[str, LayerSpec], dtype: torch.dtype, targets: Targets) -> None:
+        """Begin with the sums of a fit, in the stage that an earlier run came to.
 
         Args:
             trainer: Whose ranks are added up.
@@ -49,9 +54,6 @@ class FisherSums:
             dtype: Of the sums. All ranks start with one type on one kind of device, so that one that takes no batch
                 can add its zeros.
             targets: Of the losses.
-
-        Returns:
-            The sums of this rank, in the stage that an earlier run came to.
         """
         self.local = FISHERS[self.kind](layers)
         self.local.targets = targets
@@ -60,7 +62,6 @@ class FisherSums:
             self.local = self.local.empty()
         self.local.to(trainer.strategy.root_device, dtype)
         self._trainer = trainer
-        return self.local
 
     def total(self) -> Fisher:
         """The sums over all ranks and earlier runs; during training, every rank must call it.
