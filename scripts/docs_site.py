@@ -2,6 +2,7 @@
 
 - the root folders, laid out as the package that they are installed as, for the reference of classes and functions;
 - the options of every command, from its own parser;
+- the families of networks;
 - the results of the benches, their pictures, and CONTRIBUTING.md, as they stand.
 """
 
@@ -21,6 +22,8 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from results_table import results_table
 
+from lightning_unlearn.diffusion.families import FAMILIES
+
 ROOT = Path(__file__).parent.parent
 
 # Pages of the site that are files of the repository.
@@ -33,6 +36,7 @@ PAGES = {
 LINKS = {"README.md": "measuring.md", "RESULTS.md": "benches.md"}
 COMMANDS_PAGE = "reference/commands.md"
 RESULTS_TABLE = "<!-- results table -->"
+FAMILIES_TABLE = "<!-- families table -->"
 
 _staged: list[tempfile.TemporaryDirectory[str]] = []
 
@@ -97,8 +101,25 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         text = (ROOT / PAGES[page.file.src_uri]).read_text("utf-8")
         return re.sub(r"\]\(([A-Z]+\.md)\)", lambda found: f"]({LINKS.get(found[1], found[1])})", text)
     if RESULTS_TABLE in markdown:
-        return markdown.replace(RESULTS_TABLE, results_table())
+        markdown = markdown.replace(RESULTS_TABLE, results_table())
+    if FAMILIES_TABLE in markdown:
+        markdown = markdown.replace(FAMILIES_TABLE, families_table())
     return markdown
+
+
+def families_table() -> str:
+    """What each family of networks is given, and its loss.
+
+    Returns:
+        A table in Markdown.
+    """
+    lines = ["| family | network | conditions | loss |", "|---|---|---|---|"]
+    for family in FAMILIES:
+        given = ", ".join(f"`{name}`{' (optional)' if one.optional else ''}" for name, one in family.conditions.items())
+        loss = "a noise schedule's" if family.flow is None else "flow matching"
+        classes = ", ".join(f"`{name}`" for name in family.class_names)
+        lines.append(f"| {family.title} | {classes} | {given} | {loss} |")
+    return "\n".join(lines)
 
 
 def on_post_build(config: MkDocsConfig) -> None:
