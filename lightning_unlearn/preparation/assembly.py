@@ -215,7 +215,7 @@ class Assembly:
 
     def _told(self, numbers: dict[str, list[int]]) -> dict[str, Any]:
         # An empty object says that there is no text because the network takes none.
-        return {NUMBERS: numbers} if numbers or not self.text.shapes else {}
+        return {NUMBERS: numbers} if numbers or not self.reading.text else {}
 
     def _stored(self, array: Array, what: str, item: Item) -> Array:
         with np.errstate(over="ignore"):

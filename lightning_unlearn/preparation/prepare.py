@@ -226,9 +226,8 @@ def prepare(
     text_from = text_source(text, text_encoder, image_states, tokens, pipeline, place, batch_size, changes)
     if pipeline and "class_label" in (needs_of(Path(pipeline).expanduser()) or {}) and class_labels is None:
         raise InputError(f"The network in {pipeline} takes classes; name their column with `class_labels`.")
-    if not text_from.shapes.get("text") and missing_caption is None and choices.missing_caption == "error":
-        choices = replace(choices, missing_caption="empty")
-    reading = Reading(images is not None, key, image_column, caption_column, caption, split, choices, tally)
+    given_text = "text" in text_from.shapes
+    reading = Reading(images is not None, key, image_column, caption_column, caption, split, choices, tally, given_text)
 
     def assembly(source: str) -> Assembly:
         return Assembly(
