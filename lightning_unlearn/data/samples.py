@@ -221,7 +221,7 @@ def decode_sample(fields: Mapping[str, Any]) -> Sample:
     if not is_text(json.dumps(metadata, ensure_ascii=False)):
         raise InputError(f"{where}: its json holds half a surrogate pair, which is no text; write it anew.")
     latent = decode_array(fields["latent.npy"], "latent.npy", (3, 4), LARGEST_LATENT, where)
-    if "text.npy" not in fields and any(captions) and not metadata.get(NUMBERS):
+    if "text.npy" not in fields and any(captions) and NUMBERS not in metadata:
         check_present(["text.npy"], where)
     conditions = decode_conditions(fields, metadata, len(captions), where)
     flip = None

@@ -197,12 +197,13 @@ class Assembly:
         about["text"]["shape"] = list(states[0]["text"].shape[1:]) if "text" in states[0] else None
         for row, item in enumerate(batch):
             facts, captions = self.latents.facts(item.record), {"captions": item.record.captions}
+            numbers = self.latents.numbers(item) | self.survey.classes(item.record)
             try:
                 sample = encode_sample(
                     item.record.key,
                     self._stored(latents[row], "latent", item),
                     {name: self._stored(array, name, item) for name, array in states[row].items()},
-                    {**item.record.metadata, **facts, **_numbers(self.latents.numbers(item)), **captions},
+                    {**item.record.metadata, **facts, **self._told(numbers), **captions},
                     latent_flip=None if flips is None else self._stored(flips[row], "mirrored latent", item),
                     picture=item.preview,
                     picture_format="webp",
@@ -211,6 +212,10 @@ class Assembly:
                 self._leave_out(str(error))
                 continue
             yield sample
+
+    def _told(self, numbers: dict[str, list[int]]) -> dict[str, Any]:
+        # An empty object says that there is no text because the network takes none.
+        return {NUMBERS: numbers} if numbers or not self.reading.text else {}
 
     def _stored(self, array: Array, what: str, item: Item) -> Array:
         with np.errstate(over="ignore"):
@@ -252,7 +257,3 @@ def _taken(height: int, width: int, to_height: int, to_width: int) -> Taken:
     scale = max(to_height / height, to_width / width)
     corner = (round((height * scale - to_height) / 2), round((width * scale - to_width) / 2))
     return Taken((height, width), (max(0, corner[0]), max(0, corner[1])))
-
-
-def _numbers(said: dict[str, list[int]]) -> dict[str, Any]:
-    return {NUMBERS: said} if said else {}

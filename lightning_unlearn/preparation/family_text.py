@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from lightning_unlearn.preparation.model_parts import (
     network_beside,
     transformers_library,
 )
+from lightning_unlearn.preparation.reading_length import CAPTION, watched
 from lightning_unlearn.preparation.tally import Tally
 from lightning_unlearn.preparation.text_changes import TextChanges
 from lightning_unlearn.weights.precision import ExactFloat32
@@ -33,6 +36,7 @@ class FamilyText:
     Args:
         folder: Of the pipeline.
         family: Of its network.
+        tokens: Length that captions are padded or cut to, where the pipeline lets one choose.
         device: Where the encoders run.
         batch_size: Captions at a time.
         changes: Of encoders and tokenizers.
@@ -42,7 +46,13 @@ class FamilyText:
     """
 
     def __init__(
-        self, folder: Path, family: Family, device: torch.device, batch_size: int, changes: TextChanges
+        self,
+        folder: Path,
+        family: Family,
+        tokens: int | None,
+        device: torch.device,
+        batch_size: int,
+        changes: TextChanges,
     ) -> None:
         self.rows: int | None = None
         self.captions: int | None = None
@@ -56,13 +66,22 @@ class FamilyText:
             if name.startswith("tokenizer") and part is not None
         }
         changed = changes.apply(encoders, self.tokenizers)
+        if tokens is not None and "max_sequence_length" in signature(self.pipeline.encode_prompt).parameters:
+            self.pipeline.encode_prompt = partial(self.pipeline.encode_prompt, max_sequence_length=tokens)
+        names = {name: name.replace("text_encoder", "tokenizer") for name in self.tokenizers}
         try:
-            first = self._encode(["a caption"])
+            first, self.lengths = watched(self.pipeline, names, lambda: self._encode([CAPTION]))
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
             if isinstance(error, InputError):
                 raise
             reason = (str(error).splitlines() or [""])[0][:200]
             raise InputError(f"The pipeline in {folder} can't encode a caption ({reason}); save it again.") from None
+        if tokens is not None and tokens not in self.lengths.values():
+            fixed = ", ".join(f"{length} of {name}" for name, length in self.lengths.items())
+            raise InputError(
+                f"`tokens` is for a `text_encoder`, or encoders that may read more or less; those of {family.title} "
+                f"read just as many as they were trained with ({fixed}): leave it out."
+            )
         self.shapes: dict[str, tuple[int, ...]] = {name: array.shape[1:] for name, array in first.items()}
         self.about: dict[str, Any] = {
             "encoder": f"{folder.resolve().name}: {', '.join(encoders)}",
@@ -70,6 +89,7 @@ class FamilyText:
             "fingerprint": {name: tensors_digest(encoder.state_dict()) for name, encoder in encoders.items()},
             "conditions": {name: list(shape) for name, shape in self.shapes.items()},
             "padding": "as the pipeline has it",
+            "tokens": self.lengths,
             **changed,
         }
 
@@ -94,20 +114,23 @@ class FamilyText:
 
     def _count_cut(self, captions: list[str]) -> None:
         for name, tokenizer in self.tokenizers.items():
-            length = tokenizer.model_max_length
-            if length > 4096:
-                continue  # the tokenizer does not say
+            length = self.lengths.get(name)
+            if length is None:
+                continue
             whole = tokenizer(captions, truncation=False, verbose=False)["input_ids"]
             for caption, ids in zip(captions, whole, strict=True):
                 if len(ids) > length:
                     self.cut.add(f"captions are longer than the {length} tokens that {name} reads", caption[:60])
 
 
-def family_text(folder: Path, device: torch.device, batch_size: int, changes: TextChanges) -> FamilyText | None:
+def family_text(
+    folder: Path, tokens: int | None, device: torch.device, batch_size: int, changes: TextChanges
+) -> FamilyText | None:
     """The text of a pipeline whose family says how its captions are encoded.
 
     Args:
         folder: Of the pipeline.
+        tokens: Length that captions are padded or cut to; by default the pipeline's.
         device: Where encoders run.
         batch_size: Captions at a time.
         changes: Of the encoders.
@@ -123,7 +146,7 @@ def family_text(folder: Path, device: torch.device, batch_size: int, changes: Te
         return None
     family = family_of(network)
     own = type(family).encode is not Family.encode
-    return FamilyText(folder, family, device, batch_size, changes) if own else None
+    return FamilyText(folder, family, tokens, device, batch_size, changes) if own else None
 
 
 def _encoders(folder: Path, device: torch.device) -> dict[str, Any]:

@@ -156,9 +156,9 @@ class ReadyLatents:
     """
 
     def __init__(self, path: str, path_flip: str | None) -> None:
-        self.sides = {False: _open_array(path, (4, 5), _LATENTS)}
+        self.sides = {False: open_array(path, (4, 5), _LATENTS)}
         if path_flip is not None:
-            self.sides[True] = _open_array(path_flip, (4, 5), _LATENTS)
+            self.sides[True] = open_array(path_flip, (4, 5), _LATENTS)
             if self.sides[True].shape != self.sides[False].shape:
                 raise InputError(
                     f"{path_flip} {self.sides[True].shape} and {path} {self.sides[False].shape} differ in shape; "
@@ -194,7 +194,7 @@ class ReadyText:
     """
 
     def __init__(self, path: str) -> None:
-        array = _open_array(path, (3, 4), "(N, captions, tokens, dim) or (N, tokens, dim)")
+        array = open_array(path, (3, 4), "(N, captions, tokens, dim) or (N, tokens, dim)")
         self.array = array if array.ndim == 4 else array[:, None]  # (N, captions, tokens, dim)
         self.rows: int | None = len(array)
         self.captions: int | None = self.array.shape[1]
@@ -207,7 +207,20 @@ class ReadyText:
         return [{"text": self.array[item.index]} for item in items]
 
 
-def _open_array(path: str, dimensions: tuple[int, ...], form: str) -> Array:
+def open_array(path: str, dimensions: tuple[int, ...], form: str) -> Array:
+    """An array on the disk, of which only what is asked for is read.
+
+    Args:
+        path: An ``.npy`` file.
+        dimensions: How many it may have.
+        form: What these are, for messages.
+
+    Returns:
+        The array, of floating point numbers.
+
+    Raises:
+        InputError: If it can't be read, or is another.
+    """
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:

@@ -30,7 +30,7 @@ from lightning_unlearn.preparation.choices import (
 )
 from lightning_unlearn.preparation.records import Reading
 from lightning_unlearn.preparation.shard_by_shard import tars_of, write_shard_by_shard
-from lightning_unlearn.preparation.sources import device_called, latent_source, text_source
+from lightning_unlearn.preparation.sources import device_called, latent_source, needs_of, text_source
 from lightning_unlearn.preparation.survey import Survey
 from lightning_unlearn.preparation.tally import Tally
 from lightning_unlearn.preparation.text_changes import TextChanges
@@ -43,6 +43,8 @@ def prepare(
     size: int | None = None,
     grey: bool = False,
     text_encoder: str | None = None,
+    image_states: str | None = None,
+    class_labels: str | None = None,
     tokens: int | None = None,
     latents: str | None = None,
     latents_flip: str | None = None,
@@ -95,12 +97,18 @@ def prepare(
             them (10_sks dog); a folder with a metadata.csv, .jsonl or .parquet, or such a table; a Hugging Face data
             set on the disk; or tars as img2dataset writes them (braces stand for several: laion/{00000..00099}.tar),
             which become a shard each. Columns that have no meaning here go into the samples' json.
-        pipeline: Folder of a diffusers pipeline (save_pretrained) with an AutoencoderKL and one CLIP text encoder.
+        pipeline: Folder of a diffusers pipeline (save_pretrained); its own text encoders and VAE are used as it uses
+            them. One without a VAE works on pixels.
         size: Side of the square pictures in pixels; with a pipeline by default what its network was trained on.
         grey: One channel instead of three, for a network that works on pixels.
         text_encoder: Folder of a transformers encoder with its tokenizer; states of padding are set to zero. With a
             pipeline, one without a tokenizer (checkpoint-500/text_encoder) takes the place of the pipeline's own.
-        tokens: Length that captions are padded or cut to for text_encoder; by default what its tokenizer says.
+        image_states: Ready states of pictures for a network that takes them in the place of text (Kandinsky 2.2), an
+            .npy file (N, dim), a row for each sample in their order.
+        class_labels: Column with the number of each picture's class, for a network that takes classes. Pictures for
+            networks without text need no captions.
+        tokens: Length that captions are padded or cut to for text_encoder, or for a pipeline that lets one choose; by
+            default what its tokenizer says, or what the pipeline takes.
         latents: Ready latents, an .npy file (N, C, H, W) or (N, C, F, H, W), shifted and scaled as the network was
             trained on them, a row for each sample in their order (see text); or a folder with *_sd.npz or *_sdxl.npz
             that kohya's trainer cached, which are scaled as it does.
@@ -164,7 +172,10 @@ def prepare(
             not (latents or pipeline or size),
             "Say where latents come from: `pipeline`, `size` for pixels, or `latents`.",
         ),
-        (not (text or text_encoder or pipeline), "Say where text comes from: `pipeline`, `text_encoder`, or `text`."),
+        (
+            not (text or text_encoder or image_states or class_labels or pipeline),
+            "Say where text comes from: `pipeline`, `text_encoder`, or `text`.",
+        ),
         (text and text_encoder, "Text comes from `text` or from `text_encoder`; leave one of them out."),
         (pipeline and latents and (text or text_encoder), "Latents and text are from elsewhere; leave `pipeline` out."),
         (latents_flip and not latents, "`latents_flip` goes with `latents`; name both, or set `flips` instead."),
@@ -177,7 +188,8 @@ def prepare(
         (cached and images is None, "Cached latents go with the pictures beside them; name `images`."),
         (vae_sample != "mean" and (latents or not pipeline), "`vae_sample` is for a pipeline's VAE; leave it out."),
         (pipeline and grey, "`grey` is for pixels, and a pipeline's VAE has channels of its own; leave one out."),
-        (tokens and not text_encoder, "`tokens` is for a `text_encoder`; name one, or leave it out."),
+        (image_states and (text or text_encoder), "A network takes `image_states` or text; leave one of them out."),
+        (tokens and not (text_encoder or pipeline), "`tokens` is for a `text_encoder`; name one, or leave it out."),
         (tars and (latents or text), "Ready arrays don't go with tars of pictures; leave them out."),
         (count > 1 and not tars, "`index` and `count` deal out tars; name several as `images`, or leave them out."),
         (index >= count, f"`index` must be below `count`, which is {count}, but is {index}."),
@@ -211,13 +223,18 @@ def prepare(
     tally = Tally()
     latents_from = latent_source(latents, latents_flip, pipeline, size, grey, vae_sample, seed, place, tally)
     changes = TextChanges(adapter, tuple(token.split(",")) if token else ())
-    text_from = text_source(text, text_encoder, tokens, pipeline, place, batch_size, changes)
-    reading = Reading(images is not None, key, image_column, caption_column, caption, split, choices, tally)
+    text_from = text_source(text, text_encoder, image_states, tokens, pipeline, place, batch_size, changes)
+    if pipeline and "class_label" in (needs_of(Path(pipeline).expanduser()) or {}) and class_labels is None:
+        raise InputError(f"The network in {pipeline} takes classes; name their column with `class_labels`.")
+    given_text = "text" in text_from.shapes
+    reading = Reading(images is not None, key, image_column, caption_column, caption, split, choices, tally, given_text)
 
     def assembly(source: str) -> Assembly:
         return Assembly(
             # What is not taken is counted for each tar alone.
-            Survey(source, replace(reading, tally=Tally() if tars else tally), latents_from, text_from, skip=skip),
+            Survey(
+                source, replace(reading, tally=Tally() if tars else tally), latents_from, text_from, skip, class_labels
+            ),
             mirrored=flips or latents_flip is not None,
             dtype=dtype,
             picture_size=picture_size,
@@ -229,7 +246,7 @@ def prepare(
     if not tars:
         return assembly(str(Path(str(images or captions)).expanduser())).write(folder, samples_per_shard)
     how: list[Any] = [reading.key, caption_column, caption, flips, dtype, picture_size, skip, choices.as_json()]
-    how += [latents_from.about, latents_from.shape, text_from.about]
+    how += [latents_from.about, latents_from.shape, text_from.about, class_labels]
     settings = digest(json.dumps(how, sort_keys=True))
     return write_shard_by_shard(
         tars, assembly, folder, settings=settings, index=index, count=count, overwrite=overwrite

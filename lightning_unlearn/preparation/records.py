@@ -59,6 +59,7 @@ class Reading:
         split: Of a Hugging Face data set.
         choices: What trainers do differently.
         tally: What is not taken.
+        text: Whether the network is given text, so that a sample needs a caption.
     """
 
     pictures: bool = True
@@ -69,6 +70,7 @@ class Reading:
     split: str | None = None
     choices: Choices = field(default_factory=Choices)
     tally: Tally = field(default_factory=Tally)
+    text: bool = True
 
     def settled(self, captions: list[str], folder: str | None = None) -> list[str]:
         """The captions that a sample gets, where it was found with these.
@@ -84,7 +86,7 @@ class Reading:
             return [self.caption]
         if not captions and self.choices.missing_caption == "folder" and folder:
             return [folder]
-        if not captions and self.choices.missing_caption != "error":
+        if not captions and (self.choices.missing_caption != "error" or not self.text):
             return [""]
         return captions
 

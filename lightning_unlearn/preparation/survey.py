@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.preparation.inputs import LatentSource, TextSource
 from lightning_unlearn.preparation.layouts import read_records
+from lightning_unlearn.preparation.other_conditions import CLASS_LABEL, class_of
 from lightning_unlearn.preparation.pictures import picture_size
 from lightning_unlearn.preparation.records import SKIP, Reading, Record
 from lightning_unlearn.preparation.tally import Tally
@@ -27,6 +28,7 @@ class Survey:
         latents: Where latents come from.
         text: Where text states come from.
         skip: Whether bad samples are left out and counted, instead of being an error.
+        class_labels: Column with the number of each sample's class, if the network takes one.
     """
 
     source: str
@@ -34,6 +36,7 @@ class Survey:
     latents: LatentSource
     text: TextSource
     skip: bool
+    class_labels: str | None = None
 
     def take(self) -> tuple[int, int]:
         """Look at all samples without reading their pictures whole.
@@ -105,9 +108,24 @@ class Survey:
             )
         try:
             self.latents.facts(record)
+            self.classes(record)
         except InputError as error:
             return str(error)
         return None
+
+    def classes(self, record: Record) -> dict[str, list[int]]:
+        """The class of a sample, where the network takes one.
+
+        Args:
+            record: The sample.
+
+        Returns:
+            Name to number.
+
+        Raises:
+            InputError: If it has none.
+        """
+        return {} if self.class_labels is None else {CLASS_LABEL: [class_of(record, self.class_labels)]}
 
     def _other_shape(self, record: Record) -> str:
         """The shape of a picture that is not the network's; nothing where it is, or can't be known."""

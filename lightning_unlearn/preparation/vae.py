@@ -10,13 +10,16 @@ import diffusers
 import torch
 from torch import Tensor
 
-from lightning_unlearn.diffusion.families import encode_kl, family_of, scaling_of
+from lightning_unlearn.diffusion.families import Family, encode_kl, family_of, scaling_of
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import generator_for, tensors_digest
 from lightning_unlearn.preparation.inputs import Array, Item, stack_pixels
 from lightning_unlearn.preparation.model_parts import as_numpy, config_of, load_model, network_beside, network_size
 from lightning_unlearn.preparation.records import Record
 from lightning_unlearn.weights.precision import ExactFloat32
+
+VAES = ("vae", "movq", "vqvae")
+"""What pipelines call it."""
 
 
 class VaeLatents:
@@ -34,14 +37,15 @@ class VaeLatents:
     """
 
     def __init__(self, folder: Path, size: int | None, kept: str, seed: int, device: torch.device) -> None:
-        config = config_of(folder / "vae")
         network = network_beside(folder)
         self.family = family_of(network) if network is not None else None
         wanted = self.family.vae_class if self.family is not None else "AutoencoderKL"
+        part = next((name for name in VAES if (folder / name).is_dir()), VAES[0])
+        config = config_of(folder / part)
         if config.get("_class_name") != wanted or config.get("in_channels", 3) not in (1, 3):
-            raise InputError(f"{folder / 'vae'} is no {wanted} for grey or RGB pictures; give ready `latents`.")
+            raise InputError(f"{folder / part} is no {wanted} for grey or RGB pictures; give ready `latents`.")
         kind = getattr(diffusers, wanted)
-        self.vae = load_model(kind, folder / "vae", low_cpu_mem_usage=False).to(device)
+        self.vae = load_model(kind, folder / part, low_cpu_mem_usage=False).to(device)
         scale = _scale(self.vae)
         self.rows: int | None = None
         self.sides = (size, size) if size is not None else network_size(folder, scale)
@@ -51,17 +55,20 @@ class VaeLatents:
         self.mode = "L" if config.get("in_channels") == 1 else "RGB"
         self.kept, self.seed, self.device = kept, seed, device
         if kept == "sample" and self._encoded(self._blank())[1] is None:
-            raise InputError(f"{folder / 'vae'} gives one code a picture and no distribution; leave `vae_sample` out.")
+            raise InputError(f"{folder / part} gives one code a picture and no distribution; leave `vae_sample` out.")
         self.shape: tuple[int, ...] = tuple(self._encoded(self._blank())[0].shape[1:])
         self.about: dict[str, Any] = {
             "space": "latent",
-            "vae": f"{folder.resolve().name}/vae",
+            "vae": f"{folder.resolve().name}/{part}",
             "vae_fingerprint": tensors_digest(self.vae.state_dict()),
             "vae_sample": kept,
-            **scaling_of(self.vae),
+            **(scaling_of(self.vae) if self._scaled_by_config() else {}),
             **({"family": self.family.title} if self.family is not None else {}),
             **({"seed": seed} if kept == "sample" else {}),
         }
+
+    def _scaled_by_config(self) -> bool:
+        return self.family is None or type(self.family).encode_pictures is Family.encode_pictures
 
     def _blank(self) -> Tensor:
         channels = 1 if self.mode == "L" else 3

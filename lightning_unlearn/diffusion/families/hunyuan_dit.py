@@ -74,18 +74,20 @@ class HunyuanDiTFamily(Family):
         )[0]
         return prediction
 
+    @torch.no_grad()
     def encode(self, pipeline: Any, captions: Sequence[str]) -> Conditions:
         """``text`` of the CLIP, ``text_2`` of the T5, and both masks; see :meth:`Family.encode`."""
         made: Conditions = {}
-        for number, name in enumerate(_TOKENS):
+        for number, (name, tokens) in enumerate(zip(_TOKENS, (77, 256), strict=True)):
             text, _, mask, _ = pipeline.encode_prompt(
                 list(captions),
                 device=pipeline.device,
                 num_images_per_prompt=1,
                 do_classifier_free_guidance=False,
+                max_sequence_length=tokens,
                 text_encoder_index=number,
             )
-            made |= {name: text, f"{name}_mask": mask.float()}
+            made |= {name: text.float(), f"{name}_mask": mask.float()}
         return made
 
     def facts(self, height: int, width: int, original: tuple[int, int], crop: tuple[int, int]) -> dict[str, list[int]]:

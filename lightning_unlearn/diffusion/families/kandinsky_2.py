@@ -26,6 +26,7 @@ class Kandinsky2Family(Family):
         "cross_attention": (r".*\.attentions\.\d+\.add_[kv]_proj",),
         "attention": (r".*\.attentions\.\d+\.(to_[qkv]|add_[kv]_proj|to_out\.0)",),
     }
+    vae_class: ClassVar[str] = "VQModel"
     auto: ClassVar[str] = "cross_attention"
     variance: ClassVar[bool] = True
 

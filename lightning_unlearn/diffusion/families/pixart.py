@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from lightning_unlearn.data.conditions import Conditions
@@ -52,6 +53,7 @@ class PixArtFamily(Family):
         )[0]
         return prediction
 
+    @torch.no_grad()
     def encode(self, pipeline: Any, captions: Sequence[str]) -> Conditions:
         """See :meth:`Family.encode`; in lower case, as the pipeline does, and not otherwise cleaned.
 
@@ -65,7 +67,7 @@ class PixArtFamily(Family):
         text, mask, _, _ = pipeline.encode_prompt(
             list(captions), do_classifier_free_guidance=False, device=pipeline.device
         )
-        return {"text": text, "text_mask": mask.float()}
+        return {"text": text.float(), "text_mask": mask.float()}
 
     def facts(self, height: int, width: int, original: tuple[int, int], crop: tuple[int, int]) -> dict[str, list[Any]]:
         """See :meth:`Family.facts`; networks that don't take them leave them be."""

@@ -99,7 +99,7 @@ def _record(folder: Path, name: str, subset: tuple[int, str] | None, reading: Re
     if not captions and words and reading.choices.repeats == "auto" and reading.choices.missing_caption == "error":
         captions = [words]
     settled = reading.settled(captions, words)
-    if settled == [""] and problem is None:
+    if settled == [""] and problem is None and reading.text:
         reading.tally.add("samples have the empty caption", name)
     return Record(key_of_path(name), settled, metadata, str(path), path, problem)
 

@@ -92,7 +92,7 @@ def _record(path: Path, key: str, members: dict[str, bytes], reading: Reading) -
     except ValueError as error:
         return replace(record, problem=f"{place}: {str(error).splitlines()[0]}; mend it, or {SKIP}.")
     settled = reading.settled(captions)
-    if settled == [""]:
+    if settled == [""] and reading.text:
         reading.tally.add("samples have the empty caption", place)
     known = {name: value for name, value in metadata.items() if name != "captions"}
     return replace(record, captions=settled, metadata=known)

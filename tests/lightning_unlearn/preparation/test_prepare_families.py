@@ -11,7 +11,16 @@ import pytest
 import torch
 from flow_pipelines import opened
 from PIL import Image
-from tiny_pipelines import aura_flow, chroma, flux, flux_2, stable_diffusion_3, stable_diffusion_xl
+from tiny_pipelines import (
+    aura_flow,
+    chroma,
+    flux,
+    flux_2,
+    hunyuan_dit,
+    pixart,
+    stable_diffusion_3,
+    stable_diffusion_xl,
+)
 
 from lightning_unlearn.datamodules.reading import read_samples
 from lightning_unlearn.errors import InputError
@@ -19,7 +28,7 @@ from lightning_unlearn.preparation import prepare
 
 PIPELINES = {
     module.__name__.rpartition(".")[2]: module
-    for module in (aura_flow, chroma, flux, flux_2, stable_diffusion_3, stable_diffusion_xl)
+    for module in (aura_flow, chroma, flux, flux_2, hunyuan_dit, pixart, stable_diffusion_3, stable_diffusion_xl)
 }
 CAPTIONS = {"a": ["a cat"], "b": ["dog", "a dog on a mat"], "c": ["x"]}
 
@@ -98,3 +107,20 @@ def test_what_a_pipeline_lacks_is_named(pictures: Path, tmp_path: Path) -> None:
     (folder / "unet" / "config.json").write_text('{"_class_name": "PriorTransformer", "num_layers": 1}')
     with pytest.raises(InputError, match="family"):
         prepare(output=str(tmp_path / "c"), **arguments)
+
+
+def test_tokens_are_those_that_the_encoders_read(pictures: Path, tmp_path: Path) -> None:
+    arguments = {"images": str(pictures), "size": 16, "caption": "abcdefghijklmnop"}
+    folder = pixart.make(tmp_path / "pipeline")
+    prepare(output=str(tmp_path / "usual"), pipeline=str(folder), **arguments)
+    manifest = json.loads((tmp_path / "usual" / "manifest.json").read_bytes())
+    assert manifest["text"]["tokens"] == {"text_encoder": 120}  # its tokenizer says 12, of which the pipeline knows
+    with pytest.warns(UserWarning, match=r"3 captions are longer than the 9 tokens that text_encoder reads"):
+        (shard,) = prepare(output=str(tmp_path / "few"), pipeline=str(folder), tokens=9, **arguments)
+    for sample in read_samples(shard):
+        assert sample.text.shape == (1, 9, pixart.TEXT)
+        assert sample.conditions["text_mask"].shape == (1, 9)
+    for module in (stable_diffusion_xl, hunyuan_dit):
+        fixed = module.make(tmp_path / module.__name__)
+        with pytest.raises(InputError, match=r"`tokens` is for .* read just as many as they were trained with"):
+            prepare(output=str(tmp_path / "refused"), pipeline=str(fixed), tokens=9, **arguments)
