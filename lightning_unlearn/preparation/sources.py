@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from lightning_unlearn.diffusion.families import Condition, family_of
-from lightning_unlearn.diffusion.families.base import setting
+from lightning_unlearn.diffusion.families.settings import setting
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.preparation.cached_latents import CachedLatents
 from lightning_unlearn.preparation.encoders import folder_text, pipeline_text
