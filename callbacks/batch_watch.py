@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_unlearn.errors import InputError
@@ -41,6 +42,7 @@ class BatchWatch:
         self._capture = GradientCapture(layers, network)
         self._capture.attach()
         self._loss_factor: Tensor | None = None  # the gradient at the loss itself
+        self._told: list[float] = []  # factors of the loss that a warning was given of
         self._inside = False  # Lightning's backward pass
         self._foreign = False  # a backward pass that Lightning did not run has left gradients
         self._saw_backward = False  # in this batch
@@ -149,14 +151,20 @@ class BatchWatch:
         for (name, kind), ratio in zip(names, off, strict=True):
             if ratio > 1:
                 self._refuse(name, kind, grown.get((name, kind)))
-        self._refuse_other_factor(factor_seen, loss_scale)
+        self._tell_of_factor(factor_seen, loss_scale)
         return True
 
-    def _refuse_other_factor(self, seen: float, loss_scale: float) -> None:
+    def _tell_of_factor(self, seen: float, loss_scale: float) -> None:
         if seen != 1 and loss_scale == 1:
             raise InputError(
                 f"The backward pass multiplies the loss by {seen:g}, which can't be told from the loss itself; "
                 f"set loss_scale={seen:g} of FisherAccumulator, times any other factor of the loss."
+            )
+        if seen not in (1, loss_scale, *self._told):
+            self._told.append(seen)
+            rank_zero_warn(
+                f"The backward pass multiplies the loss by {seen:g} itself, and FisherAccumulator undoes "
+                f"loss_scale={loss_scale:g}; that must be {seen:g} times any other factor of the loss."
             )
 
     def _refuse(self, name: str, kind: str, grown: Grown | None) -> None:

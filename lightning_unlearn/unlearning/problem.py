@@ -53,6 +53,7 @@ def problem_of(
         data_loss=fixed.data_loss,
         weights_length=float(sum(square.item() for square in squares) ** 0.5),
         untrained=fixed.untrained_losses,
+        agreed=fixed.agreed,
     )
 
 
