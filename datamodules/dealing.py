@@ -44,7 +44,7 @@ class Deal:
 
     Args:
         groups: Of all shards.
-        batch_size: Samples a batch, at most.
+        batch_size: Samples a batch, at most; with 1 some batches have two where readers have not as many samples.
         readers: Over all ranks; each has as many batches as the others.
 
     Attributes:
@@ -52,7 +52,7 @@ class Deal:
         batches: How many batches each reader has.
 
     Raises:
-        InputError: If there is a reader without a sample.
+        InputError: If there are too few samples for all readers.
     """
 
     def __init__(self, groups: Sequence[Group], batch_size: int, readers: int) -> None:
@@ -62,16 +62,7 @@ class Deal:
         for group in groups:
             weights[group.form] = weights.get(group.form, 0.0) + group.weight / self.unit
         counts = {form: max(1, round(weights[form])) for form in sorted(weights)}
-        batches = {form: -(-count // batch_size) for form, count in counts.items()}
-        total = sum(counts.values())
-        if total < readers:
-            raise InputError(
-                f"{total} samples are too few for one on each of {readers} readers; use fewer workers or ranks."
-            )
-        # Whatever is left over when batches are dealt is made up for by smaller ones of the forms with the largest.
-        while sum(batches.values()) % readers:
-            form = max((form for form in counts if batches[form] < counts[form]), key=lambda f: counts[f] / batches[f])
-            batches[form] += 1
+        batches = _even({form: -(-count // batch_size) for form, count in counts.items()}, counts, readers)
         first = 0
         self.forms: dict[str, FormDeal] = {}
         for form, count in counts.items():
@@ -90,6 +81,27 @@ class Deal:
             The turn.
         """
         return Turn(self, window, seed_of(*seed))
+
+
+def _even(batches: dict[str, int], counts: dict[str, int], readers: int) -> dict[str, int]:
+    """Numbers of batches that add up to as many for each reader: the largest are cut, or, if none can be, joined."""
+    total = sum(counts.values())
+    wanted = -(-sum(batches.values()) // readers) * readers
+    if wanted > total:
+        wanted -= readers
+    if not len(counts) <= wanted:
+        raise InputError(
+            f"{total} samples of {len(counts)} forms are too few for as many batches on each of {readers} readers; use "
+            "fewer workers or ranks."
+        )
+    even = dict(batches)
+    while sum(even.values()) < wanted:
+        form = max((form for form in counts if even[form] < counts[form]), key=lambda form: counts[form] / even[form])
+        even[form] += 1
+    while sum(even.values()) > wanted:
+        form = min((form for form in counts if even[form] > 1), key=lambda form: counts[form] / even[form])
+        even[form] -= 1
+    return even
 
 
 class Turn:

@@ -39,7 +39,7 @@ from lightning_unlearn.data.arrays import LARGEST_LATENT, decode_array
 from lightning_unlearn.data.conditions import NUMBERS, Conditions, cast_conditions, decode_conditions
 from lightning_unlearn.data.field_checks import check_fields, check_present, is_text
 from lightning_unlearn.data.masks import LOSS_MASK_FIELD, MASK_FIELD, decode_mask
-from lightning_unlearn.data.shared import SHARED
+from lightning_unlearn.data.shared import SHARED, names_fields
 from lightning_unlearn.data.weights import caption_weights_of, weight_of
 from lightning_unlearn.errors import InputError
 
@@ -213,8 +213,8 @@ def decode_sample(fields: Mapping[str, Any]) -> Sample:
         metadata = json.loads(fields["json"])
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: its json can't be read ({error}); make the shard again.") from None
-    if isinstance(metadata, dict):
-        metadata.pop(SHARED, None)  # where it lay is nobody's concern once it is read
+    if isinstance(metadata, dict) and names_fields(metadata.get(SHARED)):
+        del metadata[SHARED]  # where they lay is nobody's concern once they are read
     captions = metadata.get("captions") if isinstance(metadata, dict) else None
     if not isinstance(captions, list) or not captions or not all(isinstance(text, str) for text in captions):
         raise InputError(f"{where} has no captions; its json needs a list of strings named 'captions'.")

@@ -54,6 +54,18 @@ def digest_of_bytes(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
+def names_fields(said: Any) -> bool:
+    """Whether a sample's json says what it shares, and does not use our word for something of its own.
+
+    Args:
+        said: What it says.
+
+    Returns:
+        Whether it names fields.
+    """
+    return isinstance(said, dict) and bool(said) and said.keys() <= CONDITION_FIELDS
+
+
 def share(samples: Sequence[Mapping[str, Any]]) -> Iterator[tuple[dict[str, bytes], dict[str, Any]]]:
     """The samples of one shard, each with what must stand before it because it, and others, share it.
 
@@ -144,11 +156,10 @@ class SharedFields:
             return
         try:
             said = json.loads(sample["json"])[SHARED]
-            pairs = list(said.items())
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            return  # somebody else's word, or no json at all, which is told of where it is decoded
-        for field, name in pairs:
-            if field not in wanted or field in sample or field not in CONDITION_FIELDS:
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return  # no json, which is told of where it is decoded, or the word stands elsewhere in it
+        for field, name in said.items() if names_fields(said) else ():
+            if field not in wanted or field in sample:
                 continue
             if not isinstance(name, str) or name not in self._held:
                 raise InputError(

@@ -23,6 +23,7 @@ from lightning_unlearn.errors import InputError
 from lightning_unlearn.preparation.disk import say_size, size_on_disk
 from lightning_unlearn.preparation.inputs import Array, Item, Taken
 from lightning_unlearn.preparation.layouts import layout_of
+from lightning_unlearn.preparation.loss_masks import loss_mask
 from lightning_unlearn.preparation.pictures import crop_middle, open_picture, to_preview
 from lightning_unlearn.preparation.records import Record
 from lightning_unlearn.preparation.resizing import resized, to_pixels
@@ -162,13 +163,16 @@ class Assembly:
         place = str(record.picture) if isinstance(record.picture, Path) else record.place
         choices = self.reading.choices
         picture = open_picture(record.picture, place, self.latents.mode, choices)
-        pixels, taken = None, None
+        pixels, taken, mask = None, None, None
         if self.latents.crop is not None:
-            taken = _taken(picture.height, picture.width, *self.latents.crop)
-            pixels = to_pixels(resized(picture, *self.latents.crop, choices.resize))
-            picture = crop_middle(picture, *self.latents.crop)
+            shape = choices.bucket(self.latents.crop, picture.height, picture.width)
+            taken = _taken(picture.height, picture.width, *shape)
+            pixels = to_pixels(resized(picture, *shape, choices.resize))
+            if choices.masks in ("loss", "alpha"):
+                mask = loss_mask(record, choices, *shape)
+            picture = crop_middle(picture, *shape)
         preview = to_preview(picture, self.picture_size) if self.picture_size else None
-        return Item(index, record, pixels, preview, taken)
+        return Item(index, record, pixels, preview, taken, mask)
 
     def _samples(self, total: int, about: dict[str, Any]) -> Iterator[dict[str, Any]]:
         items = self._items()
@@ -190,10 +194,10 @@ class Assembly:
         }
 
     def _encode(self, batch: list[Item], about: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        latents = self.latents.latents(batch, mirrored=False)
-        flips = self.latents.latents(batch, mirrored=True) if self.mirrored else None
+        latents = self._latents(batch, mirrored=False)
+        flips = self._latents(batch, mirrored=True) if self.mirrored else None
         states = self.text.states(batch)
-        about["latent"]["shape"] = list(latents.shape[1:])
+        about["latent"]["shape"] = list(latents[0].shape)
         about["text"]["shape"] = list(states[0]["text"].shape[1:]) if "text" in states[0] else None
         for row, item in enumerate(batch):
             facts, captions = self.latents.facts(item.record), {"captions": item.record.captions}
@@ -207,11 +211,23 @@ class Assembly:
                     latent_flip=None if flips is None else self._stored(flips[row], "mirrored latent", item),
                     picture=item.preview,
                     picture_format="webp",
+                    loss_mask=item.mask,
                 )
             except InputError as error:
                 self._leave_out(str(error))
                 continue
             yield sample
+
+    def _latents(self, batch: list[Item], *, mirrored: bool) -> list[Array]:
+        """The latents of samples; pictures of one shape are encoded together."""
+        alike: dict[Any, list[int]] = {}
+        for row, item in enumerate(batch):
+            alike.setdefault(row if item.pixels is None else item.pixels.shape, []).append(row)
+        found: dict[int, Array] = {}
+        for rows in alike.values():
+            latents = self.latents.latents([batch[row] for row in rows], mirrored=mirrored)
+            found |= dict(zip(rows, latents, strict=True))
+        return [found[row] for row in range(len(batch))]
 
     def _told(self, numbers: dict[str, list[int]]) -> dict[str, Any]:
         # An empty object says that there is no text because the network takes none.

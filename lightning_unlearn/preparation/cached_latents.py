@@ -30,7 +30,7 @@ class CachedLatents:
         tally: Counts files that can't be used.
 
     Raises:
-        InputError: If there are none, or of two models, or of several shapes.
+        InputError: If there are none, or of two models.
     """
 
     def __init__(self, folder: Path, tally: Tally) -> None:
@@ -51,17 +51,11 @@ class CachedLatents:
             raise InputError(f"{folder} has no cached latents that can be read (*_sd.npz, *_sdxl.npz); name another.")
         if len(kinds) > 1:
             raise InputError(f"{folder} has cached latents of SD and of SDXL; leave those of one model there.")
-        if len(shapes) > 1:
-            held = ", ".join(f"{count} of {shape}" for shape, count in shapes.most_common(5))
-            raise InputError(
-                f"{folder} has cached latents of {len(shapes)} shapes ({held}), but samples of one run must have one "
-                "shape so far; move those of each shape, with their pictures, to a folder of their own."
-            )
         factor = _FACTORS[kinds.pop()]
         self.crop: tuple[int, int] | None = None
         self.mode = "RGB"
         self.rows: int | None = None
-        self.shape: tuple[int, ...] = next(iter(shapes))
+        self.shape: tuple[int, ...] = shapes.most_common(1)[0][0]
         self.factor = np.float32(factor)
         self.about: dict[str, Any] = {"space": "latent", "vae": "cached by kohya", "shift": [0.0], "factor": [factor]}
 

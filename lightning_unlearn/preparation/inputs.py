@@ -38,6 +38,7 @@ class Item:
         pixels: ``(channels, height, width)`` float32 in [-1, 1]; ``None`` where latents are ready.
         preview: An encoded picture for people to look at, if there is one.
         taken: Which part of the picture the pixels are.
+        mask: Where training had its loss, an encoded picture.
     """
 
     index: int
@@ -45,6 +46,7 @@ class Item:
     pixels: Array | None = None
     preview: bytes | None = None
     taken: Taken | None = None
+    mask: bytes | None = None
 
 
 class LatentSource(Protocol):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lightning_unlearn.data.weights import CAPTION_WEIGHTS
 from lightning_unlearn.preparation.choices import Choices
 from lightning_unlearn.preparation.tally import Tally
 
@@ -89,6 +90,27 @@ class Reading:
         if not captions and (self.choices.missing_caption != "error" or not self.text):
             return [""]
         return captions
+
+
+def dropped_captions(record: Record, dropout: float) -> Record:
+    """A sample as training saw its captions, of which it dropped a share for the empty one.
+
+    Args:
+        record: The sample.
+        dropout: The share.
+
+    Returns:
+        With the empty caption beside its own, and the weights of both.
+    """
+    if not dropout or not record.captions or record.captions == [""]:
+        return record
+    shares = record.metadata.get(CAPTION_WEIGHTS) or [1.0] * len(record.captions)
+    weights = [(1 - dropout) * share / sum(shares) for share in shares]
+    return replace(
+        record,
+        captions=[*record.captions, ""],
+        metadata={**record.metadata, CAPTION_WEIGHTS: [*weights, dropout]},
+    )
 
 
 def captions_of_cell(value: Any) -> list[str]:

@@ -102,7 +102,8 @@ class VaeLatents:
         """See :class:`LatentSource`; what the family's networks are told of a picture's sizes."""
         if self.family is None or item.taken is None:
             return {}
-        return self.family.facts(*self.sides, item.taken.original, item.taken.corner)
+        height, width = self.sides if item.pixels is None else item.pixels.shape[1:]
+        return self.family.facts(height, width, item.taken.original, item.taken.corner)
 
 
 def _scale(vae: Any) -> int:

@@ -70,7 +70,7 @@ def _record(path: Path, key: str, members: dict[str, bytes], reading: Reading) -
     if not pictures:
         reading.tally.add("samples of tars have no picture", place)
         return None
-    if is_mask_name(key) and reading.choices.masks == "leave_out":
+    if is_mask_name(key) and reading.choices.masks != "picture":
         reading.tally.add("masks were left out", place)
         return None
     record = Record(plain_key(key), [], {}, place, members[pictures[0]])
