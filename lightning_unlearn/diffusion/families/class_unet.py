@@ -66,7 +66,6 @@ class ClassUNetFamily(Family):
         "attention": (r".*\.attentions\.\d+\.(to_[qkv]|to_out\.0)",),
     }
     auto: ClassVar[str] = "all"
-    variance: ClassVar[bool] = True
 
     def needs(self, network: nn.Module) -> Mapping[str, Condition]:
         """See :meth:`Family.needs`."""
