@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_unlearn.data.conditions import Conditions
 from lightning_unlearn.data.samples import ViewBatch
+from lightning_unlearn.diffusion.families.noted import note_prediction
 from lightning_unlearn.diffusion.families.settings import OWN_OBJECTIVE, refuse_settings, setting
 from lightning_unlearn.diffusion.families.vaes import encode_kl
 from lightning_unlearn.diffusion.timestep_density import Density
@@ -266,6 +267,7 @@ class Family(ABC):
                 f"{tuple(noisy.shape)}"
                 f"{_variance(prediction.shape[1:2] == (2 * noisy.shape[1],))}; {OWN_OBJECTIVE}."
             )
+        note_prediction(prediction)
         return prediction
 
 

@@ -21,7 +21,7 @@ class ZImageFamily(Family):
     """``diffusers.ZImageTransformer2DModel`` (arXiv 2511.22699): it takes lists, one entry a picture.
 
     No weights are the text's alone but those of ``context_refiner``, which are no attention of the picture to it, so
-    there is no ``text_kv``. Layers that embed patches and text see the tokens of all pictures in one row.
+    there is no ``text_kv``.
     """
 
     title: ClassVar[str] = "Z-Image"
@@ -37,6 +37,10 @@ class ZImageFamily(Family):
     flow: ClassVar[FlowTraining | None] = FlowTraining()
     plain: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {
         "siglip_feat_dim": ((None,), "states of pictures beside those of the text")
+    }
+
+    left_out: ClassVar[Mapping[str, str]] = {
+        r"all_x_embedder\..*|cap_embedder\.1": "The tokens of all pictures of a batch are its rows."
     }
 
     def call(self, network: nn.Module, noisy: Tensor, timesteps: Tensor, batch: ViewBatch) -> Tensor:

@@ -109,3 +109,10 @@ def test_sprint_is_refused(model: Opened) -> None:
         sprint = SanaTransformer2DModel(num_layers=1, guidance_embeds=True)
     with pytest.raises(InputError, match="Sana-Sprint"):
         model.family.check(sprint)
+
+
+def test_depthwise_convolutions_are_left_out_of_all_and_refused_by_name(model: Opened) -> None:
+    with pytest.warns(UserWarning, match=r"leaves out 1 layers .*ff\.conv_depth"):
+        assert "transformer_blocks.0.ff.conv_point" in select_layers(model.network, "all")
+    with pytest.raises(InputError, match="grouped"):
+        select_layers(model.network, [r".*\.ff\.conv_depth"])

@@ -109,3 +109,8 @@ def test_networks_that_take_pictures_are_refused(model: Opened, settings: dict[s
         network = WanTransformer3DModel(num_layers=1, **settings)
     with pytest.raises(InputError, match=words):
         model.family.check(network)
+
+
+def test_three_dimensional_convolutions_are_left_out_of_all(model: Opened) -> None:
+    with pytest.warns(UserWarning, match=r"leaves out 1 layers .*patch_embedding"):
+        assert set(select_layers(model.network, "all")) == chosen_of(lambda name: True, model.network)
