@@ -14,6 +14,7 @@ from lightning_unlearn.baselines.d_trak import DTRAK
 from lightning_unlearn.baselines.das import DAS
 from lightning_unlearn.baselines.gradients import shared_gradients
 from lightning_unlearn.errors import InputError
+from lightning_unlearn.scores.agreement import standardised
 
 UNLEARNED = "unlearning"
 
@@ -127,21 +128,3 @@ def combined(parts: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tenso
     """
     total = sum(weights[name] for name in parts)
     return torch.stack([weights[name] / total * standardised(scores) for name, scores in parts.items()]).sum(0)
-
-
-def standardised(scores: Tensor) -> Tensor:
-    """Scores in units of their scatter over the samples.
-
-    Args:
-        scores: ``(N, Q)``.
-
-    Returns:
-        ``(N, Q)`` float64 of mean 0 and mean square 1 a query; 0 where all scores of a query are equal.
-    """
-    # In units of the largest, so that no square is beyond float64.
-    scores = scores.double() / scores.abs().amax(0).double().clamp(min=torch.finfo(torch.float64).tiny)
-    away = scores - scores.mean(0)
-    scatter = away.square().mean(0).sqrt()
-    # What rounding leaves of equal numbers is no scatter.
-    flat = scatter <= 8 * torch.finfo(torch.float64).eps
-    return torch.where(flat, 0.0, away / torch.where(flat, 1.0, scatter))

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics.functional import pearson_corrcoef
 
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.metrics.ranks import rank_correlation
@@ -77,10 +76,9 @@ def agreements(parts: Mapping[str, Tensor], scores: Tensor, captions: Sequence[H
     pairs = list(combinations(parts, 2))
     shared = torch.stack([_shared(tops[one], tops[other]) for one, other in pairs]).mean(0)
     order = torch.stack([rank_correlation(parts[one].mT, parts[other].mT) for one, other in pairs]).mean(0)
-    sizes = torch.stack([pearson_corrcoef(parts[one].double(), parts[other].double()) for one, other in pairs])
+    standard = {name: standardised(values) for name, values in parts.items()}
+    alike = torch.stack([(standard[one] * standard[other]).mean(0) for one, other in pairs]).mean(0)
     between = caption_shares(scores, captions)
-    # A part that gives all samples one score agrees with nobody.
-    alike = sizes.nan_to_num(0.0).view(len(pairs), -1).mean(0)
     numbers = zip(shared.tolist(), order.tolist(), alike.tolist(), strict=True)
     return [
         Agreement(*of_query, None if between is None else float(between[query]))
@@ -119,3 +117,21 @@ def caption_shares(scores: Tensor, captions: Sequence[Hashable]) -> Tensor | Non
     within = (values - means[of]).square().sum(0) / (count - groups)
     total = (values - values.mean(0)).square().sum(0) / (count - 1)
     return torch.where(total > 0, 1 - within / total, 0.0).clamp(min=0.0)
+
+
+def standardised(scores: Tensor) -> Tensor:
+    """Scores in units of their scatter over the samples.
+
+    Args:
+        scores: ``(N, Q)``.
+
+    Returns:
+        ``(N, Q)`` float64 of mean 0 and mean square 1 a query; 0 where all scores of a query are equal.
+    """
+    # In units of the largest, so that no square is beyond float64.
+    scores = scores.double() / scores.abs().amax(0).double().clamp(min=torch.finfo(torch.float64).tiny)
+    away = scores - scores.mean(0)
+    scatter = away.square().mean(0).sqrt()
+    # What rounding leaves of equal numbers is no scatter.
+    flat = scatter <= 8 * torch.finfo(torch.float64).eps
+    return torch.where(flat, 0.0, away / torch.where(flat, 1.0, scatter))

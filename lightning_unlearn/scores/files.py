@@ -133,6 +133,11 @@ def read_scores(folder: str | Path, *, partial: bool = False) -> ScoreTable:
     def stacked(prefix: str) -> Any:
         return np.stack([joined.column(prefix + query).to_numpy() for query in queries], 1)[order]
 
+    parts = {}
+    for name in run.get("parts", []):
+        if part_prefix(name) + queries[0] not in joined.column_names:
+            raise InputError(f"The scores in {folder} lack what {name!r} said; score into another folder.")
+        parts[name] = stacked(part_prefix(name))
     keys, shards = joined.column("key").to_pylist(), joined.column("shard").to_pylist()
     return ScoreTable(
         keys=[keys[row] for row in order],
@@ -142,7 +147,7 @@ def read_scores(folder: str | Path, *, partial: bool = False) -> ScoreTable:
         base_losses=joined.column("base_loss").to_numpy()[order],
         run=run,
         errors=stacked(ERRORS) if ERRORS + queries[0] in joined.column_names else None,
-        parts={name: stacked(part_prefix(name)) for name in run.get("parts", [])},
+        parts=parts,
         finished=joined.column(FINISHED).to_numpy()[order] if FINISHED in joined.column_names else None,
     )
 

@@ -11,9 +11,10 @@ from reference_baselines import das, feature, residual, trak
 from torch import Tensor
 
 from lightning_unlearn.baselines import DAS, DTRAK, Consensus, Subject
-from lightning_unlearn.baselines.consensus import combined, standardised
+from lightning_unlearn.baselines.consensus import combined
 from lightning_unlearn.draws.views import Views
 from lightning_unlearn.errors import InputError
+from lightning_unlearn.scores.agreement import standardised
 
 TRAINING, QUERIES = samples(6, (1, 2)), samples(3, (2, 1), prefix="query")
 VIEWS = Views(timesteps=3, seed=1)
