@@ -54,6 +54,19 @@ DEFAULT_SETTINGS = {
     DEFAULT_ALL: "halfway, ratio, all weights",
     DEFAULT_DIFFERENCE: "halfway, difference",
 }
+# Several methods asked together, made of kept scores: what is asked of each, all weights.
+CONSENSUS, CONSENSUS_FIXED = "consensus", "consensus_default"
+_DAS, _D_TRAK = ("das", "ridge 0.001, all weights"), ("d_trak", "ridge 0.01, all weights")
+_RISES = {
+    rise: (DEFAULT_OF, f"rise {rise}, difference, all weights") for rise in ("30%", "100%")
+}  # a modest one, and the one of the first version
+CONSENSUS_PARTS: dict[str, list[tuple[str, str]]] = {
+    "DAS + D-TRAK": [_DAS, _D_TRAK],
+    **{f"DAS + unlearning {rise}": [_DAS, unlearned] for rise, unlearned in _RISES.items()},
+    **{f"D-TRAK + unlearning {rise}": [_D_TRAK, unlearned] for rise, unlearned in _RISES.items()},
+    **{f"DAS + D-TRAK + unlearning {rise}": [_DAS, _D_TRAK, unlearned] for rise, unlearned in _RISES.items()},
+}
+CONSENSUS_DEFAULT = "DAS + D-TRAK + unlearning 30%"
 # Of customised models alone: the losses before customising, in the place of those after unlearning a query.
 UNDONE = "undone"
 WITHOUT_WEIGHTS = ("random", "pixel_similarity", "text_similarity")
@@ -62,6 +75,8 @@ WITH_FISHER = {"influence": "diagonal", "influence_ekfac": "ekfac"} | {
 }
 LABELS = {
     DEFAULT: "**unlearning with the defaults (ours)**",
+    CONSENSUS: "**several asked together (ours)**",
+    CONSENSUS_FIXED: "**the same, as `Consensus` asks them (ours)**",
     DEFAULT_ALL: "the defaults with all weights (ours)",
     DEFAULT_DIFFERENCE: "the defaults with the difference as rule (ours)",
     "unlearning_ekfac": "unlearning, EKFAC Fisher, tuned (ours)",

@@ -25,6 +25,11 @@ KEPT = tuple(measure for measure in MEASURES if measure != "cosine")  # there is
 class PackedStudy(Study):
     """A study whose models are read from one file, and from their own files where they came later."""
 
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        # The models of the one file bind its settings as those in files of their own do: nothing is written here.
+        self.folder, self.settings = folder, dict(settings)
+        self._refuse_another()
+
     @functools.cached_property
     def packed(self) -> dict[str, dict[str, Any]]:
         """A run's name to each measure of each query."""

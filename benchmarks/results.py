@@ -19,6 +19,7 @@ from method_settings import LABELS, plain
 from plots import plot
 from settings_page import against_recipe, defaults, swept
 from shown import difference, shown
+from transfer import all_benches, transfer
 
 from lightning_unlearn.evaluation.results import Removal
 
@@ -221,8 +222,9 @@ def main() -> None:
             plot(page)
             parts.append(text(page))
             print(f"{bench.name}: {len(page.rows)} methods judged in {seconds:.0f} s of processor time")
-    why = "\n".join(defaults([Bench(path.parent.name) for path in sorted(BENCHES.glob("*/bench.yaml"))]))
-    arguments.output.write_text(INTRODUCTION + (why and why + "\n") + "\n".join(parts))
+    benches = all_benches()
+    first, why = "\n".join(transfer(benches)), "\n".join(defaults(benches))
+    arguments.output.write_text(INTRODUCTION + (first and first + "\n") + (why and why + "\n") + "\n".join(parts))
     print(f"Results: {arguments.output}")
 
 

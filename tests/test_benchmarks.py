@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import importlib
 from graphlib import TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 SCRIPTS = {path.stem: path for path in sorted((Path(__file__).parents[1] / "benchmarks").glob("*.py"))}
 
@@ -20,3 +23,14 @@ def imports_of(path: Path) -> set[str]:
 def test_no_script_imports_in_a_circle() -> None:
     order = [*TopologicalSorter({name: imports_of(path) for name, path in SCRIPTS.items()}).static_order()]
     assert order.index("benches") < order.index("judged") < order.index("bench")
+
+
+def test_reading_a_packed_study_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever judges a bench leaves its committed files as they are."""
+    monkeypatch.syspath_prepend(str(SCRIPTS["packed"].parent))
+    benches, packed = (importlib.import_module(name) for name in ("benches", "packed"))
+    bench = benches.Bench("digits")
+    path = bench.folder / "study" / "study.json"
+    before = path.read_bytes(), path.stat().st_mtime_ns
+    assert packed.open_study(bench).packed
+    assert (path.read_bytes(), path.stat().st_mtime_ns) == before

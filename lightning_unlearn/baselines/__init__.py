@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightning_unlearn.baselines.base import Baseline, Subject
+from lightning_unlearn.baselines.consensus import Consensus
 from lightning_unlearn.baselines.d_trak import DTRAK
 from lightning_unlearn.baselines.das import DAS
 from lightning_unlearn.baselines.encoder_similarity import EncoderSimilarity
@@ -28,6 +29,7 @@ BASELINES: dict[str, type[Baseline]] = {
         JourneyTRAK,
         DTRAK,
         DAS,
+        Consensus,
         Undone,
     )
 }
@@ -38,6 +40,7 @@ __all__ = [
     "DTRAK",
     "TRAK",
     "Baseline",
+    "Consensus",
     "EncoderSimilarity",
     "GradientSimilarity",
     "Influence",

@@ -30,6 +30,8 @@ class Subject:
         queries: ``Q`` queries.
         batches: A pass over all ``N`` training samples; the same order each time.
         fisher: Of the chosen layers, with its sums, for methods that need one.
+        unlearned: ``(N, Q)`` by how much each sample's loss rose where a query was unlearned, for methods that ask
+            unlearning, too.
         keep: Whether the gradients of all samples stay in memory (``N`` times the chosen weights, in float32), so that
             each kind of gradient is computed once for any number of methods and settings.
         cache: What was computed, by what it depends on.
@@ -42,6 +44,7 @@ class Subject:
     batches: Callable[[], Iterable[SampleBatch]]
     fisher: Fisher | None = None
     keep: bool = False
+    unlearned: Tensor | None = None
     cache: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
@@ -52,6 +55,8 @@ class Baseline(ABC):
         name: As it is called in configs and tables.
         needs_fisher: Whether scores depend on the subject's Fisher.
         needs_query_views: Whether queries are looked at on the views, flips among them, that samples are.
+        rise: By how much the loss of each query is raised for the subject's ``unlearned``; ``None`` for a method that
+            needs nothing unlearned.
         columns: Of the table, for a method that scores the model and needs no query; ``None`` for one a query.
     """
 
@@ -59,6 +64,7 @@ class Baseline(ABC):
     needs_fisher: ClassVar[bool] = False
     needs_query_views: ClassVar[bool] = False
     columns: ClassVar[Sequence[str] | None] = None
+    rise: float | None = None
 
     @abstractmethod
     def scores(self, subject: Subject) -> Tensor:
@@ -71,6 +77,17 @@ class Baseline(ABC):
             ``(N, Q)`` float64 on the CPU, in the order of ``subject.batches()``; high means influential. ``Q`` is the
             number of ``columns`` where the method has its own.
         """
+
+    def parts(self, subject: Subject) -> Mapping[str, Tensor]:
+        """The scores of the methods that this one asks, so that a person sees who said what.
+
+        Args:
+            subject: The model, its training samples and the queries.
+
+        Returns:
+            Name to ``(N, Q)``; empty for a method that asks no other.
+        """
+        return {}
 
     def settings(self) -> dict[str, Any]:
         """What tells this method from another, as JSON; it enters the fingerprint of a run.

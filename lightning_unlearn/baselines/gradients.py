@@ -6,9 +6,10 @@ Queries are looked at on views of the same definition as samples: with shared no
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from lightning_unlearn.baselines.base import Subject
-from lightning_unlearn.baselines.per_sample import Gradients, Output, join, mean_gradients
+from lightning_unlearn.baselines.per_sample import Gradients, Output, join, mean_gradients, mean_gradients_of
 from lightning_unlearn.data.batches import collate_samples, form_of
 from lightning_unlearn.data.samples import Sample, SampleBatch
 from lightning_unlearn.draws.views import Views
@@ -32,7 +33,7 @@ def training_gradients(subject: Subject, output: Output, *, per_timestep: bool =
     Raises:
         InputError: If there is no sample.
     """
-    key = ("training", output, per_timestep)
+    key = _training_key(output, per_timestep)
     if key in subject.cache:
         yield from subject.cache[key]
         return
@@ -50,6 +51,44 @@ def training_gradients(subject: Subject, output: Output, *, per_timestep: bool =
         raise InputError("There are no training samples; name shards that hold some.")
     if subject.keep:
         subject.cache[key] = kept
+
+
+@contextmanager
+def shared_gradients(subject: Subject, outputs: Sequence[Output]) -> Iterator[None]:
+    """While it lasts, the gradients of all training samples by several output functions are there, from one pass.
+
+    They are in memory together: ``N`` times the chosen weights in float32 for each output function. Afterwards they are
+    forgotten, unless the subject keeps gradients.
+
+    Args:
+        subject: The model and its samples.
+        outputs: Of which output functions.
+
+    Raises:
+        InputError: If there is no sample.
+    """
+    lacking = [output for output in outputs if _training_key(output) not in subject.cache]
+    if lacking:
+        parts: dict[Output, list[Gradients]] = {output: [] for output in lacking}
+        for batch in subject.batches():
+            if len(batch):
+                views = subject.views.of(batch, subject.loss.objective.num_timesteps)
+                for output, found in mean_gradients_of(subject, batch.keys, views, lacking).items():
+                    parts[output].append(found)
+        for output, kept in parts.items():
+            if not kept:
+                raise InputError("There are no training samples; name shards that hold some.")
+            subject.cache[_training_key(output)] = kept
+    try:
+        yield
+    finally:
+        if not subject.keep:
+            for output in lacking:
+                del subject.cache[_training_key(output)]
+
+
+def _training_key(output: Output, per_timestep: bool = False) -> tuple[str, Output, bool]:
+    return ("training", output, per_timestep)
 
 
 def query_gradients(subject: Subject, output: Output, *, per_timestep: bool = False) -> Gradients:

@@ -34,14 +34,14 @@ class RidgeKernel:
     Attributes:
         left: ``(N, R)``.
         right: ``(R, Q)``.
-        leverage: ``(N, R)``.
+        scale: ``(R,)``: with it the regression's hat matrix is ``left · diag(scale / damped eigenvalues) · leftᵀ``.
         eigenvalues: ``(R,)`` of the decomposed matrix.
         errors: ``(N,)`` mean root of each training sample's loss.
     """
 
     left: Tensor
     right: Tensor
-    leverage: Tensor
+    scale: Tensor
     eigenvalues: Tensor
     errors: Tensor
 
@@ -65,12 +65,13 @@ class RidgeKernel:
             values, left = torch.linalg.eigh(_gram(training))
             values = values.clamp(min=0)  # what is below is rounding
             cross = torch.cat([batch.products(queries.parameters) for batch in training])
-            kernel = cls(left, left.mT @ cross, left.square() * values, values, errors)
+            kernel = cls(left, left.mT @ cross, values, values, errors)
         else:
             features = torch.cat([_wide(batch) for batch in training])
             values, basis = torch.linalg.eigh(features.mT @ features)
             left = features @ basis
-            kernel = cls(left, (_wide(queries) @ basis).mT, left.square(), values.clamp(min=0), errors)
+            right = (_wide(queries) @ basis).mT
+            kernel = cls(left, right, torch.ones_like(values), values.clamp(min=0), errors)
         if not kernel.eigenvalues.sum() > 0:
             raise InputError("No gradient reaches the chosen layers for any training sample; choose other parameters.")
         return kernel
@@ -95,7 +96,25 @@ class RidgeKernel:
         Returns:
             ``(N,)`` in [0, 1).
         """
-        return self.leverage @ (1 / self._damped(ridge))
+        return self.left.square() @ (self.scale / self._damped(ridge))
+
+    def leave_one_out_error(self, ridge: float, targets: Tensor) -> float:
+        r"""How far each sample's target is from what the regression on all others foretells of it.
+
+        .. math:: \frac 1 N \sum_i \left( \frac{y_i - (H y)_i}{1 - H_{ii}} \right)^2
+
+        in closed form (Allen, 1974: PRESS), with the hat matrix :math:`H = Φ A^{-1} Φ^T`: nothing is fitted again.
+
+        Args:
+            ridge: λ.
+            targets: y, ``(N,)``; bring them to mean 0, as the regression has no constant.
+
+        Returns:
+            The mean squared error.
+        """
+        targets = targets.double()
+        fitted = self.left @ (self.scale / self._damped(ridge) * (self.left.mT @ targets))
+        return float(((targets - fitted) / (1 - self.leverages(ridge))).square().mean())
 
     def _damped(self, ridge: float) -> Tensor:
         return self.eigenvalues + ridge * self.eigenvalues.sum() / len(self.left)

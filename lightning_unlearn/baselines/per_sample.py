@@ -122,12 +122,42 @@ def mean_gradients(
     Raises:
         InputError: If a gradient is not finite, or rows of the layers are not samples.
     """
+    return mean_gradients_of(subject, keys, views, [output], per_timestep=per_timestep)[output]
+
+
+def mean_gradients_of(
+    subject: Subject,
+    keys: Sequence[str],
+    views: Iterable[View],
+    outputs: Sequence[Output],
+    *,
+    per_timestep: bool = False,
+) -> dict[Output, Gradients]:
+    """Mean gradients of several output functions over given views: one forward pass a view, one backward pass each.
+
+    Args:
+        subject: The model.
+        keys: ``B`` keys.
+        views: Views whose rows count in ``keys``.
+        outputs: Of which output functions; each once.
+        per_timestep: Whether each view's gradient is brought to length 1 before the mean.
+
+    Returns:
+        Output function to the gradients of the ``B`` samples.
+
+    Raises:
+        InputError: If a gradient is not finite, or rows of the layers are not samples.
+    """
     parameters = layer_parameters(subject.layers)
     some = next(iter(parameters.values()))
     device, dtype = some.device, some.dtype
     wide = torch.promote_types(dtype, torch.float32)
     sums = {
-        name: torch.zeros(len(keys), weight.numel(), device=device, dtype=wide) for name, weight in parameters.items()
+        output: {
+            name: torch.zeros(len(keys), weight.numel(), device=device, dtype=wide)
+            for name, weight in parameters.items()
+        }
+        for output in outputs
     }
     errors, counts = torch.zeros(len(keys), dtype=torch.float64), torch.zeros(len(keys), dtype=torch.float64)
     with (
@@ -139,19 +169,27 @@ def mean_gradients(
         for view in views:
             view = cast_view(view, device, dtype)
             losses = subject.loss(view.batch, view.timesteps, view.noise)
-            values = OUTPUTS[output](losses, seen[-1].to(losses.dtype))
-            # Only so that hooks see what passes: the sum of a batch's gradients is nobody's.
-            torch.autograd.grad(values.sum(), list(parameters.values()), allow_unused=True)
-            found = _flat(capture.take(), parameters, len(view.rows))
-            if per_timestep:
-                norms = torch.stack([gradient.square().sum(1) for gradient in found.values()]).sum(0).sqrt()
-                found = {name: gradient / norms.clamp(min=TINY)[:, None] for name, gradient in found.items()}
             rows = view.rows.to(device)
-            for name, gradient in found.items():
-                sums[name].index_add_(0, rows, gradient)
+            for number, output in enumerate(outputs, 1):
+                values = OUTPUTS[output](losses, seen[-1].to(losses.dtype))
+                # Only so that hooks see what passes: the sum of a batch's gradients is nobody's.
+                torch.autograd.grad(
+                    values.sum(), list(parameters.values()), allow_unused=True, retain_graph=number < len(outputs)
+                )
+                found = _flat(capture.take(), parameters, len(view.rows))
+                if per_timestep:
+                    norms = torch.stack([gradient.square().sum(1) for gradient in found.values()]).sum(0).sqrt()
+                    found = {name: gradient / norms.clamp(min=TINY)[:, None] for name, gradient in found.items()}
+                for name, gradient in found.items():
+                    sums[output][name].index_add_(0, rows, gradient)
             errors.index_add_(0, view.rows.cpu(), losses.detach().sqrt().cpu().double())
             counts.index_add_(0, view.rows.cpu(), torch.ones(len(view.rows), dtype=torch.float64))
             seen.clear()
+    return {output: _means(keys, totals, errors, counts) for output, totals in sums.items()}
+
+
+def _means(keys: Sequence[str], sums: Mapping[str, Tensor], errors: Tensor, counts: Tensor) -> Gradients:
+    """Sums over views, divided by their number; refused where they are not finite."""
     means = {name: (total / counts.to(total)[:, None]).cpu() for name, total in sums.items()}
     finite = torch.stack([mean.isfinite().all(1) for mean in means.values()]).all(0)
     if not finite.all():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,21 +10,20 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_unlearn.baselines import Baseline
 from lightning_unlearn.callbacks import ScoreWriter
-from lightning_unlearn.command_line.command_parts import BARE, check_top, make_folder, many, say
+from lightning_unlearn.command_line.command_parts import BARE, check_top, many, say
 from lightning_unlearn.command_line.method_run import MethodRun
 from lightning_unlearn.command_line.quiet import quiet
 from lightning_unlearn.command_line.race_command import RaceRun, check_race
 from lightning_unlearn.command_line.run_report import write_report
-from lightning_unlearn.command_line.scoring_words import Announcer, targets_in_words, wait_for_scores
+from lightning_unlearn.command_line.scoring_words import wait_for_scores
 from lightning_unlearn.command_line.trainer_cli import TrainerCLI, attribution_parts, one_sentence
+from lightning_unlearn.command_line.unlearning_run import unlearn, unlearned_for
 from lightning_unlearn.datamodules import AttributionDataModule
 from lightning_unlearn.errors import InputError, some_of
 from lightning_unlearn.scores.racing import Race
 from lightning_unlearn.scores.rules import RULES
 from lightning_unlearn.scores.table import ScoreTable
-from lightning_unlearn.unlearning.guards import check_processes
 from lightning_unlearn.unlearning.module import UnlearningModule
-from lightning_unlearn.weights.delta_files import read_deltas
 
 UNLEARNING = "unlearning"
 # What only unlearning has, with its defaults.
@@ -78,7 +76,8 @@ def attribute(arguments: list[str]) -> None:
         output, method = Path(cli.config.output), cli.config_init["method"]
         if isinstance(method, Baseline):
             _refuse_options_of_unlearning(cli, method)
-            MethodRun(method, module, data, trainer, output).run()
+            unlearned = unlearned_for(method, module, data, trainer, output)
+            MethodRun(method, module, data, trainer, output, unlearned).run()
         else:
             _unlearn_and_score(cli, module, data, trainer, output)
         if trainer.is_global_zero:
@@ -102,15 +101,8 @@ def _unlearn_and_score(
         check_race(race, module, data, output)
         if cli.config.keep_deviations:
             raise InputError("A race's table has scores of few and of all views; leave keep_deviations out.")
-    check_processes(trainer)
-    make_folder(output)
-    # Before the progress bar, so that a folder of another run is refused and the step announced before it is drawn.
     writer = ScoreWriter(str(output), cli.config.rule, data.on_bad_sample, cli.config.flips, cli.config.keep_deviations)
-    trainer.callbacks[:0] = [writer, Announcer(output)]  # type: ignore[attr-defined]
-    deltas = output / "deltas.ckpt"
-    if not _is_unlearned(deltas, module, data, trainer):
-        trainer.fit(module, data)
-        _save(trainer, deltas)
+    deltas = unlearn(module, data, trainer, output, writer)
     if race is not None:
         RaceRun(race, module, data, trainer, output, deltas).run()
     else:
@@ -125,39 +117,3 @@ def _name_unscored(data: AttributionDataModule, table: ScoreTable) -> None:
     if unscored:
         named = some_of([repr(key) for key in unscored])
         say(f"{many(len(unscored), 'chosen sample')} without a score, in no shard or left out as bad: {named}.")
-
-
-def _save(trainer: Trainer, path: Path) -> None:
-    try:
-        if not path.parent.is_dir():
-            raise FileNotFoundError(errno.ENOENT, "the folder was removed while the run went on")
-        trainer.save_checkpoint(path, weights_only=False)
-    except OSError as error:
-        raise InputError(
-            f"The deltas can't be written to {path} ({error.strerror}); free the disk and run again."
-        ) from None
-    say(f"Deltas: {path}")
-
-
-def _is_unlearned(path: Path, module: UnlearningModule, data: AttributionDataModule, trainer: Trainer) -> bool:
-    """Whether a checkpoint holds the deltas that this run would make."""
-    if not path.exists():
-        return False
-    if not path.is_file():
-        raise InputError(f"{path} is no file, so the deltas can't be kept there; choose another --output.")
-    theirs = read_deltas(str(path))["fingerprints"]
-    data.trainer = trainer  # so that each process looks at its own shards only
-    data.setup("fit")
-    ours = {
-        "weights": module.weights_fingerprint(),
-        "fisher": module.fisher_fingerprint(),
-        "unlearning": module.unlearning_fingerprint(data),
-    }
-    differing = [name for name, value in ours.items() if theirs[name] != value]
-    if differing:
-        raise InputError(
-            f"{path} was made with other {', '.join(differing)} than this run's; "
-            "choose another --output, or remove that folder."
-        )
-    say(f"{targets_in_words(data)} unlearned already, in {path}.")
-    return True

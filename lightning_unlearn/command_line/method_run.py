@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,11 @@ from lightning_unlearn.data.shards import shard_id
 from lightning_unlearn.datamodules import AttributionDataModule
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import digest, settings_digest, tensors_digest
+from lightning_unlearn.scores.agreement import agreements
 from lightning_unlearn.scores.files import run_digest, shard_path, write_shard_scores
 from lightning_unlearn.scores.rules import Reduced
 from lightning_unlearn.scores.run_record import earlier_run, record_run, scored_shards, write_run
+from lightning_unlearn.scores.table import ScoreTable
 from lightning_unlearn.unlearning.module import UnlearningModule
 from lightning_unlearn.unlearning.scoring import measure_losses, measured
 from lightning_unlearn.weights.deltas import DeltaStore
@@ -42,13 +44,20 @@ class MethodRun:
         data: Names the training shards and the queries.
         trainer: Names the device.
         folder: Where ``run.json`` and ``scores/`` are kept.
+        unlearn: What unlearns the queries and scores all samples, for a method that asks unlearning, too.
 
     Raises:
         InputError: If the Trainer has several processes or another precision than the network's.
     """
 
     def __init__(
-        self, method: Baseline, module: UnlearningModule, data: AttributionDataModule, trainer: Trainer, folder: Path
+        self,
+        method: Baseline,
+        module: UnlearningModule,
+        data: AttributionDataModule,
+        trainer: Trainer,
+        folder: Path,
+        unlearn: Callable[[], ScoreTable] | None = None,
     ) -> None:
         # In messages it is called as a person named it.
         self.called = type(method).__name__
@@ -74,6 +83,9 @@ class MethodRun:
         # Each shard's samples, by their places in that order.
         self._rows: dict[str, list[int]] = {}
         self._passes = 0
+        self._unlearn = unlearn
+        # What tells captions apart, of the samples that have one.
+        self._captions: list[str] = []
 
     def run(self) -> None:
         """Score all samples and write the table.
@@ -92,18 +104,25 @@ class MethodRun:
             say(f"All shards are scored already, in {shard_path(self.folder, '*').parent}.")
             return
         make_folder(self.folder)
+        unlearned = None if self._unlearn is None else self._unlearn()
         content = record_run(self.folder, self._about(fingerprints), self.data, earlier)
         self.module.loss.to(self.device)
         with ExactFloat32():
             self._measure()
         say(f"Scoring by {self.called} on {self.device} …")
         keys = self._keys
-        scores = self.method.scores(self._subject())
+        subject = self._subject(unlearned)
+        scores = self.method.scores(subject)
         if scores.shape != (len(keys), len(self._columns())) or not scores.isfinite().all():
             rows = (~scores.isfinite()).nonzero()[:1, 0].tolist()
             what = f"not finite for {keys[rows[0]]!r}" if rows else f"of shape {tuple(scores.shape)}"
             raise InputError(f"The scores of {self.called} are {what}; check its settings, the samples and the model.")
-        self._write(scores, run_digest(fingerprints), content["shards"])
+        parts = self.method.parts(subject)
+        if parts:
+            content["parts"] = list(parts)
+            for query, found in zip(self.data.queries, agreements(parts, scores, self._captions), strict=True):
+                content["targets"][query.key]["sure"] = found.record()
+        self._write(scores, parts, run_digest(fingerprints), content["shards"])
         content["seconds"] += time.monotonic() - started
         write_run(self.folder, content)
         if self.skipped:
@@ -130,11 +149,29 @@ class MethodRun:
         if self.method.needs_query_views:
             check_query_views(self.data.queries, self.module.views)
 
-    def _subject(self) -> Subject:
+    def _subject(self, unlearned: ScoreTable | None) -> Subject:
         fisher = self.module.checked_fisher() if self.method.needs_fisher else None
         return Subject(
-            self.module.loss, self.module.layers, self.module.views, self.data.queries, self._batches, fisher
+            self.module.loss,
+            self.module.layers,
+            self.module.views,
+            self.data.queries,
+            self._batches,
+            fisher,
+            unlearned=None if unlearned is None else self._in_order(unlearned),
         )
+
+    def _in_order(self, table: ScoreTable) -> Tensor:
+        """A table's scores ``(N, Q)`` in the order in which samples come and that of the queries."""
+        rows = {key: row for row, key in enumerate(table.keys)}
+        lacking = [key for key in self._keys if key not in rows]
+        if lacking:
+            raise InputError(
+                f"Unlearning has no score of {lacking[0]!r}, since its shard changed while it was scored; run the same "
+                "command again."
+            )
+        columns = [table.queries.index(query.key) for query in self.data.queries]
+        return torch.from_numpy(table.scores[[rows[key] for key in self._keys]][:, columns]).double()
 
     def _fingerprints(self, versions: dict[str, str]) -> dict[str, str]:
         settings: dict[str, dict[str, Any]] = {
@@ -149,7 +186,9 @@ class MethodRun:
         prints["weights"] = self.module.weights_fingerprint()
         if self.method.columns is None:
             prints["queries"] = _queries_digest(self.data.queries)
-        if self.method.needs_fisher:
+        if self._unlearn is not None:
+            prints["unlearning"] = self.module.unlearning_fingerprint(self.data)
+        if self.method.needs_fisher or self._unlearn is not None:
             prints["fisher"] = self.module.fisher_fingerprint()
         return prints
 
@@ -219,17 +258,28 @@ class MethodRun:
                         "model."
                     )
                 self._keys.extend(batch.keys)
+                self._captions.extend(_caption_digests(batch))
                 self._base_losses.append(losses[0].nanmean((-3, -2, -1)))
             self.skipped += batch.skipped
         if not where:
             raise InputError("There are no training samples; name shards that hold some.")
 
-    def _write(self, scores: Tensor, run: str, shards: dict[str, dict[str, Any]]) -> None:
+    def _write(self, scores: Tensor, parts: Mapping[str, Tensor], run: str, shards: dict[str, dict[str, Any]]) -> None:
         queries = list(self._columns())
         losses = torch.cat(self._base_losses)
         for name, rows in self._rows.items():
             keys, version = [self._keys[row] for row in rows], shards[name]["version"]
-            write_shard_scores(self.folder, name, keys, Reduced(losses[rows], scores[rows]), queries, run, version)
+            said = {method: values[rows] for method, values in parts.items()}
+            reduced = Reduced(losses[rows], scores[rows], parts=said)
+            write_shard_scores(self.folder, name, keys, reduced, queries, run, version)
+
+
+def _caption_digests(batch: SampleBatch) -> list[str]:
+    """What tells the first captions of a batch apart: all that the network is given besides latents and timestep."""
+    return [
+        tensors_digest({name: values[row, :1] for name, values in batch.conditions.items()})
+        for row in range(len(batch))
+    ]
 
 
 def _queries_digest(queries: list[Sample]) -> str:

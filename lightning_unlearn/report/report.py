@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from lightning_unlearn.data.files import write_atomically
 from lightning_unlearn.data.samples import Sample
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.report.figures import Floats, Picture, histogram, picture_of, power_of_ten
-from lightning_unlearn.report.words import duration, flatten, number, share
+from lightning_unlearn.report.words import duration, flatten, number, share, sureness
 from lightning_unlearn.scores.race_folder import outcome
 from lightning_unlearn.scores.step_reasons import WORDS
 from lightning_unlearn.scores.table import ScoreTable
@@ -63,6 +63,7 @@ class Ranked:
         error: Half the width of the score's 95 % interval; ``None`` if the table has none.
         ranks: The lowest and the highest rank that the intervals leave open; ``None`` without them.
         finished: Whether it was scored by all views; after a race, others were not.
+        said: Its rank by each method, where several were asked together.
     """
 
     rank: int
@@ -74,6 +75,7 @@ class Ranked:
     error: float | None = None
     ranks: tuple[int, int] | None = None
     finished: bool = True
+    said: Mapping[str, int] = field(default_factory=dict)
 
 
 def shown_queries(table: ScoreTable, target: str) -> list[str]:
@@ -225,6 +227,7 @@ def _query(
         "target": target,
         # A run of another version may know reasons that this one doesn't.
         "out_of_range": [WORDS.get(reason, reason) for reason in target.get("out_of_range", [])],
+        "sure": sureness(target.get("sure", {})),
         "own": own,
         "own_rank": table.rank(key, own) + 1 if own is not None else None,
         "top": _ranked(table, column, highest, 1, ranges, samples),
@@ -264,6 +267,7 @@ def _ranked(
                 None if table.errors is None else float(table.errors[row, column]),
                 None if ranges is None else (int(ranges[row, 0]), int(ranges[row, 1])),
                 table.finished is None or bool(table.finished[row]),
+                {name: 1 + int((part[:, column] > part[row, column]).sum()) for name, part in table.parts.items()},
             )
         )
     return ranked

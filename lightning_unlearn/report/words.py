@@ -70,3 +70,21 @@ def duration(seconds: float) -> str:
     if not hours and not minutes:
         return f"{number(seconds)} s" if seconds < 10 else f"{rest} s"
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def sureness(found: Mapping[str, Any]) -> str:
+    """How sure an answer is, in a sentence.
+
+    Args:
+        found: What ``run.json`` says of a query (:mod:`~lightning_unlearn.scores.agreement`); empty if nothing.
+
+    Returns:
+        E.g. ``Methods agree: of their first ten they have 60.0 % in common.``; empty for nothing.
+    """
+    if not found:
+        return ""
+    words = str(found["words"]).capitalize()
+    text = f"{words}: of their first ten the methods have {share(found['first_ten'])} in common"
+    if "caption_share" in found:
+        text += f"; {share(found['caption_share'])} of what tells images apart is their caption alone"
+    return text + "."

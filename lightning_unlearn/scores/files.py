@@ -3,8 +3,9 @@
 A run's folder holds ``run.json`` (settings, fingerprints, targets, shards) and ``scores/``, one Parquet file a shard,
 with the columns ``key``, ``shard``, ``base_loss`` and a score for each query under the query's key, prefixed with
 ``score:``. Where they are known, ``error:`` and the query's key is the half-width of the score's 95 % interval; where
-they are kept, ``deviations:`` and the query's key is a list with the rule's value at each flip and draw. After a race
-(:mod:`~lightning_unlearn.scores.racing`), ``finished`` says whether a row is of all views or of the first few.
+they are kept, ``deviations:`` and the query's key is a list with the rule's value at each flip and draw. Where several
+methods were asked together, ``part:``, a method's name, ``:`` and the query's key is what that method says. After a
+race (:mod:`~lightning_unlearn.scores.racing`), ``finished`` says whether a row is of all views or of the first few.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from lightning_unlearn.scores.shard_file import (
     FINISHED,
     PREFIX,
     SCORES,
+    part_prefix,
     read_shard_scores,
     shard_content,
     shard_path,
@@ -131,6 +133,11 @@ def read_scores(folder: str | Path, *, partial: bool = False) -> ScoreTable:
     def stacked(prefix: str) -> Any:
         return np.stack([joined.column(prefix + query).to_numpy() for query in queries], 1)[order]
 
+    parts = {}
+    for name in run.get("parts", []):
+        if part_prefix(name) + queries[0] not in joined.column_names:
+            raise InputError(f"The scores in {folder} lack what {name!r} said; score into another folder.")
+        parts[name] = stacked(part_prefix(name))
     keys, shards = joined.column("key").to_pylist(), joined.column("shard").to_pylist()
     return ScoreTable(
         keys=[keys[row] for row in order],
@@ -140,6 +147,7 @@ def read_scores(folder: str | Path, *, partial: bool = False) -> ScoreTable:
         base_losses=joined.column("base_loss").to_numpy()[order],
         run=run,
         errors=stacked(ERRORS) if ERRORS + queries[0] in joined.column_names else None,
+        parts=parts,
         finished=joined.column(FINISHED).to_numpy()[order] if FINISHED in joined.column_names else None,
     )
 

@@ -6,8 +6,8 @@ shares in training where these differ, and over draws, and of the two flips the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -114,12 +114,14 @@ class Reduced:
         errors: ``(B, Q)`` half-widths of 95 % intervals, ``None`` where the views give none.
         deviations: ``(B, Q, flips, draws)`` float32, the rule's values averaged over captions; ``None`` if they are not
             kept.
+        parts: Name of a method to its scores ``(B, Q)``, where several were asked together.
     """
 
     base_losses: Tensor
     scores: Tensor
     errors: Tensor | None = None
     deviations: Tensor | None = None
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
 
     def rows(self, good: Tensor) -> Reduced:
         """Some of the samples.

@@ -28,8 +28,9 @@ SCORES = "scores"
 PREFIX = "score:"
 ERRORS = "error:"
 DEVIATIONS = "deviations:"
+PARTS = "part:"
 FINISHED = "finished"
-_NUMBERS = (PREFIX, ERRORS, "base_loss")
+_NUMBERS = (PREFIX, ERRORS, PARTS, "base_loss")
 # What reading a damaged file may raise: Arrow's own errors, and names or numbers that are none.
 _DAMAGED = (pa.ArrowException, OSError, ValueError, TypeError, LookupError, OverflowError, MemoryError)
 
@@ -77,7 +78,8 @@ def write_shard_scores(
         "shard": pa.array([shard] * len(keys), pa.string()),
         "base_loss": pa.array(reduced.base_losses.float().numpy()),
     }
-    for prefix, values in ((PREFIX, reduced.scores), (ERRORS, reduced.errors)):
+    parts = [(part_prefix(name), values) for name, values in reduced.parts.items()]
+    for prefix, values in [(PREFIX, reduced.scores), (ERRORS, reduced.errors), *parts]:
         if values is not None:
             columns |= {prefix + query: _floats(values[:, number]) for number, query in enumerate(queries)}
     if finished is not None:
@@ -104,6 +106,18 @@ def write_shard_scores(
             f"The scores of shard {shard} can't be written to {path} ({error.strerror}); free the disk and run "
             "again: finished shards are kept."
         ) from None
+
+
+def part_prefix(name: str) -> str:
+    """What stands before a query's key in the column of a method that was asked together with others.
+
+    Args:
+        name: The method's.
+
+    Returns:
+        E.g. ``part:das:``.
+    """
+    return f"{PARTS}{name}:"
 
 
 def _floats(values: Tensor) -> pa.Array:

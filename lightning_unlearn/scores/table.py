@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ class ScoreTable:
             (:func:`~lightning_unlearn.scores.firmness.half_widths`); ``None`` where the table has none.
         finished: ``(N,)`` which samples were scored by all views, after a race; the others' scores are those by its
             first few views. ``None`` where all samples were scored alike.
+        parts: Method to its scores ``(N, Q)``, where several methods were asked together.
     """
 
     keys: list[str]
@@ -37,6 +39,7 @@ class ScoreTable:
     run: dict[str, Any]
     errors: np.ndarray[Any, np.dtype[np.float32]] | None = None
     finished: NDArray[np.bool_] | None = None
+    parts: Mapping[str, np.ndarray[Any, np.dtype[np.float32]]] = field(default_factory=dict)
 
     def order(self, query: str) -> NDArray[np.intp]:
         """The samples from the most to the least influential for a query; ties in the order of their keys.

@@ -67,6 +67,23 @@ def test_das_is_its_formula(form: dict[str, Any], leverage: bool, squared: bool)
         close(DAS(ridge, leverage, squared).scores(toy), expected)
 
 
+@pytest.mark.parametrize("form", [SMALL, LARGE], ids=["fewer samples", "fewer weights"])
+@pytest.mark.parametrize("ridge", [0.001, 0.1, 10.0])
+def test_the_leave_one_out_error_is_that_of_fitting_without_each_sample(form: dict[str, Any], ridge: float) -> None:
+    toy, training = toys(form)
+    rows = features(toy, training, "loss")
+    targets = torch.randn(len(rows), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    # The ridge stays that of all samples.
+    matrix = ridge * float(rows.square().sum()) / len(rows) * torch.eye(len(rows), dtype=torch.float64)
+    gram, errors = rows @ rows.mT, []
+    for out in range(len(rows)):
+        kept = [row for row in range(len(rows)) if row != out]
+        weights = torch.linalg.solve((gram + matrix)[kept][:, kept], targets[kept])
+        errors.append(float(targets[out] - gram[out, kept] @ weights) ** 2)
+    found = TRAK(ridge).kernel(toy).leave_one_out_error(ridge, targets)
+    assert found == pytest.approx(sum(errors) / len(errors), rel=1e-6)
+
+
 def test_a_ridge_has_no_unit() -> None:
     """Losses in other units scale all gradients, and change the scores of no sample against another's."""
     toy, _ = toys(SMALL)

@@ -162,6 +162,7 @@ def test_registry_holds_every_method_under_its_name() -> None:
         "journey_trak",
         "d_trak",
         "das",
+        "consensus",
     }
     assert all(kind.name == name for name, kind in BASELINES.items())
     assert PixelSimilarity("l2").settings() == {"method": "pixel_similarity", "similarity": "l2"}

@@ -25,6 +25,7 @@ from lightning_unlearn.scores.files import (
     write_shard_scores,
 )
 from lightning_unlearn.scores.rules import Reduced
+from lightning_unlearn.scores.run_record import write_run as record
 
 FINGERPRINTS = {"weights": "abc", "views": "def"}
 
@@ -195,3 +196,19 @@ def test_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / SCORES).write_text("a file where the folder should be")
     with pytest.raises(InputError, match=r"scores of shard one can't be written to .*one\.parquet"):
         write(tmp_path, "one", ["a"], [[0, 0]])
+
+
+def test_parts_of_methods_asked_together_come_back_under_their_names(tmp_path: Path) -> None:
+    folder, scores = tmp_path, torch.tensor([[0.3, 1.0], [0.2, -1.0]])
+    fingerprints = {"weights": "w"}
+    reduced = Reduced(torch.tensor([0.5, 0.6]), scores, parts={"das": 2 * scores, "d_trak": -scores})
+    write_shard_scores(folder, "one", ["b", "a"], reduced, ["first", "sec:ond"], run_digest(fingerprints), "v")
+    content = {"fingerprints": fingerprints, "shards": {"one": {"url": "one.tar", "version": "v"}}}
+    record(folder, {**content, "parts": ["das", "d_trak"]})
+    table = read_scores(folder)
+    assert table.queries == ["first", "sec:ond"]
+    np.testing.assert_array_equal(table.parts["das"], 2 * table.scores)
+    np.testing.assert_array_equal(table.parts["d_trak"], -table.scores)
+    record(folder, {**content, "parts": ["das", "trak"]})
+    with pytest.raises(InputError, match="lack what 'trak' said"):
+        read_scores(folder)

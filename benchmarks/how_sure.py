@@ -1,0 +1,110 @@
+"""Whether the printed words on how sure an answer is foretell how good it is, query by query, over all benches.
+
+    python benchmarks/how_sure.py
+
+For each query of a bench: what lightning_unlearn.scores.agreement says of DAS, D-TRAK and unlearning asked together,
+and the linear datamodelling score of their mean. LDS is compared within a bench, as a difference from the bench's mean,
+so that no bench speaks for another; the correlation is Spearman's over all queries, with a 95 % bootstrap interval
+over queries. Then the mean LDS of the queries under each of the words. Met, if those called "not sure" lie below
+those called "methods agree" beyond noise.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from benches import Bench
+from common import parser, show
+from method_settings import CONSENSUS, CONSENSUS_DEFAULT, CONSENSUS_PARTS
+from torch import Tensor
+from transfer import Asked, all_benches, ask
+
+from lightning_unlearn.metrics.ranks import rank_correlation
+from lightning_unlearn.scores.agreement import AGREE, UNSURE, Agreement, agreements
+
+TIMES = 2000
+MEASURES = ("first_ten", "rank_correlation", "correlation", "caption_share")
+
+
+@dataclass(frozen=True)
+class Query:
+    """A query of a bench.
+
+    Attributes:
+        bench: Whose.
+        sure: What methods say together.
+        lds: Of their mean.
+        above: The same less the bench's mean.
+    """
+
+    bench: str
+    sure: Agreement
+    lds: float
+    above: float
+
+
+def queries_of(asked: Asked) -> list[Query]:
+    """All queries of a bench, of both halves."""
+    parts = {method: asked.scores[method][setting] for method, setting in CONSENSUS_PARTS[CONSENSUS_DEFAULT]}
+    scores = asked.scores[CONSENSUS][CONSENSUS_DEFAULT]
+    bench: Bench = asked.bench
+    captions = {sample.key: sample.captions[0] for sample in bench.samples("shards")}
+    found = agreements(parts, scores, [captions[key] for key in bench.plan().keys])
+    lds = {query: half.mean_of(scores, query) for half in (asked.choosing, asked.reporting) for query in half.queries}
+    mean = sum(lds.values()) / len(lds)
+    order = asked.choosing.order
+    return [Query(bench.name, found[order.index(query)], value, value - mean) for query, value in lds.items()]
+
+
+def drawn(count: int) -> Tensor:
+    """``(TIMES, count)`` rows drawn with replacement."""
+    return torch.randint(count, (TIMES, count), generator=torch.Generator().manual_seed(0))
+
+
+def ends(values: Tensor) -> list[float]:
+    """The middle 95 %."""
+    return [round(float(value), 3) for value in values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype))]
+
+
+def foretells(queries: list[Query], measure: str) -> dict[str, object] | None:
+    """The correlation of one measure with LDS, where it is known."""
+    known = [query for query in queries if getattr(query.sure, measure) is not None]
+    if len(known) < 3:
+        return None
+    values = torch.tensor([float(getattr(query.sure, measure)) for query in known], dtype=torch.float64)
+    above = torch.tensor([query.above for query in known], dtype=torch.float64)
+    rows = drawn(len(known))
+    found = float(rank_correlation(values, above))
+    return {"correlation": round(found, 3), "interval": ends(rank_correlation(values[rows], above[rows]))}
+
+
+def main() -> None:
+    """Measure, and print."""
+    arguments = parser(__doc__).parse_args()
+    asked = [found for found in map(ask, all_benches()) if found is not None]
+    queries = [query for one in asked for query in queries_of(one)]
+    lines, details = [], {}
+    for measure in MEASURES:
+        details[measure] = foretells(queries, measure)
+        lines.append(f"{measure} and LDS, within benches: {details[measure]}")
+    under: dict[str, list[Query]] = defaultdict(list)
+    for query in queries:
+        under[query.sure.words].append(query)
+    for words, some in under.items():
+        lds = torch.tensor([query.lds for query in some], dtype=torch.float64)
+        interval = ends(lds[drawn(len(some))].mean(1))
+        details[words] = {"queries": len(some), "lds": round(float(lds.mean()), 3), "interval": interval}
+        lines.append(f"“{words}”: {len(some)} queries, mean LDS {float(lds.mean()):.3f} {interval}")
+    gap, met = float("nan"), False
+    if under[AGREE] and under[UNSURE]:
+        sure, unsure = (torch.tensor([q.lds for q in under[words]], dtype=torch.float64) for words in (AGREE, UNSURE))
+        apart = sure[drawn(len(sure))].mean(1) - unsure[drawn(len(unsure))].mean(1)
+        gap, met = float(sure.mean() - unsure.mean()), ends(apart)[0] > 0
+        lines.append(f"“{AGREE}” less “{UNSURE}”: {gap:+.3f} {ends(apart)}")
+    show("how_sure", gap, "“not sure” below “methods agree” beyond noise", met, lines, details, arguments.json)
+
+
+if __name__ == "__main__":
+    main()

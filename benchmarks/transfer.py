@@ -1,0 +1,183 @@
+"""Which method's answer holds on a bench that nobody tuned it for: chosen on all benches but one, reported on that one.
+
+    python benchmarks/transfer.py       # prints the table that results.py puts first on the page
+
+A method's setting is the one with the highest mean LDS on the choosing halves of the *other* benches; its regret on a
+bench is what it lacks to the best tuned method there, whose setting was chosen on that bench's own choosing half. Both
+are taken on the bench's reporting half. Several methods asked together are made here of kept scores, as
+lightning_unlearn.baselines.Consensus makes them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from benches import BENCHES, Bench
+from judged import Half, evidence
+from method_settings import (
+    CONSENSUS,
+    CONSENSUS_DEFAULT,
+    CONSENSUS_FIXED,
+    CONSENSUS_PARTS,
+    DEFAULT_OF,
+    DEFAULT_SETTINGS,
+    LABELS,
+    METHODS,
+)
+from packed import is_packed, open_study
+from score_files import is_scored, read
+from shown import difference
+from torch import Tensor
+
+from lightning_unlearn.baselines.consensus import combined
+from lightning_unlearn.evaluation.judging import scores_of
+from lightning_unlearn.evaluation.results import Value
+
+LEAST_MODELS = 10  # subset models of each half, for a bench to be asked
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A bench with all that methods say of it.
+
+    Attributes:
+        bench: Which.
+        choosing: The half of the evidence that chooses.
+        reporting: The half that reports.
+        scores: Method to setting to ``(N, Q)``.
+        chosen: Method to setting to LDS on the half that chooses.
+    """
+
+    bench: Bench
+    choosing: Half
+    reporting: Half
+    scores: Mapping[str, Mapping[str, Tensor]]
+    chosen: Mapping[str, Mapping[str, float]]
+
+    @functools.cached_property
+    def best(self) -> tuple[str, str]:
+        """The best tuned method and its setting, by the half that chooses."""
+        pairs = [(method, setting) for method, values in self.chosen.items() for setting in values]
+        return max(pairs, key=lambda pair: self.chosen[pair[0]][pair[1]])
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method that was chosen elsewhere.
+
+    Attributes:
+        method: Its name.
+        settings: One a bench, chosen on the others.
+        lds: On each bench.
+        regrets: What it lacks to the best tuned method of each bench, with intervals.
+    """
+
+    method: str
+    settings: list[str]
+    lds: list[float]
+    regrets: list[Value]
+
+    @property
+    def worst(self) -> Value:
+        """The regret on the bench where it is largest."""
+        return max(self.regrets, key=lambda value: value.mean)
+
+    @property
+    def mean(self) -> float:
+        """The mean regret over benches."""
+        return sum(value.mean for value in self.regrets) / len(self.regrets)
+
+
+def ask(bench: Bench) -> Asked | None:
+    """All that methods say of a bench; ``None`` where too few models are trained or nothing is scored."""
+    if not (is_packed(bench) and is_scored(bench, DEFAULT_OF)):
+        return None
+    study, plan = open_study(bench), bench.plan()
+    if any(len([run for run in runs if study.is_finished(run)]) < LEAST_MODELS for runs in bench.subsets(plan)):
+        return None
+    choosing, reporting = evidence(bench)
+    scores = {
+        method: {setting: scores_of(table, plan.keys, choosing.order) for setting, table in read(bench, method).items()}
+        for method in METHODS
+        if is_scored(bench, method)
+    }
+    scores[CONSENSUS] = {
+        name: combined({part: scores[part[0]][part[1]] for part in parts}, dict.fromkeys(parts, 1.0))
+        for name, parts in CONSENSUS_PARTS.items()
+        if all(part[1] in scores.get(part[0], {}) for part in parts)
+    }
+    scores[CONSENSUS_FIXED] = {CONSENSUS_DEFAULT: scores[CONSENSUS][CONSENSUS_DEFAULT]}
+    for name, setting in DEFAULT_SETTINGS.items():
+        scores[name] = {setting: scores[DEFAULT_OF][setting]}
+    chosen = {
+        method: {setting: choosing.mean(values) for setting, values in of_method.items()}
+        for method, of_method in scores.items()
+        if of_method
+    }
+    return Asked(bench, choosing, reporting, scores, chosen)
+
+
+def chosen_elsewhere(method: str, others: Sequence[Asked]) -> str:
+    """A method's setting with the highest mean LDS on other benches."""
+    common = [setting for setting in others[0].chosen[method] if all(setting in one.chosen[method] for one in others)]
+    return max(common, key=lambda setting: sum(one.chosen[method][setting] for one in others))
+
+
+def row_of(method: str, asked: Sequence[Asked]) -> Row:
+    """A method, chosen on all benches but one and reported on that one, for each in turn."""
+    settings, lds, regrets = [], [], []
+    for place, here in enumerate(asked):
+        setting = chosen_elsewhere(method, [*asked[:place], *asked[place + 1 :]])
+        mine, best = here.scores[method][setting], here.scores[here.best[0]][here.best[1]]
+        behind = here.reporting.compared(best, mine)
+        settings.append(setting)
+        lds.append(here.reporting.mean(mine))
+        regrets.append(Value(here.reporting.mean(best) - lds[-1], behind.low, behind.high))
+    return Row(method, settings, lds, regrets)
+
+
+def transfer(benches: Sequence[Bench]) -> list[str]:
+    """The table of all benches, methods and worst cases as Markdown; nothing with fewer than two benches."""
+    asked = [found for found in map(ask, benches) if found is not None]
+    if len(asked) < 2:
+        return []
+    methods = [method for method in asked[0].chosen if all(method in one.chosen for one in asked)]
+    rows = sorted((row_of(method, asked) for method in methods), key=lambda row: row.worst.mean)
+    names = " | ".join(one.bench.name for one in asked)
+    lines = [
+        "## On a bench that nobody tuned for",
+        "",
+        "Each method's setting is chosen on all benches but one (mean LDS on their choosing halves) and reported on "
+        "that one, for each in turn. Regret is what it then lacks to the best tuned method of that bench, which "
+        "was chosen on the bench itself: "
+        + "; ".join(f"{one.bench.name}: {LABELS[one.best[0]].replace('**', '')}, {one.best[1]}" for one in asked)
+        + ". The method with the smallest worst regret stands first. No setting of a row has seen the bench that it is "
+        "reported on, but the first two benches have been seen by whoever chose what is tried.",
+        "",
+        f"| method | settings, as chosen for each bench on the others | LDS on {names} | mean regret | worst regret |",
+        "|---|---|" + "---|" * len(asked) + "---|---|",
+    ]
+    for row in rows:
+        settings = "; ".join(dict.fromkeys(row.settings))
+        cells = " | ".join(f"{value:.3f}" for value in row.lds)
+        lines.append(f"| {LABELS[row.method]} | {settings} | {cells} | {row.mean:+.3f} | {difference(row.worst)} |")
+    missing = [bench.name for bench in benches if bench.name not in [one.bench.name for one in asked]]
+    if missing:
+        lines += ["", f"Not in the table, since too few of its models are trained yet: {', '.join(missing)}."]
+    return [*lines, ""]
+
+
+def all_benches() -> list[Bench]:
+    """All benches, by their names."""
+    return [Bench(path.parent.name) for path in sorted(BENCHES.glob("*/bench.yaml"))]
+
+
+def main() -> None:
+    """Print the table."""
+    print("\n".join(transfer(all_benches())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""How sure an answer is: whether methods that err differently agree, and whether more than the caption speaks."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_unlearn.errors import InputError
+from lightning_unlearn.metrics.ranks import rank_correlation
+
+FIRST = 10
+AGREE, CAPTION, UNSURE = "methods agree", "caption only", "not sure"
+# By the benches (benchmarks/how_sure.py): queries below the first have a lower linear datamodelling score.
+LEAST_CORRELATION = 0.3
+MOST_CAPTION = 0.9
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How sure the answer for one query is.
+
+    Attributes:
+        first_ten: Share of the first ten (or of all, if there are fewer) that two parts have in common, mean over
+            pairs.
+        rank_correlation: Of the parts' scores over all samples, mean over pairs. Low where most samples hardly matter,
+            whose order is anyone's: it is shown, and decides nothing.
+        correlation: Pearson's of the same scores, mean over pairs: it looks at those that stand out.
+        caption_share: Share of the scores' variance that lies between captions, less what chance makes; ``None`` where
+            no two samples, or all of them, have the same caption.
+    """
+
+    first_ten: float
+    rank_correlation: float
+    correlation: float
+    caption_share: float | None
+
+    @property
+    def words(self) -> str:
+        """What the numbers say: ``methods agree``, ``caption only`` or ``not sure``."""
+        if self.caption_share is not None and self.caption_share > MOST_CAPTION:
+            return CAPTION
+        return AGREE if self.correlation >= LEAST_CORRELATION else UNSURE
+
+    def record(self) -> dict[str, Any]:
+        """The words and the numbers, as JSON.
+
+        Returns:
+            For ``run.json``.
+        """
+        return {"words": self.words, **{name: value for name, value in asdict(self).items() if value is not None}}
+
+
+def agreements(parts: Mapping[str, Tensor], scores: Tensor, captions: Sequence[Hashable]) -> list[Agreement]:
+    """How sure the answers for all queries are.
+
+    Args:
+        parts: Method to its scores ``(N, Q)``; at least two.
+        scores: ``(N, Q)`` what they give together.
+        captions: ``N`` captions, or whatever tells them apart.
+
+    Returns:
+        Of each query.
+
+    Raises:
+        InputError: If there are fewer than two parts.
+    """
+    if len(parts) < 2:
+        raise InputError(f"Whether methods agree can't be said of {len(parts)} of them; ask two or more.")
+    first = min(FIRST, len(scores))
+    tops = {name: values.topk(first, 0).indices for name, values in parts.items()}  # (first, Q)
+    pairs = list(combinations(parts, 2))
+    shared = torch.stack([_shared(tops[one], tops[other]) for one, other in pairs]).mean(0)
+    order = torch.stack([rank_correlation(parts[one].mT, parts[other].mT) for one, other in pairs]).mean(0)
+    standard = {name: standardised(values) for name, values in parts.items()}
+    alike = torch.stack([(standard[one] * standard[other]).mean(0) for one, other in pairs]).mean(0)
+    between = caption_shares(scores, captions)
+    numbers = zip(shared.tolist(), order.tolist(), alike.tolist(), strict=True)
+    return [
+        Agreement(*of_query, None if between is None else float(between[query]))
+        for query, of_query in enumerate(numbers)
+    ]
+
+
+def _shared(one: Tensor, other: Tensor) -> Tensor:
+    """``(Q,)`` shares of the rows ``(first, Q)`` that are in both."""
+    return (one[:, None] == other[None]).any(1).double().mean(0)
+
+
+def caption_shares(scores: Tensor, captions: Sequence[Hashable]) -> Tensor | None:
+    r"""The share of the scores' variance that lies between captions.
+
+    .. math:: 1 - \frac{S_{within} / (N - G)}{S_{total} / (N - 1)}
+
+    with ``G`` captions of ``N`` samples: 0 on average for scores that know nothing of captions (adjusted :math:`R^2`;
+    Theil, 1961), and 1 if all samples of a caption have one score.
+
+    Args:
+        scores: ``(N, Q)``.
+        captions: ``N`` captions, or whatever tells them apart.
+
+    Returns:
+        ``(Q,)`` float64, at least 0; ``None`` if there is one caption, or as many as samples.
+    """
+    numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
+    count, groups = len(scores), len(numbers)
+    if groups in (1, count):
+        return None
+    of = torch.tensor([numbers[caption] for caption in captions])
+    values = scores.double().cpu()
+    sums = torch.zeros(groups, values.shape[1], dtype=torch.float64).index_add_(0, of, values)
+    means = sums / torch.bincount(of, minlength=groups)[:, None]
+    within = (values - means[of]).square().sum(0) / (count - groups)
+    total = (values - values.mean(0)).square().sum(0) / (count - 1)
+    return torch.where(total > 0, 1 - within / total, 0.0).clamp(min=0.0)
+
+
+def standardised(scores: Tensor) -> Tensor:
+    """Scores in units of their scatter over the samples.
+
+    Args:
+        scores: ``(N, Q)``.
+
+    Returns:
+        ``(N, Q)`` float64 of mean 0 and mean square 1 a query; 0 where all scores of a query are equal.
+    """
+    # In units of the largest, so that no square is beyond float64.
+    scores = scores.double() / scores.abs().amax(0).double().clamp(min=torch.finfo(torch.float64).tiny)
+    away = scores - scores.mean(0)
+    scatter = away.square().mean(0).sqrt()
+    # What rounding leaves of equal numbers is no scatter.
+    flat = scatter <= 8 * torch.finfo(torch.float64).eps
+    return torch.where(flat, 0.0, away / torch.where(flat, 1.0, scatter))

@@ -1,0 +1,70 @@
+"""How sure an answer is, against numbers by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_unlearn.errors import InputError
+from lightning_unlearn.scores.agreement import AGREE, CAPTION, UNSURE, agreements, caption_shares
+
+
+def noise(samples: int, seed: int, queries: int = 1) -> torch.Tensor:
+    return torch.randn(samples, queries, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_numbers_by_hand() -> None:
+    one = torch.arange(20.0)[:, None]
+    other = one.clone()
+    other[:3, 0] = torch.tensor([30.0, 31.0, 32.0])  # three of its first ten are the last three of the other
+    (found,) = agreements({"one": one, "other": other}, one, [str(row) for row in range(20)])
+    assert found.first_ten == 0.7
+    assert found.caption_share is None
+    ranks = torch.tensor([17.0, 18.0, 19.0, *range(17)])
+    by_hand = float(torch.corrcoef(torch.stack([one[:, 0], ranks]))[0, 1])
+    assert found.rank_correlation == pytest.approx(by_hand, rel=1e-6)
+    assert found.correlation == pytest.approx(
+        float(torch.corrcoef(torch.stack([one[:, 0], other[:, 0]]))[0, 1]), rel=1e-6
+    )
+
+
+def test_words() -> None:
+    captions = [f"caption {row // 4}" for row in range(40)]
+    same = noise(40, 0)
+    words = {}
+    for name, parts in {
+        AGREE: {"one": same, "other": same + 0.1 * noise(40, 1)},
+        UNSURE: {"one": same, "other": noise(40, 2), "third": noise(40, 3)},
+    }.items():
+        (found,) = agreements(parts, sum(parts.values(), torch.zeros(40, 1)), captions)
+        words[name] = found.words
+        assert found.record()["words"] == name
+    by_caption = noise(10, 4).repeat_interleave(4, 0)
+    (found,) = agreements({"one": by_caption, "other": by_caption}, by_caption, captions)
+    assert found.caption_share == pytest.approx(1.0)
+    assert [*words.values(), found.words] == [AGREE, UNSURE, CAPTION]
+
+
+def test_scores_that_know_nothing_of_captions_have_no_share() -> None:
+    """The mean over many queries is 0 but for chance, however many captions there are; clipping makes it no lower."""
+    scores = noise(60, 5, queries=400)
+    for each in (2, 3, 10):
+        found = caption_shares(scores, [row // each for row in range(60)])
+        assert found is not None
+        assert float(found.median()) < 0.1
+    assert caption_shares(scores, ["same"] * 60) is None
+    flat = caption_shares(torch.ones(60, 1), [row // 2 for row in range(60)])
+    assert flat is not None
+    assert flat.item() == 0
+
+
+def test_a_part_without_any_difference_agrees_with_nobody() -> None:
+    one = noise(12, 6)
+    (found,) = agreements({"one": one, "flat": torch.ones(12, 1)}, one, list(range(12)))
+    assert (found.correlation, found.rank_correlation) == (0.0, 0.0)
+    assert found.words == UNSURE
+
+
+def test_one_method_can_not_agree() -> None:
+    with pytest.raises(InputError, match="ask two or more"):
+        agreements({"one": noise(3, 0)}, noise(3, 0), ["a", "b", "c"])
