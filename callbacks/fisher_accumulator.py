@@ -63,8 +63,7 @@ class FisherAccumulator(ResumedSums):
             patterns of layer names; in a training of an adapter (PEFT), ``adapter`` for its ``A`` and ``B``, whatever
             layers it is on (see :func:`lightning_unlearn.weights.parameters.select_layers`).
         fisher: The kind of Fisher: ``diagonal`` or ``ekfac``.
-        path: Where the Fisher is written at the end of training, as safetensors; relative to
-            ``trainer.default_root_dir``.
+        path: Where the Fisher is written at the end, as safetensors; relative to ``trainer.default_root_dir``.
         start_step: Optimizer step at which it starts.
         start_epoch: Epoch at which it starts; both must be reached.
         every_n_batches: Take every n-th batch of an epoch.

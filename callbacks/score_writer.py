@@ -138,8 +138,7 @@ class ScoreWriter(Callback):
 
     def _columns(self, pl_module: UnlearningModule) -> str:
         """What a score's columns are; in one table all files have the same."""
-        views = pl_module.views
-        errors = ["errors"] if groups_of_draws(views.draws, views.noises_scored) else []
+        errors = ["errors"] * bool(groups_of_draws(pl_module.views.draws, pl_module.views.noises_scored))
         return ", ".join(["scores", *errors, *(["deviations"] if self.keep_deviations else [])])
 
     def _to_score(self, trainer: Trainer) -> list[str]:
@@ -149,7 +148,7 @@ class ScoreWriter(Callback):
     def _record(
         self, trainer: Trainer, pl_module: UnlearningModule, fingerprints: dict[str, str], earlier: dict[str, Any]
     ) -> None:
-        datamodule = getattr(trainer, "datamodule", None)
+        datamodule, objective = getattr(trainer, "datamodule", None), pl_module.objective
         queries = {query.key: query for query in getattr(datamodule, "queries", [])}
         about = {
             "fingerprints": fingerprints,
@@ -157,9 +156,7 @@ class ScoreWriter(Callback):
             "flips": self.flips,
             "views": pl_module.views.settings(),
             # Of the draws of each flip, in the order in which deviations are kept.
-            "timesteps": pl_module.views.draw_timesteps(
-                pl_module.objective.num_timesteps, pl_module.objective.density()
-            ).tolist(),
+            "timesteps": pl_module.views.draw_timesteps(objective.num_timesteps, objective.density()).tolist(),
             "network": pl_module.origin,
             "unlearning": pl_module.settings,
             "precision": str(trainer.precision),

@@ -84,11 +84,11 @@ class Survey:
         keys: set[str] = set()
         for record in read_records(self.source, replace(self.reading, tally=tally)):
             if record.key in keys:
-                fault = (
+                twice = (
                     f"Two samples have the key {record.key!r}, the second in {record.place}; "
                     f"rename one, name a column of unique keys with `key`, or {SKIP}."
                 )
-                yield record, fault
+                yield record, twice
                 continue
             keys.add(record.key)
             fault = self._fault(record)
