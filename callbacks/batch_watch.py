@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.weights.capture import GradientCapture, Use
+from lightning_unlearn.weights.differing import what_differs
 from lightning_unlearn.weights.growth import GradientGrowth
-from lightning_unlearn.weights.rounding import Grown, Summed, norms
+from lightning_unlearn.weights.rounding import Summed
 
 Taker = Callable[[str, list[Use]], None]
 
@@ -150,7 +151,8 @@ class BatchWatch:
             return False
         for (name, kind), ratio in zip(names, off, strict=True):
             if ratio > 1:
-                self._refuse(name, kind, grown.get((name, kind)))
+                captured = self._sums.get(name)
+                raise InputError(what_differs(name, kind, self._layers[name], captured, grown.get((name, kind))))
         self._tell_of_factor(factor_seen, loss_scale)
         return True
 
@@ -166,15 +168,6 @@ class BatchWatch:
                 f"The backward pass multiplies the loss by {seen:g} itself, and FisherAccumulator undoes "
                 f"loss_scale={loss_scale:g}; that must be {seen:g} times any other factor of the loss."
             )
-
-    def _refuse(self, name: str, kind: str, grown: Grown | None) -> None:
-        captured, own = norms(self._sums.get(name), grown, kind)
-        cause = likely_cause(self._layers[name], name in self._sums)
-        raise InputError(
-            f"What was captured of layer {name} is not the gradient of its {kind}: summed over the batch it has norm "
-            f"{captured:.3g}, but the gradient grew by {own:.3g}. {cause}; "
-            "leave the layer out by patterns, or take that away."
-        )
 
     def _refuse_partly_frozen(self, used: Collection[str]) -> None:
         frozen = [
@@ -246,28 +239,3 @@ class BatchWatch:
         """Take the hooks off."""
         self._capture.detach()
         self._growth.detach()
-
-
-def likely_cause(layer: nn.Module, captured: bool) -> str:
-    """Why a layer's gradient may be another than what is captured.
-
-    Args:
-        layer: Linear or Conv2d.
-        captured: Whether anything was.
-
-    Returns:
-        A sentence without its full stop.
-    """
-    if not captured:
-        return (
-            "The layer is never called itself: its weight is used by a function (as in nn.MultiheadAttention), or its "
-            "block was compiled before training"
-        )
-    if "forward" in vars(layer):
-        return "Its forward was replaced by another function"
-    if type(layer).forward not in (nn.Linear.forward, nn.Conv2d.forward):
-        return f"It is a {type(layer).__name__}, whose forward does something else with the weight"
-    return (
-        "Its weight is used elsewhere too (tied to another layer, or by a function), a hook changes its output, or the "
-        "loss holds a gradient of the network (double backward)"
-    )

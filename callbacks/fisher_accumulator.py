@@ -125,8 +125,7 @@ class FisherAccumulator(ResumedSums):
                 f"(here {fisher!r}), and must lie after start_step {start_step} or start_epoch {start_epoch}, so that "
                 "there are covariances first."
             )
-        second_stage = SecondStage(eigenvalue_step, eigenvalue_epoch)
-        super().__init__(fisher, path, second_stage, save_in_checkpoint)
+        super().__init__(fisher, path, SecondStage(eigenvalue_step, eigenvalue_epoch), save_in_checkpoint)
         self.target = target
         self.parameters = parameters
         self.start_step = start_step
@@ -273,7 +272,7 @@ class FisherAccumulator(ResumedSums):
         """Add up the ranks and write the file."""
         self._detach()  # before weights are moved
         self._refusals.meet()
-        total = completed(self._sums.finish())
+        total = completed(self._sums.finish(), self._sums.product)
         if total is None:
             return
         about: dict[str, Any] = {"target": self.target, "steps": self._steps, "skipped_batches": self.skipped_batches}

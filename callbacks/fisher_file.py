@@ -14,27 +14,26 @@ from torch.distributed.tensor import DTensor
 
 from lightning_unlearn.diffusion.objective import Objective
 from lightning_unlearn.fisher import Fisher
-from lightning_unlearn.fisher.early import of_the_product
+from lightning_unlearn.fisher.early import of_the_product, with_eigenvalues
 from lightning_unlearn.fisher.ekfac import EKFACFisher
 from lightning_unlearn.weights.parameters import layer_parameters
 
 
-def completed(total: Fisher) -> Fisher | None:
+def completed(total: Fisher, product: Mapping[str, Any] | None) -> Fisher | None:
     """A Fisher that can be used after training; a warning says what it lacks.
 
     Args:
         total: Over all ranks.
+        product: What an EKFAC Fisher is without any sample in its second stage.
 
     Returns:
         It; for an EKFAC Fisher whose training ended before the eigenvalues, one with those of the Kronecker product;
         nothing without any sample.
     """
-    if isinstance(total, EKFACFisher) and total.stage == total.stages[-1] and total.count == 0:
-        rank_zero_warn(
-            "FisherAccumulator came to the eigenvalues of the EKFAC Fisher, but training ended before any sample was "
-            "taken for them; let them start earlier by eigenvalue_step or eigenvalue_epoch. No Fisher is written."
-        )
-        return None
+    if isinstance(total, EKFACFisher) and total.stage == total.stages[-1] and total.count == 0 and product is not None:
+        total = with_eigenvalues(total, product)
+        if total.count > 0:
+            return _told_of(total, f"came to {total.stage} after {total.stages[0]} of {total.count} samples")
     if total.count == 0:
         rank_zero_warn(
             "FisherAccumulator took no batch: start_step or start_epoch lies past the end of training, no gradient was "
@@ -42,16 +41,20 @@ def completed(total: Fisher) -> Fisher | None:
         )
         return None
     if isinstance(total, EKFACFisher) and total.stage != total.stages[-1]:
-        rank_zero_warn(
-            f"FisherAccumulator took {total.stage} of {total.count} samples, but training ended before "
-            f"{total.stages[-1]}. The Fisher that is written has the eigenvalues of the Kronecker product (K-FAC), "
-            "scaled to each layer's mean squared gradient: coarser than EKFAC. For that, let the eigenvalues start "
-            "earlier by eigenvalue_step or eigenvalue_epoch, or run `lightning-unlearn fisher` afterwards."
-        )
-        early = of_the_product(total)
-        early.provenance["eigenvalues"] = "of the Kronecker product of the covariances (K-FAC), to the measured trace"
-        return early
+        return _told_of(of_the_product(total), f"took {total.stage} of {total.count} samples")
     return total
+
+
+def _told_of(early: EKFACFisher, done: str) -> EKFACFisher:
+    """A Fisher of the product, with a warning and a note that it is one."""
+    rank_zero_warn(
+        f"FisherAccumulator {done}, but training ended before {early.stages[-1]} of any. The Fisher that is written "
+        "has the eigenvalues of the Kronecker product (K-FAC), scaled to each layer's mean squared gradient: coarser "
+        "than EKFAC. For that, let the eigenvalues start earlier by eigenvalue_step or eigenvalue_epoch, or run "
+        "`lightning-unlearn fisher` afterwards."
+    )
+    early.provenance["eigenvalues"] = "of the Kronecker product of the covariances (K-FAC), to the measured trace"
+    return early
 
 
 def write_fisher(

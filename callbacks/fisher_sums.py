@@ -12,6 +12,8 @@ from torch import Tensor
 
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher import FISHERS, Fisher, Targets
+from lightning_unlearn.fisher.early import eigenvalues_of, of_the_product
+from lightning_unlearn.fisher.ekfac import EKFACFisher
 from lightning_unlearn.weights.parameters import LayerSpec
 
 
@@ -26,6 +28,8 @@ class FisherSums:
 
     Attributes:
         local: The sums of this rank in this fit.
+        product: What an EKFAC Fisher is without any sample in its second stage, as
+            :func:`~lightning_unlearn.fisher.early.eigenvalues_of` gives it.
         earlier: The state over all ranks of what came before, as :meth:`Fisher.state` gives it.
     """
 
@@ -34,6 +38,7 @@ class FisherSums:
         self.file = file
         self.local: Fisher | None = None
         self.earlier: dict[str, Any] | None = None
+        self.product: dict[str, Any] | None = None
         self._trainer: Trainer | None = None  # while it trains
 
     @property
@@ -43,7 +48,7 @@ class FisherSums:
 
     def forget(self) -> None:
         """Start anew."""
-        self.local = self.earlier = None
+        self.local = self.earlier = self.product = None
 
     def start(self, trainer: Trainer, layers: Mapping[str, LayerSpec], dtype: torch.dtype, targets: Targets) -> None:
         """Begin with the sums of a fit, in the stage that an earlier run came to.
@@ -124,13 +129,17 @@ class FisherSums:
         assert self._trainer is not None
         total = self.total()
         taken, stage = total.count, total.stage
+        begun: tuple[dict[str, Any], dict[str, Any]] | None = None
         if self._trainer.is_global_zero:
-            total.next_stage()
+            assert isinstance(total, EKFACFisher)
+            early = of_the_product(total)
+            begun = early.empty().state(), eigenvalues_of(early)
         # Bases of several decompositions could differ (in signs, or where eigenvalues are equal), and sums within
         # them would not add up; so one rank decomposes for all.
-        begun = self._trainer.strategy.broadcast(total.state() if self._trainer.is_global_zero else None)
+        begun = self._trainer.strategy.broadcast(begun)
         assert begun is not None
-        total.load_state(begun)
+        state, self.product = begun
+        total.load_state(state)
         # What came before is in the bases, which are large: they are kept once.
         self.local, self.earlier = total.empty().to(self._trainer.strategy.root_device), None
         rank_zero_info(f"FisherAccumulator took {stage} of {taken} samples, and goes on to {total.stage}.")

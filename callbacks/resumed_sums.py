@@ -68,6 +68,8 @@ class ResumedSums(Callback):
         state: dict[str, Any] = {"steps": steps, "skipped_batches": skipped, "batches_seen": self._second_stage.seen}
         if self._changed_at is not None:
             state["changed_at"] = self._changed_at
+        if self._sums.product is not None:
+            state["product"] = self._sums.product
         if self._sums.local is None or (self._failed and self._trainer is not None and self._trainer.world_size > 1):
             return {**state, "fisher": self._sums.without_this_rank()}
         total = self.total()
@@ -86,6 +88,7 @@ class ResumedSums(Callback):
         self._steps = list(state_dict["steps"])
         self.skipped_batches = int(state_dict["skipped_batches"])
         self._changed_at = state_dict.get("changed_at")
+        self._sums.product = state_dict.get("product")
         self._second_stage.seen = int(state_dict.get("batches_seen", 0))
         self._sums.earlier = (
             FISHERS[self.fisher].load(state_dict["file"]).state() if "file" in state_dict else state_dict["fisher"]

@@ -15,7 +15,9 @@ from lightning_unlearn.diffusion.families.noted import noted_predictions
 from lightning_unlearn.draws.views import View
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.unlearning.scoring import cast_view
-from lightning_unlearn.weights.capture import CapturedLayer, GradientCapture
+from lightning_unlearn.weights.capture import CapturedLayer, GradientCapture, Use, by_layer
+from lightning_unlearn.weights.differing import what_differs
+from lightning_unlearn.weights.growth import GradientGrowth
 from lightning_unlearn.weights.parameters import layer_parameters
 from lightning_unlearn.weights.precision import ExactFloat32
 
@@ -120,7 +122,8 @@ def mean_gradients(
         Of the ``B`` samples.
 
     Raises:
-        InputError: If a gradient is not finite, or rows of the layers are not samples.
+        InputError: If a gradient is not finite, rows of the layers are not samples, or what was captured of a layer is
+            not its gradient.
     """
     return mean_gradients_of(subject, keys, views, [output], per_timestep=per_timestep)[output]
 
@@ -146,7 +149,8 @@ def mean_gradients_of(
         Output function to the gradients of the ``B`` samples.
 
     Raises:
-        InputError: If a gradient is not finite, or rows of the layers are not samples.
+        InputError: If a gradient is not finite, rows of the layers are not samples, or what was captured of a layer is
+            not its gradient.
     """
     parameters = layer_parameters(subject.layers)
     some = next(iter(parameters.values()))
@@ -172,11 +176,13 @@ def mean_gradients_of(
             rows = view.rows.to(device)
             for number, output in enumerate(outputs, 1):
                 values = OUTPUTS[output](losses, seen[-1].to(losses.dtype))
-                # Only so that hooks see what passes: the sum of a batch's gradients is nobody's.
-                torch.autograd.grad(
+                # So that hooks see what passes; the sum of a batch's gradients is only for comparison.
+                own = torch.autograd.grad(
                     values.sum(), list(parameters.values()), allow_unused=True, retain_graph=number < len(outputs)
                 )
-                found = _flat(capture.take(), parameters, len(view.rows))
+                uses = capture.take_uses()
+                _refuse_what_differs(subject, uses, dict(zip(parameters, own, strict=True)))
+                found = _flat(by_layer(uses), parameters, len(view.rows))
                 if per_timestep:
                     norms = torch.stack([gradient.square().sum(1) for gradient in found.values()]).sum(0).sqrt()
                     found = {name: gradient / norms.clamp(min=TINY)[:, None] for name, gradient in found.items()}
@@ -196,6 +202,22 @@ def _means(keys: Sequence[str], sums: Mapping[str, Tensor], errors: Tensor, coun
         bad = next(key for key, fine in zip(keys, finite.tolist(), strict=True) if not fine)
         raise InputError(f"The gradient of {bad!r} is not finite; check the sample and the model.")
     return Gradients(means, errors / counts)
+
+
+def _refuse_what_differs(subject: Subject, uses: Mapping[str, list[Use]], own: Mapping[str, Tensor | None]) -> None:
+    """Hold what was captured, summed over rows, against the parameters' own gradients."""
+    growth = GradientGrowth(subject.layers)
+    sums = {name: growth.summed(name, found) for name, found in uses.items()}
+    grown = {
+        (name, kind): growth.grown(name, kind, gradient)
+        for name in subject.layers
+        for kind in ("weight", "bias")
+        if (gradient := own.get(f"{name}.{kind}")) is not None
+    }
+    ratios, names = growth.differences(sums, grown)
+    for (name, kind), ratio in zip(names, ratios.tolist(), strict=True):
+        if ratio > 1:
+            raise InputError(what_differs(name, kind, subject.layers[name], sums.get(name), grown.get((name, kind))))
 
 
 def _flat(captured: Mapping[str, CapturedLayer], parameters: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:

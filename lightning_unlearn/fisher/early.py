@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from lightning_unlearn.errors import InputError
@@ -51,3 +54,33 @@ def of_the_product(fisher: EKFACFisher) -> EKFACFisher:
     bases.load_tensors(tensors)
     bases.count = fisher.count
     return bases
+
+
+def eigenvalues_of(fisher: EKFACFisher) -> dict[str, Any]:
+    """What of a Fisher of the product is not in its bases.
+
+    Args:
+        fisher: As :func:`of_the_product` gives it.
+
+    Returns:
+        Numbers, strings and tensors only, so that it loads with ``weights_only=True``.
+    """
+    tensors = {name: tensor.cpu() for name, tensor in fisher.tensors().items() if fisher.is_sum(name)}
+    return {"count": fisher.count, "tensors": tensors}
+
+
+def with_eigenvalues(bases: EKFACFisher, found: Mapping[str, Any]) -> EKFACFisher:
+    """A Fisher of the product again, from its bases.
+
+    Args:
+        bases: In the last stage, with the same bases.
+        found: As :func:`eigenvalues_of` gave it.
+
+    Returns:
+        A new one.
+    """
+    fisher = EKFACFisher(bases.layers)
+    fisher.targets = bases.targets
+    fisher.load_tensors({name: found["tensors"].get(name, tensor) for name, tensor in bases.tensors().items()})
+    fisher.count = int(found["count"])
+    return fisher

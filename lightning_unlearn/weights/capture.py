@@ -242,16 +242,31 @@ class GradientCapture:
         Raises:
             InputError: If layers saw different numbers of rows, so that rows can't be samples.
         """
-        taken = {name: _join(name, [use.layer for use in uses]) for name, uses in self.take_uses().items()}
-        rows = {len(layer) for layer in taken.values()}
-        if len(rows) > 1:
-            example = {len(layer): name for name, layer in taken.items()}
-            raise InputError(
-                "Layers see different numbers of rows in one batch ("
-                + ", ".join(f"{name}: {count}" for count, name in sorted(example.items()))
-                + "), so a row is not a sample; choose other layers by patterns."
-            )
-        return taken
+        return by_layer(self.take_uses())
+
+
+def by_layer(uses: Mapping[str, list[Use]]) -> dict[str, CapturedLayer]:
+    """Uses joined layer by layer.
+
+    Args:
+        uses: As :meth:`GradientCapture.take_uses` gives them.
+
+    Returns:
+        Layer name to what was captured.
+
+    Raises:
+        InputError: If layers saw different numbers of rows, so that rows can't be samples.
+    """
+    taken = {name: _join(name, [use.layer for use in found]) for name, found in uses.items()}
+    rows = {len(layer) for layer in taken.values()}
+    if len(rows) > 1:
+        example = {len(layer): name for name, layer in taken.items()}
+        raise InputError(
+            "Layers see different numbers of rows in one batch ("
+            + ", ".join(f"{name}: {count}" for count, name in sorted(example.items()))
+            + "), so a row is not a sample; choose other layers by patterns."
+        )
+    return taken
 
 
 def _join(name: str, uses: list[CapturedLayer]) -> CapturedLayer:

@@ -114,19 +114,3 @@ def beyond_rounding(captured: Summed | None, grown: Grown | None, kind: str) -> 
     difference = (values - grown.probes.to(values.device)).square().mean().sqrt()
     ratio: Tensor = difference / allowed.clamp(min=torch.finfo(torch.float64).tiny)
     return ratio
-
-
-def norms(captured: Summed | None, grown: Grown | None, kind: str) -> tuple[float, float]:
-    """The two norms of a parameter that differ, as the random vectors tell them, for a message.
-
-    Args:
-        captured: Of its layer.
-        grown: What was noted of it.
-        kind: ``weight`` or ``bias``.
-
-    Returns:
-        Of what was captured, summed over rows, and of what its gradient grew by.
-    """
-    values = [captured.kinds[kind][0] if captured is not None else None, grown.probes if grown is not None else None]
-    one, other = (0.0 if value is None else float(value.square().mean().sqrt()) for value in values)
-    return one, other

@@ -114,3 +114,23 @@ def test_the_bases_of_a_window_are_kept_once(tmp_path: Path) -> None:
 
     fit(tmp_path, Watched(False), FisherAccumulator("net", "all", "ekfac"))
     assert kept == [None, None]
+
+
+def test_training_that_ends_just_after_the_bases_leaves_the_fisher_of_the_product(tmp_path: Path) -> None:
+    """Covariances are gone when eigenvalues begin; where none come, what they would have given is written."""
+
+    class Ends(FisherAccumulator):
+        def should_capture(self, step: int, epoch: int, batch_idx: int) -> bool:
+            return epoch == 0
+
+    with pytest.warns(UserWarning, match="came to eigenvalues after covariances of 64 samples, but training ended"):
+        fit(tmp_path, Trained(False), Ends("net", "all", path="late.safetensors", eigenvalue_epoch=1))
+    late = load_fisher(tmp_path / "late.safetensors")
+    assert late.count == 2 * BATCH
+    assert late.stage == "eigenvalues"
+    assert "K-FAC" in late.provenance["eigenvalues"]
+    # The same samples, and no second epoch's.
+    with pytest.warns(UserWarning, match="took covariances of 64 samples, but training ended"):
+        fit(tmp_path, Trained(False), Ends("net", "all", path="early.safetensors", eigenvalue_epoch=2))
+    for name, tensor in load_fisher(tmp_path / "early.safetensors").tensors().items():
+        torch.testing.assert_close(late.tensors()[name], tensor)

@@ -315,3 +315,18 @@ def test_prediction_is_found_in_what_the_network_returns() -> None:
     expected = flat(query_gradients(subject(TRAINING, QUERIES), "square"))
     toy = subject(TRAINING, QUERIES, network=Wrapped(), objective=Unwrapping())
     close(flat(query_gradients(toy, "square")), expected)
+
+
+def test_a_layer_that_is_not_what_it_seems_has_no_gradients_here() -> None:
+    """Its weight is used by a function besides, which no hook on the layer sees."""
+    toy = subject(TRAINING, QUERIES)
+    network = toy.loss.network
+    plain = network.forward
+
+    def forward(*arguments: Any, **named: Any) -> Tensor:
+        found: Tensor = plain(*arguments, **named)
+        return found + network.text.weight.mean()  # type: ignore[union-attr]
+
+    network.forward = forward  # type: ignore[method-assign]
+    with pytest.raises(InputError, match=r"captured of layer text is not the gradient of its weight"):
+        GradientSimilarity("dot").scores(toy)
