@@ -67,7 +67,8 @@ class Survey:
                     f"There are {rows} ready {what} but {samples} samples in {self.source}; "
                     "they must go together, row by row."
                 )
-            if rows is not None:  # another order has as many rows, and only a person can see it
+            # Another order has as many rows, and only a person can see it.
+            if rows is not None and self.reading.pictures:
                 said = f"Row 0 of the ready {what} is taken for the sample {first!r}, row {rows - 1} for {last!r}."
                 tqdm.write(said, file=sys.stderr)
         return samples, captions

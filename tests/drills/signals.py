@@ -48,8 +48,9 @@ def drill(moments: int, seed: int, names: tuple[str, ...] | None = None) -> Repo
             lasts = undisturbed(job, whole)
             out.mkdir()
             for number in range(moments):
-                _stop(job, out, (number + draw.random()) / moments * lasts, number, report, f"{name}, moment {number}")
-                if _is_done(job, out, whole):  # the signal came after the last file: another run has nothing to do
+                moment, where = (number + draw.random()) / moments * lasts, f"{name}, moment {number}"
+                if _stop(job, out, whole, moment, number, report, where):
+                    # The signal came after the last file: another run has nothing to do.
                     shutil.rmtree(out)
                     out.mkdir()
             finish(job.words(out), folder, report, name)
@@ -66,7 +67,8 @@ def _is_done(job: Job, out: Path, whole: Path) -> bool:
         return False
 
 
-def _stop(job: Job, out: Path, moment: float, number: int, report: Report, where: str) -> None:
+def _stop(job: Job, out: Path, whole: Path, moment: float, number: int, report: Report, where: str) -> bool:
+    """Send a signal at a moment of a run; whether all of its files are there."""
     sent = (signal.SIGTERM, signal.SIGINT)[number % 2]
     with Script(PROGRAM, *job.words(out), folder=out.parent) as script:
         was_sent = script.wait(moment) is None
@@ -78,14 +80,18 @@ def _stop(job: Job, out: Path, moment: float, number: int, report: Report, where
         said = script.said()
     check_words(said, report, where)
     check_files(out, report, where)
+    done = _is_done(job, out, whole)
     if status == 128 + sent and said.count(STOPPED) == 1:
         report.count("stopped")
     elif status == 0 and STOPPED not in said and (not was_sent or time.monotonic() - started < AT_ONCE):
         report.count("ended before")
+    elif status == -sent and done:
+        report.count("ended before")  # and its interpreter was on the way out
     elif status in (-sent, 1) and not said.strip():
         report.count("not begun")  # before the interpreter had come to the program
     else:
         report.faults.append(f"{where}: {sent.name} ended it with {status}: {said[-1500:]}")
+    return done
 
 
 if __name__ == "__main__":
