@@ -13,6 +13,7 @@ import diffusers
 import numpy as np
 import torch
 
+from lightning_unlearn.diffusion.adapters.learned_tokens import spread_words
 from lightning_unlearn.diffusion.families import Family, family_of
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import tensors_digest
@@ -40,6 +41,7 @@ class FamilyText:
         device: Where the encoders run.
         batch_size: Captions at a time.
         changes: Of encoders and tokenizers.
+        tuned: Folder of an encoder that takes the place of the pipeline's part that it is called as.
 
     Raises:
         InputError: If the pipeline can't be loaded, or can't encode a caption.
@@ -53,12 +55,13 @@ class FamilyText:
         device: torch.device,
         batch_size: int,
         changes: TextChanges,
+        tuned: Path | None = None,
     ) -> None:
         self.rows: int | None = None
         self.captions: int | None = None
         self.cut = Tally()
         self.family, self.batch_size = family, batch_size
-        encoders = _encoders(folder, device)
+        encoders = _encoders(folder, device, tuned)
         self.pipeline = _pipeline(folder, encoders)
         self.tokenizers = {
             name.replace("tokenizer", "text_encoder"): part
@@ -85,6 +88,7 @@ class FamilyText:
         self.shapes: dict[str, tuple[int, ...]] = {name: array.shape[1:] for name, array in first.items()}
         self.about: dict[str, Any] = {
             "encoder": f"{folder.resolve().name}: {', '.join(encoders)}",
+            **({} if tuned is None else {"tuned": f"{tuned.resolve().parent.name}/{tuned.name}"}),
             "family": family.title,
             "fingerprint": {name: tensors_digest(encoder.state_dict()) for name, encoder in encoders.items()},
             "conditions": {name: list(shape) for name, shape in self.shapes.items()},
@@ -117,14 +121,19 @@ class FamilyText:
             length = self.lengths.get(name)
             if length is None:
                 continue
-            whole = tokenizer(captions, truncation=False, verbose=False)["input_ids"]
+            whole = tokenizer(spread_words(captions, tokenizer), truncation=False, verbose=False)["input_ids"]
             for caption, ids in zip(captions, whole, strict=True):
                 if len(ids) > length:
                     self.cut.add(f"captions are longer than the {length} tokens that {name} reads", caption[:60])
 
 
 def family_text(
-    folder: Path, tokens: int | None, device: torch.device, batch_size: int, changes: TextChanges
+    folder: Path,
+    tokens: int | None,
+    device: torch.device,
+    batch_size: int,
+    changes: TextChanges,
+    tuned: Path | None = None,
 ) -> FamilyText | None:
     """The text of a pipeline whose family says how its captions are encoded.
 
@@ -134,6 +143,7 @@ def family_text(
         device: Where encoders run.
         batch_size: Captions at a time.
         changes: Of the encoders.
+        tuned: Folder of an encoder that takes the place of the pipeline's part that it is called as.
 
     Returns:
         The source; ``None`` where the pipeline's network is not there, or its family leaves it to others.
@@ -146,10 +156,10 @@ def family_text(
         return None
     family = family_of(network)
     own = type(family).encode is not Family.encode
-    return FamilyText(folder, family, tokens, device, batch_size, changes) if own else None
+    return FamilyText(folder, family, tokens, device, batch_size, changes, tuned) if own else None
 
 
-def _encoders(folder: Path, device: torch.device) -> dict[str, Any]:
+def _encoders(folder: Path, device: torch.device, tuned: Path | None) -> dict[str, Any]:
     """The text encoders that a pipeline names, by their names in it."""
     try:
         parts = json.loads((folder / "model_index.json").read_bytes())
@@ -158,11 +168,14 @@ def _encoders(folder: Path, device: torch.device) -> dict[str, Any]:
         raise InputError(f"{folder} has no model_index.json that names its parts; save the pipeline again.") from None
     library = transformers_library()
     found: dict[str, Any] = {}
+    # A training's checkpoint calls its parts as the pipeline does; one that is called otherwise is the first.
+    replaced = None if tuned is None else tuned.name if tuned.name in named else "text_encoder"
     for name, (_, class_name) in named.items():
         kind = getattr(library, str(class_name), None)
         if kind is None:
             raise InputError(f"{folder / name} is a {class_name}, which this version of transformers does not have.")
-        found[name] = load_model(kind, folder / name).to(device)
+        place = tuned if tuned is not None and name == replaced else folder / name
+        found[name] = load_model(kind, place).to(device)
     if not found:
         raise InputError(f"{folder} has no text encoder; give ready `text`.")
     return found

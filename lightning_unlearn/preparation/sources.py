@@ -112,7 +112,7 @@ def text_source(
     # A training saves a pipeline's encoder without its tokenizer, which it did not change.
     if pipeline is not None and (folder is None or not any((folder / name).is_file() for name in _TOKENIZER)):
         place = Path(pipeline).expanduser()
-        found = None if folder is not None else family_text(place, tokens, device, batch_size, changes)
+        found = family_text(place, tokens, device, batch_size, changes, folder)
         if found is None and tokens is not None:
             raise InputError("`tokens` is for a `text_encoder`, or encoders that may read more or less; leave it out.")
         return found or pipeline_text(Path(pipeline).expanduser(), device, batch_size, changes, folder)

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypeAlias
 from torch import Tensor, nn
 
 from lightning_unlearn.diffusion.checkpoints.candidates import Candidate, candidates, heads, unwrapped
-from lightning_unlearn.diffusion.checkpoints.original_names import converted
+from lightning_unlearn.diffusion.checkpoints.original_names import PREFIX, converted, original_mark
 from lightning_unlearn.diffusion.checkpoints.places import Group, groups_in
 from lightning_unlearn.errors import InputError
 
@@ -194,6 +194,13 @@ def _refuse(network: nn.Module, path: str, groups: list[Group], prefix: str, eve
         raise InputError(
             f"{path} is of a network with PEFT's adapter on it; save the adapter alone (save_lora_adapter or "
             "save_pretrained) and give it as `adapter`, with the base model as `network`."
+        )
+    if original_mark(network) is None and any(PREFIX in name for group in groups for name in group.tensors):
+        name = type(network).__name__
+        way = f"{name}.from_single_file(path, config=folder)" if hasattr(network, "from_single_file") else "a script"
+        raise InputError(
+            f"{path} has the names of a single-file model, which are not read for a {name} here; convert it with "
+            f"diffusers ({way}, then save_pretrained), and give the new folder."
         )
     main = next((g for g in groups if g.place == "state_dict"), next(iter(groups), Group("", {}, False)))
     asked = unwrapped(prefix)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from prepare_toys import TEXT_DIM, manifest, read, tiny_text_encoder, tiny_tokenizer
+from tiny_pipelines import stable_diffusion_xl
 from torch import Tensor, nn
 from toys import tiny_unet
 
@@ -156,3 +157,69 @@ def test_ready_text_states_can_not_be_changed(photos: Path, pipeline: Path, tmp_
     np.save(tmp_path / "text.npy", np.zeros((1, 77, TEXT_DIM), np.float32))
     with pytest.raises(InputError, match="`text` is ready"):
         prepared(tmp_path, photos, pipeline, text=str(tmp_path / "text.npy"), token="a.bin")
+
+
+# --- a family with two encoders
+
+
+@pytest.fixture(scope="module")
+def two_encoders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return stable_diffusion_xl.make(tmp_path_factory.mktemp("models") / "xl")
+
+
+def opened_xl(folder: Path) -> Any:
+    from diffusers import StableDiffusionXLPipeline
+
+    return StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True)
+
+
+@torch.no_grad()
+def conditions_of_xl(pipe: Any) -> dict[str, Tensor]:
+    text, _, pooled, _ = pipe.encode_prompt(CAPTION, device="cpu", do_classifier_free_guidance=False)
+    return {"text": text, "pooled": pooled}
+
+
+def assert_prepared_xl(tmp_path: Path, photos: Path, folder: Path, wanted: dict[str, Tensor], **settings: Any) -> None:
+    prepare(str(tmp_path / "out"), str(photos), str(folder), dtype="float32", overwrite=True, size=16, **settings)
+    sample = read(tmp_path / "out")["dog"]
+    for name, value in wanted.items():
+        torch.testing.assert_close(sample.conditions[name], value, atol=1e-5, rtol=1e-5)
+
+
+def test_both_encoders_of_a_family_take_their_part_of_an_adapter(
+    photos: Path, two_encoders: Path, tmp_path: Path
+) -> None:
+    pipe = opened_xl(two_encoders)
+    before = conditions_of_xl(pipe)
+    state: dict[str, Tensor] = {}
+    for part in ("text_encoder", "text_encoder_2"):
+        encoder = getattr(pipe, part)
+        names = [name for name in forms.covered(encoder) if name.endswith(("q_proj", "fc1"))]
+        state |= forms.dotted_state(forms.random_adapter(encoder, names, alpha=3.0), f"{part}.", alpha=False)
+    path = forms.save(tmp_path / "lora.safetensors", state)
+    pipe.load_lora_weights(path)
+    wanted = conditions_of_xl(pipe)
+    assert all((wanted[name] - before[name]).abs().max() > 0.01 for name in before)
+    assert_prepared_xl(tmp_path, photos, two_encoders, wanted, adapter=path)
+    assert set(manifest(tmp_path / "out")["text"]["adapter_layers"]) == {"text_encoder", "text_encoder_2"}
+
+
+def test_both_encoders_of_a_family_learn_a_word(photos: Path, two_encoders: Path, tmp_path: Path) -> None:
+    pipe = opened_xl(two_encoders)
+    vectors = {"clip_l": torch.linspace(-1, 1, 16).reshape(2, 8), "clip_g": torch.linspace(-1, 1, 24).reshape(2, 12)}
+    path = forms.save(tmp_path / "<new1>.safetensors", vectors)
+    for key, end in (("clip_l", ""), ("clip_g", "_2")):
+        parts = {"text_encoder": getattr(pipe, f"text_encoder{end}"), "tokenizer": getattr(pipe, f"tokenizer{end}")}
+        pipe.load_textual_inversion({"<new1>": vectors[key]}, token="<new1>", **parts)
+    assert_prepared_xl(tmp_path, photos, two_encoders, conditions_of_xl(pipe), token=path)
+
+
+def test_a_tuned_second_encoder_is_known_by_its_folders_name(photos: Path, two_encoders: Path, tmp_path: Path) -> None:
+    pipe = opened_xl(two_encoders)
+    with torch.no_grad():
+        for parameter in pipe.text_encoder_2.parameters():
+            parameter.add_(0.05)
+    folder = tmp_path / "checkpoint-5" / "text_encoder_2"
+    pipe.text_encoder_2.save_pretrained(folder)
+    assert_prepared_xl(tmp_path, photos, two_encoders, conditions_of_xl(pipe), text_encoder=str(folder))
+    assert manifest(tmp_path / "out")["text"]["tuned"] == "checkpoint-5/text_encoder_2"

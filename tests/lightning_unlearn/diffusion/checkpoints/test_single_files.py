@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-from adapter_forms import stable_diffusion_xl
+from adapter_forms import stable_diffusion_3, stable_diffusion_xl
 from checkpoint_forms import assert_weights, load_into, original_state
 from torch import Tensor, nn
 from toys import tiny_unet
 
+from lightning_unlearn.diffusion.adapters.stable_diffusion_3_names import stable_diffusion_3_names
 from lightning_unlearn.diffusion.loading import load_network
 from lightning_unlearn.errors import InputError
 
@@ -113,3 +115,44 @@ def test_a_single_file_that_lacks_a_weight_is_refused(tmp_path: Path) -> None:
     safetensors.torch.save_file(content, tmp_path / "a.safetensors")
     with pytest.raises(InputError, match=r"lacks 1 of .*conv_out\.bias"):
         load_into(tmp_path / "a.safetensors", network=stable_diffusion_1())
+
+
+def original_stable_diffusion_3(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A transformer's weights by the names that Stability's code gives them, queries, keys and values in one."""
+    found: dict[str, Tensor] = {"pos_embed": state["pos_embed.pos_embed"]}
+    last = len(network.get_submodule("transformer_blocks")) - 1
+    # (scale, shift) is (shift, scale) there.
+    swapped = ("norm_out.linear", f"transformer_blocks.{last}.norm1_context.linear")
+    for original, parts in stable_diffusion_3_names(network).items():
+        for kind in ("weight", "bias"):
+            tensors = [state[f"{part}.{kind}"] for part in parts if f"{part}.{kind}" in state]
+            if tensors:
+                whole = torch.cat(tensors)
+                found[f"{original}.{kind}"] = torch.cat(whole.chunk(2)[::-1]) if parts[0] in swapped else whole
+    for name, tensor in state.items():
+        if ".norm_" in name:
+            _, number, attention, norm, _ = name.split(".")
+            place = "context_block.attn" if "added" in norm else f"x_block.{attention}"
+            found[f"joint_blocks.{number}.{place}.ln_{norm[-1]}.weight"] = tensor
+    return found
+
+
+def test_a_single_file_of_a_transformer(tmp_path: Path) -> None:
+    network = stable_diffusion_3().float()
+    state = original_stable_diffusion_3(network, by(1, network))
+    safetensors.torch.save_file({f"{PREFIX}{k}": v.contiguous() for k, v in state.items()}, tmp_path / "a.safetensors")
+    assert_weights(load_into(tmp_path / "a.safetensors", network=stable_diffusion_3().float())[0], by(1, network))
+
+
+def test_a_single_file_of_a_class_that_is_not_read_says_how_to_convert_it(tmp_path: Path) -> None:
+    from diffusers import UNet2DModel
+
+    class Convertible(UNet2DModel):  # type: ignore[misc]
+        from_single_file = None
+
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    torch.save({f"{PREFIX}input_blocks.0.0.weight": torch.zeros(3)}, tmp_path / "a.pt")
+    for kind, way in ((UNet2DModel, "a script"), (Convertible, "Convertible.from_single_file(path, config=folder)")):
+        network = kind(block_out_channels=(8,), norm_num_groups=4, **blocks)
+        with pytest.raises(InputError, match=rf"convert it with diffusers \({re.escape(way)}"):
+            load_into(tmp_path / "a.pt", network=network)
