@@ -80,7 +80,8 @@ class Choices:
         if self.crop != "bucket":
             return network
         side = (network[0] * network[1]) ** 0.5
-        of = Buckets(self.buckets, side, self.bucket_step, self.bucket_shortest, self.bucket_longest)
+        # A network of small pictures has no room for a step of 64.
+        of = Buckets(self.buckets, side, min(self.bucket_step, *network), self.bucket_shortest, self.bucket_longest)
         return of.shape_of(height, width)
 
     def as_json(self) -> dict[str, Any]:
