@@ -269,7 +269,7 @@ def test_the_command_line_takes_choices(tmp_path: Path, text_encoder: Path, caps
     Image.new("RGB", (4, 8)).save(folder / "a.png")
     command = ["prepare", "--images", str(tmp_path / "set"), "--output", str(tmp_path / "out"), "--size=4"]
     command += ["--text_encoder", str(text_encoder), "--like=kohya"]
-    assert main(command) == 1
-    assert "crop=middle" in capsys.readouterr().err
+    assert main([*command, "--caption_dropout=2"]) == 1
+    assert "caption_dropout must be" in capsys.readouterr().err
     assert main([*command, "--crop=middle"]) == 0
     assert read(tmp_path / "out")["2_sks-a"].captions == ["sks"]
