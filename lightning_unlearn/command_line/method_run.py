@@ -23,7 +23,7 @@ from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import digest, settings_digest, tensors_digest
 from lightning_unlearn.scores.agreement import agreements
 from lightning_unlearn.scores.files import run_digest, shard_path, write_shard_scores
-from lightning_unlearn.scores.rules import Reduced
+from lightning_unlearn.scores.rules import Reduced, mean_losses
 from lightning_unlearn.scores.run_record import earlier_run, record_run, scored_shards, write_run
 from lightning_unlearn.scores.table import ScoreTable
 from lightning_unlearn.unlearning.module import UnlearningModule
@@ -82,6 +82,7 @@ class MethodRun:
         self._base_losses: list[Tensor] = []
         # Each shard's samples, by their places in that order.
         self._rows: dict[str, list[int]] = {}
+        self._places: dict[str, int] = {}  # of each key in its shard, whose order batches of one form each don't keep
         self._passes = 0
         self._unlearn = unlearn
         # What tells captions apart, of the samples that have one.
@@ -242,6 +243,7 @@ class MethodRun:
         where: dict[str, str] = {}  # the shard of each key
         for batch in self._pass("Reading and measuring losses"):
             self._rows.setdefault(batch.shard, []).extend(range(len(self._keys), len(self._keys) + len(batch)))
+            self._places |= zip(batch.keys, batch.places, strict=False)
             for key in batch.keys:
                 if where.setdefault(key, batch.shard) != batch.shard:
                     raise InputError(
@@ -259,7 +261,7 @@ class MethodRun:
                     )
                 self._keys.extend(batch.keys)
                 self._captions.extend(_caption_digests(batch))
-                self._base_losses.append(losses[0].nanmean((-3, -2, -1)))
+                self._base_losses.append(mean_losses(losses[0], batch.caption_weights))
             self.skipped += batch.skipped
         if not where:
             raise InputError("There are no training samples; name shards that hold some.")
@@ -268,6 +270,7 @@ class MethodRun:
         queries = list(self._columns())
         losses = torch.cat(self._base_losses)
         for name, rows in self._rows.items():
+            rows = sorted(rows, key=lambda row: self._places[self._keys[row]])
             keys, version = [self._keys[row] for row in rows], shards[name]["version"]
             said = {method: values[rows] for method, values in parts.items()}
             reduced = Reduced(losses[rows], scores[rows], parts=said)

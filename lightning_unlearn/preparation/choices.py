@@ -80,7 +80,8 @@ class Choices:
         if self.crop != "bucket":
             return network
         side = (network[0] * network[1]) ** 0.5
-        of = Buckets(self.buckets, side, self.bucket_step, self.bucket_shortest, self.bucket_longest)
+        # A network of small pictures has no room for a step of 64.
+        of = Buckets(self.buckets, side, min(self.bucket_step, *network), self.bucket_shortest, self.bucket_longest)
         return of.shape_of(height, width)
 
     def as_json(self) -> dict[str, Any]:
@@ -133,7 +134,7 @@ _RULES: dict[str, dict[str, Any]] = {
 # What a trainer did that can't be told from its folder, or can't be followed.
 _NOT_FOLLOWED: dict[str, tuple[str, ...]] = {
     "kohya": (
-        "shuffled tags and random crops are not followed, nor is caption dropout unless caption_dropout says it",
+        "caption dropout, shuffled tags and random crops are not followed (but see caption_dropout)",
         "reg pictures are not balanced",
     ),
     "simpletuner": (
@@ -146,9 +147,7 @@ _NOT_FOLLOWED: dict[str, tuple[str, ...]] = {
         "what it made of transparency is not known here, and is white",
         "a loss on masks is followed with masks=loss alone, and then nothing of what lies outside counts",
     ),
-    "ai-toolkit": (
-        "a trigger word and shuffled tags are not followed, nor is caption dropout unless caption_dropout says it",
-    ),
+    "ai-toolkit": ("a trigger word, caption dropout and shuffled tags are not followed (but see caption_dropout)",),
     "diffusers": ("crops are random there without --center_crop, and are the middle here",),
 }
 

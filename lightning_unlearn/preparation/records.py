@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lightning_unlearn.data.weights import CAPTION_WEIGHTS
+from lightning_unlearn.data.weights import CAPTION_WEIGHTS, WEIGHT
 from lightning_unlearn.preparation.choices import Choices
 from lightning_unlearn.preparation.tally import Tally
 
@@ -111,6 +111,25 @@ def dropped_captions(record: Record, dropout: float) -> Record:
         captions=[*record.captions, ""],
         metadata={**record.metadata, CAPTION_WEIGHTS: [*weights, dropout]},
     )
+
+
+def plain_weights(record: Record) -> Record:
+    """A sample whose weights are numbers where a table of texts has them as texts.
+
+    Args:
+        record: The sample.
+
+    Returns:
+        The same; what reads as no numbers stays as it is.
+    """
+    said = {name: record.metadata[name] for name in (WEIGHT, CAPTION_WEIGHTS) if name in record.metadata}
+    read: dict[str, Any] = {}
+    for name, value in said.items():
+        try:
+            read[name] = json.loads(value) if isinstance(value, str) else value
+        except ValueError:
+            continue
+    return replace(record, metadata={**record.metadata, **read}) if read else record
 
 
 def captions_of_cell(value: Any) -> list[str]:

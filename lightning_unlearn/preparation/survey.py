@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 
 from tqdm.auto import tqdm
 
-from lightning_unlearn.data.weights import caption_weights_of, weight_of
+from lightning_unlearn.data.weights import WEIGHT, caption_weights_of, weight_of
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.preparation.inputs import LatentSource, TextSource
-from lightning_unlearn.preparation.layouts import read_records
+from lightning_unlearn.preparation.layouts import layout_of, read_records
 from lightning_unlearn.preparation.other_conditions import CLASS_LABEL, class_of
-from lightning_unlearn.preparation.records import SKIP, Reading, Record, dropped_captions
+from lightning_unlearn.preparation.records import SKIP, Reading, Record, dropped_captions, plain_weights
 from lightning_unlearn.preparation.tally import Tally
 
 
@@ -47,6 +47,7 @@ class Survey:
             InputError: If there is none, one is bad and not to be skipped, or ready arrays don't fit.
         """
         samples = captions = 0
+        folder = layout_of(self.source) == "folder"  # whose numbers of repeats are told of where they are read
         first = last = ""
         for record, fault in self.records(self.reading.tally):
             samples += 1
@@ -56,6 +57,8 @@ class Survey:
                     raise InputError(fault)
                 continue
             captions += len(record.captions)
+            if WEIGHT in record.metadata and not folder:
+                self.reading.tally.add(f"samples have the weight in training that {WEIGHT!r} says", record.key)
         if samples == 0:
             lines = "".join(f" ({line})" for line in self.reading.tally.lines())
             raise InputError(
@@ -92,8 +95,9 @@ class Survey:
                 yield record, twice
                 continue
             keys.add(record.key)
-            fault = self._fault(record)
-            yield dropped_captions(record, self.reading.choices.caption_dropout), fault
+            record = plain_weights(record)
+            found = self._fault(record)
+            yield dropped_captions(record, self.reading.choices.caption_dropout), found
 
     def _fault(self, record: Record) -> str | None:
         if record.fault is not None:

@@ -104,6 +104,19 @@ def over_captions(values: Tensor, shares: Sequence[Sequence[float]] | None) -> T
     return counted.sum(-2) / shaped.sum(-2)
 
 
+def mean_losses(base: Tensor, shares: Sequence[Sequence[float]] | None) -> Tensor:
+    """Each sample's mean loss over its views.
+
+    Args:
+        base: ``(B, flips, captions, draws)``, NaN where a sample has no such view.
+        shares: Of each sample, those of its captions; ``None`` if all are alike.
+
+    Returns:
+        ``(B,)``.
+    """
+    return base.nanmean((-3, -2, -1)) if shares is None else over_captions(base, shares).mean((-2, -1))
+
+
 @dataclass(frozen=True)
 class Reduced:
     """What a score table keeps of a batch.
@@ -187,7 +200,7 @@ def reduce_losses(
     # Captions share a sample's timesteps, so that draws are independent of each other and captions are not.
     by_draw = over_captions(values, shares)  # (Q, B, flips, draws)
     return Reduced(
-        base.nanmean((-3, -2, -1)) if shares is None else over_captions(base, shares).mean((-2, -1)),
+        mean_losses(base, shares),
         _over_views(values, flips, shares),
         half_widths(by_draw, noises, flips),
         by_draw.transpose(0, 1).float() if keep_deviations else None,

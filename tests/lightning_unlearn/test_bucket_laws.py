@@ -12,13 +12,16 @@ import pytest
 import torch
 from attribution_runs import decoded, score, toy_deltas, toy_model, toy_module, trainer
 from lightning.pytorch import Callback
-from toys import DIM, TOKENS, ToyDenoiser, ToyObjective
+from toys import DIM, TOKENS, ToyDenoiser, ToyObjective, tiny_unet
 
+from lightning_unlearn.data.batches import collate_samples
 from lightning_unlearn.data.samples import ViewBatch
 from lightning_unlearn.data.shards import encode_sample, write_shards
 from lightning_unlearn.datamodules import AttributionDataModule
+from lightning_unlearn.diffusion.families.unet import UNetFamily
 from lightning_unlearn.draws.unlearning_draws import DrawBatch, real_batches
 from lightning_unlearn.draws.views import Views
+from lightning_unlearn.errors import InputError
 from lightning_unlearn.scores.files import read_scores
 from lightning_unlearn.scores.rules import reduce_losses
 from lightning_unlearn.scores.table import ScoreTable
@@ -240,3 +243,11 @@ def test_scores_follow_the_shares_of_captions_in_the_shards(tmp_path: Path) -> N
         scores[name] = scored(tmp_path / name, tmp_path / f"out-{name}").scores
     np.testing.assert_allclose(scores["weighed"], scores["alone"], rtol=1e-6)
     assert not np.allclose(scores["several"], scores["alone"], rtol=1e-3)
+
+
+def test_a_network_without_a_mask_for_its_text_refuses_text_that_has_one() -> None:
+    """Samples of different length are padded in a batch, and padding would be taken for text."""
+    batch = collate_samples("shard", [decoded(fields(number, masked=True)) for number in (0, 5)])
+    views = batch.views(torch.arange(2), torch.zeros(2).long())
+    with pytest.raises(InputError, match=r"'text_mask', which tells text from padding.* takes none"):
+        UNetFamily().check_batch(tiny_unet(), views.latents, views)

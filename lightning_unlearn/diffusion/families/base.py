@@ -9,7 +9,7 @@ from typing import Any, ClassVar, final
 
 from torch import Tensor, nn
 
-from lightning_unlearn.data.conditions import Conditions
+from lightning_unlearn.data.conditions import MASK, Conditions
 from lightning_unlearn.data.samples import ViewBatch
 from lightning_unlearn.diffusion.families.noted import note_prediction
 from lightning_unlearn.diffusion.families.settings import OWN_OBJECTIVE, refuse_settings, setting
@@ -138,7 +138,14 @@ class Family(ABC):
                 f"Latents {form} are {tuple(noisy.shape[1:])}, but this {name} takes {channels} channels; use the "
                 "samples, or the network, of one model."
             )
-        for condition, form_of in self.needs(network).items():
+        needed = self.needs(network)
+        for condition in batch.conditions:
+            if condition.endswith(MASK) and condition not in needed:
+                raise InputError(
+                    f"The samples hold {condition!r}, which tells text from padding, but this {name} ({self.title}) "
+                    "takes none and would take padding for text; prepare them with the pipeline of this model."
+                )
+        for condition, form_of in needed.items():
             array = batch.conditions.get(condition)
             if array is None:
                 if form_of.optional:

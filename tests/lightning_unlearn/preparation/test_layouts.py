@@ -263,6 +263,39 @@ LAYOUTS = {
         colours={"x-a": BLUE},
         source="t.parquet",
     ),
+    "a table with weights": Layout(
+        tree(
+            {
+                "a.png": picture(GREEN),
+                "b.png": picture(),
+                "metadata.csv": "file_name,text,weight\na.png,see,2.5\nb.png,be,1\n",
+            }
+        ),
+        captions={"a": ["see"], "b": ["be"]},
+        weights={"a": 2.5, "b": 1},
+        counted=("2 samples have the weight in training that 'weight' says: a, b",),
+    ),
+    "a table whose weights are something else": Layout(
+        tree({"a.png": picture(), "metadata.csv": "file_name,text,weight\na.png,see,12 kg\n"}),
+        sentence="'12 kg' as 'weight' in its json, which says how often training repeats it",
+    ),
+    "OneTrainer's masks, where the loss was": Layout(
+        tree({"a.png": picture(), "a.txt": "a", "a-masklabel.png": picture((255, 255, 255))}),
+        {"like": "onetrainer", "masks": "loss"},
+        captions={"a": ["a"]},
+    ),
+    "OneTrainer's masks, one of them black": Layout(
+        tree({"a.png": picture(), "a.txt": "a", "a-masklabel.png": picture((0, 0, 0))}),
+        {"masks": "loss"},
+        sentence=r"mask of .*a\.png is all black",
+    ),
+    "pictures of several shapes in kohya's folders, in buckets": Layout(
+        tree({"5_sks dog/1.png": picture(GREEN), "1_reg/2.png": picture(BLUE)}),
+        {"like": "kohya", "caption_dropout": 0.25},
+        captions={"5_sks dog-1": ["sks dog", ""], "1_reg-2": ["reg", ""]},
+        colours={"5_sks dog-1": GREEN, "1_reg-2": BLUE},
+        weights={"5_sks dog-1": 5, "1_reg-2": 1},
+    ),
     "a misnamed table": Layout(
         tree({"a.png": picture(), "metadata.json1": '{"file_name": "a.png", "text": "see"}'}), sentence="no caption"
     ),
