@@ -12,7 +12,7 @@ from lightning_unlearn.baselines.base import Subject
 from lightning_unlearn.baselines.per_sample import Gradients, Output, join, mean_gradients, mean_gradients_of
 from lightning_unlearn.data.batches import collate_samples, form_of
 from lightning_unlearn.data.samples import Sample, SampleBatch
-from lightning_unlearn.draws.views import Views
+from lightning_unlearn.draws.views import View, Views
 from lightning_unlearn.errors import InputError
 
 # Queries that are looked at together.
@@ -72,8 +72,7 @@ def shared_gradients(subject: Subject, outputs: Sequence[Output]) -> Iterator[No
         parts: dict[Output, list[Gradients]] = {output: [] for output in lacking}
         for batch in subject.batches():
             if len(batch):
-                views = subject.views.of(batch, subject.loss.objective.num_timesteps)
-                for output, found in mean_gradients_of(subject, batch.keys, views, lacking).items():
+                for output, found in mean_gradients_of(subject, batch.keys, _views(subject, batch), lacking).items():
                     parts[output].append(found)
         for output, kept in parts.items():
             if not kept:
@@ -154,6 +153,9 @@ def batch_gradients(subject: Subject, batch: SampleBatch, output: Output, *, per
     Returns:
         Of these samples.
     """
+    return mean_gradients(subject, batch.keys, _views(subject, batch), output, per_timestep=per_timestep)
+
+
+def _views(subject: Subject, batch: SampleBatch) -> Iterator[View]:
     objective = subject.loss.objective
-    views = subject.views.of(batch, objective.num_timesteps, objective.density())
-    return mean_gradients(subject, batch.keys, views, output, per_timestep=per_timestep)
+    return subject.views.of(batch, objective.num_timesteps, objective.density())

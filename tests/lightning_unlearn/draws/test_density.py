@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from baseline_toys import subject
 from torch import Tensor, nn
 from toys import ToyDenoiser, ToyObjective, toy_shards
 
+from lightning_unlearn.baselines.gradients import shared_gradients
 from lightning_unlearn.baselines.trak import TRAK
 from lightning_unlearn.callbacks import ScoreWriter
 from lightning_unlearn.data.samples import ViewBatch
@@ -176,8 +178,43 @@ def train(objective: Peaked, folder: Path) -> None:
     trainer(folder, max_epochs=4).fit(DiffusionModule(ToyDenoiser(), objective), data)
 
 
-@pytest.mark.parametrize("use", [attribute, rival, measure, train])
+def rivals(objective: Peaked, folder: Path) -> None:
+    """Take gradients by two output functions at once."""
+    samples = [decoded(fields) for fields in ragged_fields(range(4))]
+    with shared_gradients(subject(samples, samples[:1], Views(4), objective=objective), ["loss", "square"]):
+        pass
+
+
+@pytest.mark.parametrize("use", [attribute, rival, rivals, measure, train])
 def test_everyone_draws_as_training_did(tmp_path: Path, use: Callable[[Peaked, Path], None]) -> None:
     objective = Peaked()
     use(objective, tmp_path)
     assert objective.seen == {3, 7}
+
+
+# Where the objective's density is among the arguments, counted without `self`.
+PLACES = {"of": 2, "draw_timesteps": 1, "draw_for_target": 7}
+
+
+def calls_without_density(path: Path) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        last = name.rpartition(".")[2]
+        drawing = last in PLACES and (last != "of" or name.endswith("views.of"))
+        starred = any(isinstance(argument, ast.Starred) for argument in node.args)
+        given = len(node.args) > PLACES.get(last, 0) or any(word.arg in {"density", None} for word in node.keywords)
+        if drawing and not given and not starred:
+            found.append(f"{path.name}:{node.lineno} {name}")
+    return found
+
+
+def test_nobody_forgets_the_density() -> None:
+    """An argument that may be left out is; whoever leaves it out draws uniformly without a word."""
+    root = Path(__file__).parents[3]
+    folders = ("lightning_unlearn", "callbacks", "datamodules", "benchmarks", "scripts")
+    paths = [path for folder in folders for path in (root / folder).rglob("*.py")]
+    assert len(paths) > 100
+    assert not [call for path in paths for call in calls_without_density(path)]
