@@ -34,7 +34,9 @@ def resolved(family: Family, selection: str) -> Sequence[str]:
     """
     there = [*family.selections, *BROAD]
     if selection == "auto":
-        usual = "text_kv" if "text_kv" in family.selections else "attention, feed_forward"
+        # Where text and picture attend to each other in one stream, text passes through far more than its keys.
+        crossing = {"text_kv", "cross_attention"} <= family.selections.keys()
+        usual = "text_kv" if crossing else "attention, feed_forward"
         return [name for name in (family.auto or usual).split(", ") if name in there]
     if selection not in there:
         raise InputError(f"{family.title} has no weights that {selection!r} means; choose one of {', '.join(there)}.")

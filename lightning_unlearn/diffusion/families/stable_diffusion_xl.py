@@ -13,6 +13,7 @@ from lightning_unlearn.data.samples import ViewBatch
 from lightning_unlearn.diffusion.families.base import TEXT, Condition
 from lightning_unlearn.diffusion.families.settings import setting
 from lightning_unlearn.diffusion.families.unet import PLAIN, UNetFamily
+from lightning_unlearn.errors import InputError
 
 SIZES = ("original_size", "crop_top_left", "target_size")
 
@@ -28,7 +29,7 @@ class StableDiffusionXLFamily(UNetFamily):
     conditions: ClassVar[Mapping[str, Condition]] = {
         "text": TEXT,
         "pooled": Condition(1),
-        **{name: Condition(1) for name in SIZES},
+        **{name: Condition(1, length=2) for name in SIZES},
     }
     plain: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {
         name: said for name, said in PLAIN.items() if name != "addition_embed_type"
@@ -37,6 +38,19 @@ class StableDiffusionXLFamily(UNetFamily):
     def knows(self, network: nn.Module) -> bool:
         """By the class and the config; see :meth:`Family.knows`."""
         return super().knows(network) and setting(network, "addition_embed_type") == "text_time"
+
+    def check_batch(self, network: nn.Module, noisy: Tensor, batch: ViewBatch) -> None:
+        """Also refuse pooled text of another width, of which the config says only the sum with the sizes'."""
+        super().check_batch(network, noisy, batch)
+        sizes = 2 * len(SIZES) * (setting(network, "addition_time_embed_dim") or 0)
+        wanted = (setting(network, "projection_class_embeddings_input_dim") or 0) - sizes
+        found = batch.conditions["pooled"].shape[-1]
+        if found != wanted:
+            raise InputError(
+                f"'pooled' has {found} numbers, but this {type(network).__name__} takes {wanted} beside three sizes; "
+                "use the samples' own text encoders (a refiner, which takes a score in the place of a size, is not "
+                "covered)."
+            )
 
     def call(self, network: nn.Module, noisy: Tensor, timesteps: Tensor, batch: ViewBatch) -> Tensor:
         """Call the U-Net; see :meth:`Family.call`.

@@ -132,6 +132,27 @@ def test_pipeline_gives_scaled_latents_true_flips_and_text_states(photos: Path, 
 
 
 @torch.no_grad()
+def test_shards_of_stable_diffusion_are_the_same_to_the_bit_as_ever(
+    photos: Path, pipeline: Path, tmp_path: Path
+) -> None:
+    """Written out as they were computed before families did it: one batch, shift and factor in float32."""
+    from diffusers import StableDiffusionPipeline
+
+    prepare(str(tmp_path / "out"), str(photos), str(pipeline), dtype="float32")
+    pipe = StableDiffusionPipeline.from_pretrained(pipeline, local_files_only=True)
+    pixels = torch.cat([seen_by_network(Image.open(photos / f"{key}.png").convert("RGB")) for key in CAPTIONS])
+    shift, factor = torch.tensor([0.1])[:, None, None], 0.3 / torch.tensor([1.0])[:, None, None]
+    latents = (pipe.vae.encode(pixels).latent_dist.mean - shift) * factor
+    captions = [caption for several in CAPTIONS.values() for caption in several]
+    ids = pipe.tokenizer(captions, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
+    states = pipe.text_encoder(ids)[0].split([len(several) for several in CAPTIONS.values()])
+    samples = read(tmp_path / "out")
+    for row, key in enumerate(CAPTIONS):
+        assert torch.equal(samples[key].latent, latents[row])
+        assert torch.equal(samples[key].text, states[row])
+
+
+@torch.no_grad()
 def test_text_states_are_what_the_pipeline_itself_conditions_on(photos: Path, pipeline: Path, tmp_path: Path) -> None:
     from diffusers import StableDiffusionPipeline
 

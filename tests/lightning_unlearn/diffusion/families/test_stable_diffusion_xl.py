@@ -86,6 +86,8 @@ def test_what_does_not_fit_is_refused(model: Opened) -> None:
         ({"original_size": None}, "'original_size'"),
         ({"target_size": torch.zeros(2, 2)}, "'target_size' is"),
         ({"text": torch.zeros(3, 4, 7)}, "Text states are"),
+        ({"pooled": torch.zeros(3, 99)}, "'pooled' has 99 numbers.* beside three sizes"),
+        ({"crop_top_left": torch.zeros(3, 3)}, "'crop_top_left' is"),
     ):
         conditions = {name: array for name, array in {**good.conditions, **change}.items() if array is not None}
         with pytest.raises(InputError, match=words):
