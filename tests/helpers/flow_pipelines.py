@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import string
 from collections.abc import Callable
@@ -80,6 +81,16 @@ def assert_predicts(
     torch.testing.assert_close(torch.cat(rows), output, rtol=1e-5, atol=1e-5)
     # Or text would not matter, and a wrong one would pass.
     assert (ours[0] - ours[1]).abs().max() > 1e-4
+
+
+def assert_needs_no_numbers(model: Opened, shape: tuple[int, ...], further: Conditions | None = None) -> None:
+    """On the meta device, as ``check`` has it, the network is called as it is anywhere."""
+    conditions = {name: array.to("meta") for name, array in (model.encoded() | (further or {})).items()}
+    network = copy.deepcopy(model.network).to("meta")
+    noisy = torch.empty(len(PROMPTS), *shape, device="meta")
+    times = torch.empty(len(PROMPTS), device="meta")
+    with torch.no_grad():
+        assert model.family.predict(network, noisy, times, ViewBatch(noisy, conditions)).shape == noisy.shape
 
 
 def views(model: Opened, shape: tuple[int, ...]) -> tuple[ViewBatch, Tensor]:

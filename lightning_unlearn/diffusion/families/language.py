@@ -41,5 +41,22 @@ def without_padding(batch: ViewBatch) -> tuple[Tensor, Tensor]:
         ``(B, most tokens, dim)`` and bool ``(B, most tokens)``.
     """
     mask = batch.conditions["text_mask"] > 0
+    if mask.is_meta:  # shapes alone: nothing is known to be padding
+        return batch.text, mask
     most = max(1, int(mask.sum(1).max()))
     return batch.text[:, :most], mask[:, :most]
+
+
+def states_of_each(batch: ViewBatch) -> list[Tensor]:
+    """Text states of each view without its padding.
+
+    Args:
+        batch: With ``text`` and ``text_mask``.
+
+    Returns:
+        ``B`` arrays ``(tokens, dim)``.
+    """
+    mask = batch.conditions["text_mask"] > 0
+    if mask.is_meta:
+        return list(batch.text.unbind())
+    return [states[counted] for states, counted in zip(batch.text, mask, strict=True)]

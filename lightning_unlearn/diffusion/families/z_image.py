@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_unlearn.data.conditions import Conditions
 from lightning_unlearn.data.samples import ViewBatch
 from lightning_unlearn.diffusion.families.base import Condition, Family, FlowTraining
-from lightning_unlearn.diffusion.families.language import padded
+from lightning_unlearn.diffusion.families.language import padded, states_of_each
 from lightning_unlearn.diffusion.families.patches import check_patches
 
 TOKENS = 512  # that the pipeline reads at most
@@ -49,11 +49,10 @@ class ZImageFamily(Family):
     def call(self, network: nn.Module, noisy: Tensor, timesteps: Tensor, batch: ViewBatch) -> Tensor:
         """Call the transformer, whose time is 1 − σ and whose direction is x₀ − ε; see :meth:`Family.call`."""
         check_patches(network, noisy, 2)
-        masks = batch.conditions["text_mask"] > 0
         predictions: list[Tensor] = network(
             list(noisy[:, :, None].unbind()),  # (C, 1, H, W) each
             (1000 - timesteps) / 1000,
-            [states[mask] for states, mask in zip(batch.text, masks, strict=True)],
+            states_of_each(batch),
             return_dict=False,
         )[0]
         return -torch.stack(predictions)[:, :, 0]

@@ -10,6 +10,7 @@ from flow_pipelines import (
     PROMPTS,
     WIDTH,
     Opened,
+    assert_needs_no_numbers,
     assert_predicts,
     chosen_of,
     generated,
@@ -88,6 +89,10 @@ def test_density_is_asked_for(model: Opened) -> None:
 
 def test_states_do_not_depend_on_what_lies_beside_them(model: Opened) -> None:
     torch.testing.assert_close(model.encoded(["a b"])["text"][0], model.encoded()["text"][1], rtol=1e-5, atol=1e-5)
+
+
+def test_check_can_call_it_without_numbers(model: Opened) -> None:
+    assert_needs_no_numbers(model, SHAPE, sizes(model, 3))
 
 
 def test_selections(model: Opened) -> None:

@@ -4,7 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from flow_pipelines import HEIGHT, WIDTH, Opened, assert_predicts, chosen_of, generated, opened, script_table, views
+from flow_pipelines import (
+    HEIGHT,
+    WIDTH,
+    Opened,
+    assert_needs_no_numbers,
+    assert_predicts,
+    chosen_of,
+    generated,
+    opened,
+    script_table,
+    views,
+)
 from tiny_pipelines import qwen_image
 
 from lightning_unlearn.data.samples import ViewBatch
@@ -72,6 +83,10 @@ def test_latents_are_those_of_a_video_of_one_frame(model: Opened) -> None:
     assert mean.shape == (2, 4, 8, 16)
     torch.testing.assert_close(mean, ((distribution.mean - shift) / spread)[:, :, 0])
     torch.testing.assert_close(deviation, (distribution.std / spread)[:, :, 0])
+
+
+def test_check_can_call_it_without_numbers(model: Opened) -> None:
+    assert_needs_no_numbers(model, SHAPE)
 
 
 def test_selections(model: Opened) -> None:

@@ -8,6 +8,7 @@ from flow_pipelines import (
     ASKED,
     PROMPTS,
     Opened,
+    assert_needs_no_numbers,
     assert_predicts,
     chosen_of,
     generated,
@@ -79,6 +80,10 @@ def test_latents_are_the_code_of_the_autoencoder(model: Opened) -> None:
     assert mean.shape == (2, 4, 4, 8)
     assert deviation is None
     torch.testing.assert_close(decoded, expected)
+
+
+def test_check_can_call_it_without_numbers(model: Opened) -> None:
+    assert_needs_no_numbers(model, sana.SHAPE)
 
 
 def test_selections(model: Opened) -> None:

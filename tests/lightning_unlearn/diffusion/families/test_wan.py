@@ -4,7 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from flow_pipelines import HEIGHT, PROMPTS, WIDTH, Opened, assert_predicts, chosen_of, generated, opened, views
+from flow_pipelines import (
+    HEIGHT,
+    PROMPTS,
+    WIDTH,
+    Opened,
+    assert_needs_no_numbers,
+    assert_predicts,
+    chosen_of,
+    generated,
+    opened,
+    views,
+)
 from tiny_pipelines import wan
 
 from lightning_unlearn.data.samples import ViewBatch
@@ -71,6 +82,10 @@ def test_latents_of_videos_and_of_pictures(model: Opened) -> None:
     torch.testing.assert_close(mean, (distribution.mean - shift) / spread)
     torch.testing.assert_close(deviation, distribution.std / spread)
     assert of_picture.shape == (2, 4, 1, 8, 16)
+
+
+def test_check_can_call_it_without_numbers(model: Opened) -> None:
+    assert_needs_no_numbers(model, SHAPE)
 
 
 def test_selections(model: Opened) -> None:

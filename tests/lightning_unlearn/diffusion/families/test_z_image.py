@@ -4,7 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from flow_pipelines import PROMPTS, Opened, assert_predicts, chosen_of, generated, opened, script_table, views
+from flow_pipelines import (
+    PROMPTS,
+    Opened,
+    assert_needs_no_numbers,
+    assert_predicts,
+    chosen_of,
+    generated,
+    opened,
+    script_table,
+    views,
+)
 from tiny_pipelines import z_image
 
 from lightning_unlearn.data.samples import ViewBatch
@@ -50,6 +60,10 @@ def test_states_are_each_caption_s_own(model: Opened) -> None:
     alone, _ = model.pipeline.encode_prompt(["a b"], do_classifier_free_guidance=False)
     assert made["text_mask"].sum(1)[1] == len(alone[0])
     torch.testing.assert_close(made["text"][1, : len(alone[0])], alone[0], rtol=1e-5, atol=1e-5)
+
+
+def test_check_can_call_it_without_numbers(model: Opened) -> None:
+    assert_needs_no_numbers(model, SHAPE)
 
 
 def test_selections(model: Opened) -> None:
