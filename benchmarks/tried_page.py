@@ -68,7 +68,7 @@ def ridges(benches: Sequence[Bench]) -> list[str]:
         "",
         "By `python benchmarks/self_adjusted.py`: the ridge whose regression best foretells each training picture's "
         "root mean squared error from all others (leave-one-out error in closed form), against the one that is tuned "
-        "on the choosing half. LDS on the reporting half. With all weights it takes ridges that are too small, and with "
+        "on the choosing half. LDS on the reporting half. With all weights it takes too small ridges, and with "
         "the loss as output function one that is too large, so no method uses it.",
         "",
         "| bench | method | its own ridge | the tuned one | LDS with its own | less the tuned one's |",
