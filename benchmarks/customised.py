@@ -42,8 +42,9 @@ from methods import config, fisher_source, fit_and_predict
 
 from lightning_unlearn.baselines import Subject
 from lightning_unlearn.command_line.quiet import quiet
+from lightning_unlearn.data.batches import collate_samples
 from lightning_unlearn.data.files import write_atomically
-from lightning_unlearn.data.samples import Sample, collate_samples
+from lightning_unlearn.data.samples import Sample
 from lightning_unlearn.data.shards import encode_sample, write_shards
 from lightning_unlearn.diffusion.objective import DenoisingObjective
 from lightning_unlearn.evaluation.customised import Customising, customise, undone

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_unlearn.errors import InputError
@@ -35,12 +37,12 @@ class BatchWatch:
         self._layers = dict(layers)
         self._take_layer = take_layer
         self._sums: dict[str, Summed] = {}  # of the layers that were given away
-        self._finite: list[Tensor] = []
         self._growth = GradientGrowth(layers, self._give_away_complete)
         self._growth.attach()
         self._capture = GradientCapture(layers, network)
         self._capture.attach()
         self._loss_factor: Tensor | None = None  # the gradient at the loss itself
+        self._told: list[float] = []  # factors of the loss that a warning was given of
         self._inside = False  # Lightning's backward pass
         self._foreign = False  # a backward pass that Lightning did not run has left gradients
         self._saw_backward = False  # in this batch
@@ -87,7 +89,7 @@ class BatchWatch:
         self._saw_backward = self._inside = True
         self._capture.forget()
         self._growth.take()
-        self._sums, self._finite = {}, []
+        self._sums = {}
         self._loss_factor = None
         if loss.requires_grad:
             loss.register_hook(self._note_factor)  # type: ignore[no-untyped-call]
@@ -106,8 +108,6 @@ class BatchWatch:
     def _give_away(self, name: str, uses: list[Use]) -> None:
         with torch.autocast(uses[0].layer.inputs.device.type, enabled=False):
             self._sums[name] = self._growth.summed(name, uses)
-            for use in uses:
-                self._finite += [use.layer.inputs.isfinite().all(), use.layer.output_gradients.isfinite().all()]
             self._take_layer(name, uses)
 
     def take(self, loss_scale: float) -> bool | None:
@@ -140,23 +140,31 @@ class BatchWatch:
         ratios, names = self._growth.differences(self._sums, grown)
         device = ratios.device
         factor = self._loss_factor if self._loss_factor is not None else torch.ones((), device=device)
-        # Asked once for all: each answer waits for the device.
-        flags = [flag.to(device, torch.float64) for flag in [*self._finite, factor.sum()]]
-        answers = torch.cat([torch.stack(flags), ratios.double()]).tolist()
-        finite, factor_seen, off = answers[: len(flags) - 1], answers[len(flags) - 1], answers[len(flags) :]
-        if not all(finite) or any(ratio != ratio for ratio in off):
+        # What is not finite makes its row's number, and so their sum, not finite. Asked once for all: each answer waits
+        # for the device.
+        sums = [numbers.sum().to(device) for summed in self._sums.values() for numbers in summed.kinds.values()]
+        numbers = torch.stack([factor.sum().to(device, torch.float64), *sums])
+        factor_seen, *answers = torch.cat([numbers, ratios.double()]).tolist()
+        off = answers[len(sums) :]
+        if not all(map(math.isfinite, answers[: len(sums)])) or any(map(math.isnan, off)):
             return False
         for (name, kind), ratio in zip(names, off, strict=True):
             if ratio > 1:
                 self._refuse(name, kind, grown.get((name, kind)))
-        self._refuse_other_factor(factor_seen, loss_scale)
+        self._tell_of_factor(factor_seen, loss_scale)
         return True
 
-    def _refuse_other_factor(self, seen: float, loss_scale: float) -> None:
+    def _tell_of_factor(self, seen: float, loss_scale: float) -> None:
         if seen != 1 and loss_scale == 1:
             raise InputError(
                 f"The backward pass multiplies the loss by {seen:g}, which can't be told from the loss itself; "
                 f"set loss_scale={seen:g} of FisherAccumulator, times any other factor of the loss."
+            )
+        if seen not in (1, loss_scale, *self._told):
+            self._told.append(seen)
+            rank_zero_warn(
+                f"The backward pass multiplies the loss by {seen:g} itself, and FisherAccumulator undoes "
+                f"loss_scale={loss_scale:g}; that must be {seen:g} times any other factor of the loss."
             )
 
     def _refuse(self, name: str, kind: str, grown: Grown | None) -> None:

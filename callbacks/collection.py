@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from lightning_unlearn.callbacks.batch_watch import BatchWatch
 from lightning_unlearn.callbacks.fisher_sums import FisherSums
 from lightning_unlearn.callbacks.own_loss import trainers_factor, weights_of_samples
+from lightning_unlearn.callbacks.refusals import Refusals
 from lightning_unlearn.callbacks.sample_rows import RowsPerSample, SampleRows, samples_in
 from lightning_unlearn.callbacks.step_passes import StepPasses, WeightedLoss
 from lightning_unlearn.callbacks.what_mixes_samples import (
@@ -39,6 +40,7 @@ class Collection:
         module: That is trained.
         network: The part of it whose layers are chosen.
         layers: The chosen layers, by name.
+        refusals: Holds what a step is refused for.
         target: The network's dotted name, for messages.
         sums: To which gradients are added.
         reduction: How the loss joins its samples.
@@ -60,6 +62,7 @@ class Collection:
         network: nn.Module,
         layers: Mapping[str, nn.Module],
         *,
+        refusals: Refusals,
         target: str,
         sums: FisherSums,
         reduction: Literal["mean", "sum"],
@@ -68,6 +71,7 @@ class Collection:
         rows_per_sample: RowsPerSample | None,
     ) -> None:
         self.steps: list[int] = []
+        self._refusals = refusals
         self._trainer = trainer
         self._module = module
         self._network = network
@@ -138,7 +142,7 @@ class Collection:
             self._commit()
 
     def _before_step(self, optimizer: Optimizer, *arguments: Any) -> None:
-        self.before_step(optimizer)
+        self._refusals.run(lambda: self.before_step(optimizer))
 
     def before_step(self, optimizer: Optimizer) -> None:
         """An optimizer will step, whoever it belongs to.

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from lightning_unlearn.callbacks.collection import Collection
 from lightning_unlearn.callbacks.fisher_file import completed, write_fisher
+from lightning_unlearn.callbacks.refusals import Refusals
 from lightning_unlearn.callbacks.resumed_sums import ResumedSums
 from lightning_unlearn.callbacks.sample_rows import RowsPerSample, check_rows_per_sample
 from lightning_unlearn.callbacks.second_stage import SecondStage
@@ -59,10 +60,10 @@ class FisherAccumulator(ResumedSums):
     Args:
         target: Dotted name of the network in the LightningModule, e.g. ``"unet"``; ``""`` for the module itself.
         parameters: Which of its weights: ``text_kv``, ``cross_attention``, ``attention``, ``feed_forward``, ``all``, or
-            patterns of layer names (see :func:`lightning_unlearn.weights.parameters.select_layers`).
+            patterns of layer names; in a training of an adapter (PEFT), ``adapter`` for its ``A`` and ``B``, whatever
+            layers it is on (see :func:`lightning_unlearn.weights.parameters.select_layers`).
         fisher: The kind of Fisher: ``diagonal`` or ``ekfac``.
-        path: Where the Fisher is written at the end of training, as safetensors; relative to
-            ``trainer.default_root_dir``.
+        path: Where the Fisher is written at the end, as safetensors; relative to ``trainer.default_root_dir``.
         start_step: Optimizer step at which it starts.
         start_epoch: Epoch at which it starts; both must be reached.
         every_n_batches: Take every n-th batch of an epoch.
@@ -166,6 +167,11 @@ class FisherAccumulator(ResumedSums):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers and put hooks on them; nothing is captured yet."""
+        self._refusals = Refusals(trainer)
+        self._refusals.run(lambda: self._start(trainer, pl_module))
+        self._refusals.meet()
+
+    def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         network = find_network(pl_module, self.target)
         layers = select_layers(network, self.parameters)
         frozen = [name for name, layer in layers.items() if not all(p.requires_grad for p in layer.parameters())]
@@ -174,18 +180,18 @@ class FisherAccumulator(ResumedSums):
                 f"{len(frozen)} of the chosen layers are frozen (e.g. {frozen[0]}), so no gradient reaches them; "
                 "choose layers that are trained, or run `lightning-unlearn fisher` afterwards."
             )
-        dtypes = [parameter.dtype for parameter in layer_parameters(layers).values()]
-        dtype = reduce(torch.promote_types, dtypes, torch.float32)
-        # Only that pass draws targets from the model; any training's losses are of the data.
+        dtype = reduce(torch.promote_types, [one.dtype for one in layer_parameters(layers).values()], torch.float32)
+        # Only that pass draws targets from the model.
         targets: Targets = pl_module.targets if isinstance(pl_module, FisherPass) else "data"
-        local = self._sums.start(trainer, layer_specs(layers), dtype, targets)
-        if local.stages and local.stage != local.stages[-1]:
+        self._sums.start(trainer, layer_specs(layers), dtype, targets)
+        if not self._sums.in_last_stage:
             self._second_stage.plan(trainer)
         self._collection = Collection(
             trainer,
             pl_module,
             network,
             layers,
+            refusals=self._refusals,
             target=self.target,
             sums=self._sums,
             reduction=self.reduction,
@@ -196,9 +202,7 @@ class FisherAccumulator(ResumedSums):
 
     def _stage_ends(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> bool:
         """Whether covariances are complete and eigenvalues follow; the same on all ranks."""
-        assert self._sums.local is not None
-        last = self._sums.local.stage in (None, *self._sums.local.stages[-1:])
-        return not last and self._second_stage.is_due(trainer, pl_module, batch_idx)
+        return not self._sums.in_last_stage and self._second_stage.is_due(trainer, pl_module, batch_idx)
 
     def should_capture(self, step: int, epoch: int, batch_idx: int) -> bool:
         """Whether a batch is taken; override for another rule.
@@ -216,32 +220,36 @@ class FisherAccumulator(ResumedSums):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Watch this batch if it is to be taken."""
-        assert self._collection is not None
+        if (collection := self._collection) is None:
+            return
         if self._stage_ends(trainer, pl_module, batch_idx):
-            self._collection.drop_waiting()
+            self._refusals.meet()
+            collection.drop_waiting()
             self._sums.next_stage()
             self._changed_at = trainer.global_step
         take = self.should_capture(trainer.global_step, trainer.current_epoch, batch_idx)
         self._second_stage.seen += take or self._second_stage.seen > 0
-        self._collection.begin(batch, take=take)
+        # A rule of somebody's own may take other batches on other ranks.
+        self._meets = take or type(self).should_capture is not FisherAccumulator.should_capture
+        self._refusals.run(lambda: collection.begin(batch, take=take))
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Forget gradients that the training step took for purposes of its own with ``torch.autograd.grad``."""
-        if self._collection is not None:
-            self._collection.before_backward(loss)
+        if (collection := self._collection) is not None:
+            self._refusals.run(lambda: collection.before_backward(loss))
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take what the backward pass left; runs for every micro-batch, before gradients are unscaled or clipped."""
-        if self._collection is not None:
-            self._collection.after_backward()
+        if (collection := self._collection) is not None:
+            self._refusals.run(collection.after_backward)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Add what this step takes, if it is one of the chosen weights."""
-        if self._collection is not None:
-            self._collection.before_step(optimizer)
+        if (collection := self._collection) is not None:
+            self._refusals.run(lambda: collection.before_step(optimizer))
 
     @override
     def on_train_batch_end(
@@ -249,23 +257,26 @@ class FisherAccumulator(ResumedSums):
     ) -> None:
         """Stop watching until the next batch; validation in between is not seen."""
         assert self._collection is not None
-        self._collection.end()
+        self._refusals.run(self._collection.end)
+        if self._meets:
+            self._refusals.meet()
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """With manual optimization other networks may have their turn first, but not for a whole epoch."""
-        if self._collection is not None:
-            self._collection.refuse_silence()
+        if (collection := self._collection) is not None:
+            self._refusals.run(collection.refuse_silence)
+            self._refusals.meet()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add up the ranks and write the file."""
         self._detach()  # before weights are moved
-        steps, skipped = self._steps, self.skipped_batches
+        self._refusals.meet()
         total = completed(self._sums.finish())
         if total is None:
             return
-        about: dict[str, Any] = {"target": self.target, "steps": steps, "skipped_batches": skipped}
+        about: dict[str, Any] = {"target": self.target, "steps": self._steps, "skipped_batches": self.skipped_batches}
         if total.stages:
             about["eigenvalues_from_step"] = self._changed_at
         layers = select_layers(find_network(pl_module, self.target), self.parameters)

@@ -36,12 +36,17 @@ class FisherSums:
         self.earlier: dict[str, Any] | None = None
         self._trainer: Trainer | None = None  # while it trains
 
+    @property
+    def in_last_stage(self) -> bool:
+        """Whether no further stage follows."""
+        return self.local is None or self.local.stage in (None, *self.local.stages[-1:])
+
     def forget(self) -> None:
         """Start anew."""
         self.local = self.earlier = None
 
-    def start(self, trainer: Trainer, layers: Mapping[str, LayerSpec], dtype: torch.dtype, targets: Targets) -> Fisher:
-        """Begin with the sums of a fit.
+    def start(self, trainer: Trainer, layers: Mapping[str, LayerSpec], dtype: torch.dtype, targets: Targets) -> None:
+        """Begin with the sums of a fit, in the stage that an earlier run came to.
 
         Args:
             trainer: Whose ranks are added up.
@@ -49,9 +54,6 @@ class FisherSums:
             dtype: Of the sums. All ranks start with one type on one kind of device, so that one that takes no batch
                 can add its zeros.
             targets: Of the losses.
-
-        Returns:
-            The sums of this rank, in the stage that an earlier run came to.
         """
         self.local = FISHERS[self.kind](layers)
         self.local.targets = targets
@@ -60,7 +62,6 @@ class FisherSums:
             self.local = self.local.empty()
         self.local.to(trainer.strategy.root_device, dtype)
         self._trainer = trainer
-        return self.local
 
     def total(self) -> Fisher:
         """The sums over all ranks and earlier runs; during training, every rank must call it.
@@ -96,6 +97,16 @@ class FisherSums:
             total.merge(earlier)
         return total
 
+    def without_this_rank(self) -> dict[str, Any] | None:
+        """What all ranks know without asking each other: the state that this stage of this fit began with.
+
+        Returns:
+            It; nothing if the fit began with nothing.
+        """
+        if self.earlier is None and self.local is not None and self.local.stage not in (None, *self.local.stages[:1]):
+            return self.local.empty().state()
+        return self.earlier
+
     def _new(self, like: Fisher) -> Fisher:
         """One of the same layers and targets, in its first stage."""
         new = FISHERS[self.kind](like.layers)
@@ -117,10 +128,11 @@ class FisherSums:
             total.next_stage()
         # Bases of several decompositions could differ (in signs, or where eigenvalues are equal), and sums within
         # them would not add up; so one rank decomposes for all.
-        self.earlier = self._trainer.strategy.broadcast(total.state() if self._trainer.is_global_zero else None)
-        assert self.earlier is not None
-        total.load_state(self.earlier)
-        self.local = total.empty().to(self._trainer.strategy.root_device)
+        begun = self._trainer.strategy.broadcast(total.state() if self._trainer.is_global_zero else None)
+        assert begun is not None
+        total.load_state(begun)
+        # What came before is in the bases, which are large: they are kept once.
+        self.local, self.earlier = total.empty().to(self._trainer.strategy.root_device), None
         rank_zero_info(f"FisherAccumulator took {stage} of {taken} samples, and goes on to {total.stage}.")
 
     def finish(self) -> Fisher:

@@ -69,7 +69,7 @@ class ResumedSums(Callback):
         if self._changed_at is not None:
             state["changed_at"] = self._changed_at
         if self._sums.local is None or (self._failed and self._trainer is not None and self._trainer.world_size > 1):
-            return {**state, "fisher": self._sums.earlier}
+            return {**state, "fisher": self._sums.without_this_rank()}
         total = self.total()
         if self.save_in_checkpoint:
             return {**state, "fisher": total.state()}

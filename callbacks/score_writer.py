@@ -16,7 +16,7 @@ from torch import Tensor
 from torchmetrics.functional import spearman_corrcoef
 from typing_extensions import override
 
-from lightning_unlearn.data.files import write_atomically
+from lightning_unlearn.data.files import check_folder, write_atomically
 from lightning_unlearn.data.samples import Sample
 from lightning_unlearn.data.shards import ShardInfo, shard_id
 from lightning_unlearn.errors import InputError
@@ -34,6 +34,7 @@ class _Open:
     """A shard whose end has not come yet."""
 
     keys: list[str] = field(default_factory=list)
+    places: dict[str, int] = field(default_factory=dict)
     reduced: list[Reduced] = field(default_factory=list)
     failed: str | None = None
     skipped: int = 0
@@ -125,6 +126,7 @@ class ScoreWriter(Callback):
         if keys is not None:  # a shard of another selection is another table
             fingerprints["keys"] = digest(*sorted(keys))
         self._run = run_digest(fingerprints)
+        check_folder(self.folder, "give ScoreWriter another folder")
         earlier = earlier_run(self.folder, fingerprints)
         # What an earlier run noted of this rank's shards.
         for name in self._to_score(trainer):
@@ -136,8 +138,7 @@ class ScoreWriter(Callback):
 
     def _columns(self, pl_module: UnlearningModule) -> str:
         """What a score's columns are; in one table all files have the same."""
-        views = pl_module.views
-        errors = ["errors"] if groups_of_draws(views.draws, views.noises_scored) else []
+        errors = ["errors"] * bool(groups_of_draws(pl_module.views.draws, pl_module.views.noises_scored))
         return ", ".join(["scores", *errors, *(["deviations"] if self.keep_deviations else [])])
 
     def _to_score(self, trainer: Trainer) -> list[str]:
@@ -147,7 +148,7 @@ class ScoreWriter(Callback):
     def _record(
         self, trainer: Trainer, pl_module: UnlearningModule, fingerprints: dict[str, str], earlier: dict[str, Any]
     ) -> None:
-        datamodule = getattr(trainer, "datamodule", None)
+        datamodule, objective = getattr(trainer, "datamodule", None), pl_module.objective
         queries = {query.key: query for query in getattr(datamodule, "queries", [])}
         about = {
             "fingerprints": fingerprints,
@@ -155,9 +156,7 @@ class ScoreWriter(Callback):
             "flips": self.flips,
             "views": pl_module.views.settings(),
             # Of the draws of each flip, in the order in which deviations are kept.
-            "timesteps": pl_module.views.draw_timesteps(
-                pl_module.objective.num_timesteps, pl_module.objective.density()
-            ).tolist(),
+            "timesteps": pl_module.views.draw_timesteps(objective.num_timesteps, objective.density()).tolist(),
             "network": pl_module.origin,
             "unlearning": pl_module.settings,
             "precision": str(trainer.precision),
@@ -202,13 +201,15 @@ class ScoreWriter(Callback):
                 self._fail(outputs.batch.shard, shard.failed)
 
     def _reduce(self, shard: _Open, outputs: Deviations, noises: int) -> None:
+        shares = outputs.batch.caption_weights
         found = reduce_losses(
-            outputs.base, outputs.unlearned, self.rule, self.flips, noises, keep_deviations=self.keep_deviations
+            outputs.base, outputs.unlearned, self.rule, self.flips, noises, shares, keep_deviations=self.keep_deviations
         )
         if outputs.exact is not None and len(found.scores) > 2:
-            exact = score(self.rule, outputs.exact[0], outputs.exact[1:], self.flips)
+            exact = score(self.rule, outputs.exact[0], outputs.exact[1:], self.flips, shares)
             self.agreement = _agreement(found.scores, exact)
         keys = outputs.batch.keys
+        shard.places |= zip(keys, outputs.batch.places, strict=False)
         losses = torch.cat([outputs.base[None], outputs.unlearned])  # (1 + Q, B, flips, captions, draws)
         good = measured(losses, outputs.batch.caption_counts) & found.scores.isfinite().all(-1)
         if not good.all():
@@ -232,7 +233,10 @@ class ScoreWriter(Callback):
                 "command again."
             )
         version = self._versions.get(name, "")
-        write_shard_scores(self.folder, name, shard.keys, joined(shard.reduced), queries, self._run, version)
+        # Batches of one form each come in another order than the shard's.
+        order = sorted(range(len(shard.keys)), key=lambda row: shard.places.get(shard.keys[row], row))
+        keys, found = [shard.keys[row] for row in order], joined(shard.reduced).rows(torch.tensor(order).long())
+        write_shard_scores(self.folder, name, keys, found, queries, self._run, version)
         self._finished.add(name)
         self.scored += len(shard.keys)
         self.skipped += shard.skipped + outputs.batch.skipped

@@ -11,13 +11,13 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from lightning_unlearn.data.addresses import is_address
-from lightning_unlearn.data.conditions import shapes_of
+from lightning_unlearn.data.batches import check_shapes
 from lightning_unlearn.data.samples import Sample, SampleBatch, decode_sample
 from lightning_unlearn.data.shards import ShardInfo, shard_id
 from lightning_unlearn.data.targets import targets_of
 from lightning_unlearn.datamodules.reading import list_keys, read_fields, read_keys, read_samples
 from lightning_unlearn.datamodules.real import RealSamples
-from lightning_unlearn.datamodules.scoring import ScoringStream, check_shapes
+from lightning_unlearn.datamodules.scoring import ScoringStream
 from lightning_unlearn.datamodules.sources import list_shards, with_facts
 from lightning_unlearn.draws.unlearning_draws import DrawBatch, RealStream, draw_batches, real_batches
 from lightning_unlearn.errors import InputError
@@ -153,13 +153,7 @@ class AttributionDataModule(LightningDataModule):
             raise InputError(f"There is no query in {patterns}; make some with `lightning-unlearn prepare`.")
         queries = list(found.values())
         for query in queries:
-            first = queries[0]
-            alike = shapes_of(query.conditions) == shapes_of(first.conditions)
-            if query.latent.shape != first.latent.shape or not alike:
-                raise InputError(
-                    f"The queries {first.key!r} and {query.key!r} differ in shape; all queries of a run must "
-                    "have one shape."
-                )
+            check_shapes(query, queries[0], "the queries")
         return [query for target in targets_of(queries, self.targets_by) for query in target.members]
 
     def _like(self) -> Sample:
@@ -271,7 +265,8 @@ class DrawLoader:
                     query, number, step * data.draws, data.draws, rank, world_size, data.draw_batch_size
                 )
             for batch in real:
-                yield replace(batch, target=number)
+                others = tuple(replace(other, target=number) for other in batch.others)
+                yield replace(batch, target=number, others=others)
 
     def _real(self, step: int) -> list[DrawBatch]:
         data = self.datamodule

@@ -13,6 +13,7 @@ from lightning_unlearn.data.conditions import CONDITION_FIELDS
 from lightning_unlearn.data.masks import MASK_FIELD
 from lightning_unlearn.data.samples import LATENT_FIELDS, PICTURE_FIELDS, Sample, decode_sample
 from lightning_unlearn.data.shards import ShardInfo
+from lightning_unlearn.data.shared import SharedFields, digest_in_name
 from lightning_unlearn.datamodules.archive import LARGEST_FILE, Archive
 from lightning_unlearn.datamodules.source import OpenShard
 from lightning_unlearn.errors import InputError
@@ -139,6 +140,7 @@ class _Groups:
         self.shard = shard
         self.wanted = wanted
         self._fields_of: dict[str, frozenset[str]] = {}  # of each key that came
+        self._shared = SharedFields(shard)
 
     def of(self, archive: Archive) -> Iterator[dict[str, Any]]:
         """The samples of an archive.
@@ -155,13 +157,17 @@ class _Groups:
         sample: dict[str, Any] | None = None
         seen: set[str] = set()
         for name, content in archive.files(self._is_read):
+            if (digest := digest_in_name(name)) is not None:
+                if content:  # nobody reads it where no condition is wanted
+                    self._shared.add(digest, content)
+                continue
             key, field = self._parts(name, content)
             if key is None:
                 continue
             if sample is None or key != sample["__key__"]:
                 if sample is not None:
                     self._fields_of[sample["__key__"]] = frozenset(seen)
-                    yield sample
+                    yield self._whole(sample)
                 self._check_new(key, field)
                 sample, seen = {"__key__": key, "__url__": self.shard}, set()
             if field in seen:
@@ -179,9 +185,15 @@ class _Groups:
                     f"Sample {key!r} in shard {self.shard} has more than {LARGEST_FILE} bytes; leave it out."
                 )
         if sample is not None:
-            yield sample
+            yield self._whole(sample)
+
+    def _whole(self, sample: dict[str, Any]) -> dict[str, Any]:
+        self._shared.complete(sample, self.wanted)
+        return sample
 
     def _is_read(self, name: str) -> bool:
+        if digest_in_name(name) is not None:
+            return not self.wanted.isdisjoint(CONDITION_FIELDS)
         field = base_plus_ext(name)[1]
         return name.rpartition("/")[2].startswith("._") or (field is not None and field.lower() in self.wanted)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -10,10 +11,13 @@ from typing import Any
 
 from webdataset.filters import shuffle as shuffle_buffer
 
+from lightning_unlearn.data.batches import check_shapes
 from lightning_unlearn.data.samples import Sample, decode_sample
 from lightning_unlearn.data.shards import ShardInfo
+from lightning_unlearn.data.weights import weight_of
+from lightning_unlearn.datamodules.dealing import Repeats
+from lightning_unlearn.datamodules.group_counts import groups_of
 from lightning_unlearn.datamodules.reading import read_fields
-from lightning_unlearn.datamodules.scoring import check_shapes
 from lightning_unlearn.draws.unlearning_draws import RealStream
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import seed_of
@@ -24,6 +28,9 @@ HELD = 1000
 
 class RealSamples:
     """The samples of all shards, shuffled, over and over: a function of the shards and the seed alone.
+
+    A sample comes as often as its weight says, beside the smallest one, so that a mean over draws is the mean of the
+    data that training saw.
 
     Every rank reads the same samples and decodes all of a step, so that all agree on which can't be used; they are a
     step's draws in their order, of which a rank then takes its share. What is held in memory does not grow with the
@@ -43,6 +50,9 @@ class RealSamples:
         self.seed = seed
         self.query = query
         self.skip_bad = skip_bad
+        groups = groups_of(shards)
+        self.unit = min(group.smallest for group in groups) if groups else None
+        self._weight: float | None = None
         self._samples: Iterator[Sample] | None = None
         self._position = 0
 
@@ -71,7 +81,10 @@ class RealSamples:
             shards = sorted(self.shards, key=lambda shard: shard.url)
             random.Random(seed_of(self.stream, "shards", self.seed, turn)).shuffle(shards)
             order = random.Random(seed_of(self.stream, "samples", self.seed, turn))
-            read = ((fields, shard.shown) for shard in shards for fields in read_fields(shard))
+            repeats = (
+                None if self.unit is None else Repeats(self.unit, seed_of(self.stream, "repeats", self.seed, turn))
+            )
+            read = ((fields, shard.shown) for shard in shards for fields in self._repeated(shard, repeats))
             any_usable = False
             for fields, url in shuffle_buffer(HELD, initial=HELD, rng=order)(read):
                 sample = self._usable(fields, url)
@@ -85,10 +98,26 @@ class RealSamples:
                 )
             turn += 1
 
+    def _repeated(self, shard: ShardInfo, repeats: Repeats | None) -> Iterator[dict[str, Any]]:
+        for fields in read_fields(shard):
+            try:
+                weight = 1.0 if repeats is None else weight_of(json.loads(fields["json"]), "")
+            except (InputError, ValueError, KeyError, AttributeError, RecursionError):
+                yield fields  # it is told of where it is decoded
+                continue
+            for _ in range(1 if repeats is None else repeats.of(weight)):
+                yield fields
+
     def _usable(self, fields: Mapping[str, Any], url: str) -> Sample | None:
         try:
             sample = decode_sample(fields)
             check_shapes(sample, self.query, url)
+            self._weight = sample.weight if self._weight is None else self._weight
+            if self.unit is None and sample.weight != self._weight:
+                raise InputError(
+                    f"Sample {sample.key!r} in {url} has the weight {sample.weight:g} and others {self._weight:g}, "
+                    "which no manifest says; write the shards anew with `lightning-unlearn prepare` or write_shards."
+                )
         except InputError:
             if not self.skip_bad:
                 raise

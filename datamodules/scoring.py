@@ -1,13 +1,14 @@
-"""Shards as they are scored: each sample once, in batches that do not straddle shards."""
+"""Shards as they are scored: each sample once, in batches that hold one form and do not straddle shards."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from lightning_unlearn.data.conditions import shapes_of
-from lightning_unlearn.data.samples import Sample, SampleBatch, collate_samples, decode_sample, shown_shapes
+from lightning_unlearn.data.batches import Forms, check_shapes, collate_samples, form_of
+from lightning_unlearn.data.samples import Sample, SampleBatch, decode_sample
 from lightning_unlearn.data.shards import ShardInfo, shard_id
 from lightning_unlearn.datamodules.reading import read_fields
 from lightning_unlearn.errors import InputError
@@ -22,7 +23,7 @@ class ScoringStream(IterableDataset[SampleBatch]):
     Args:
         shards: The shards of this rank.
         batch_size: Samples a batch.
-        query: The samples must have its shapes.
+        query: The samples must have its channels, and the widths of its conditions.
         skip_bad: Whether a sample that can't be used is left out and counted, instead of failing its shard.
         keys: If given, only samples with these keys, and a shard's count is of these.
     """
@@ -49,7 +50,7 @@ class ScoringStream(IterableDataset[SampleBatch]):
 
     def _batches(self, shard: ShardInfo) -> Iterator[SampleBatch]:
         name = shard_id(shard.url)
-        pending: list[Sample] = []
+        waiting = Forms[tuple[int, Sample]](self.batch_size)
         count, skipped = 0, 0
         try:
             for fields in read_fields(shard):
@@ -63,32 +64,20 @@ class ScoringStream(IterableDataset[SampleBatch]):
                         raise
                     skipped += 1
                     continue
+                if batch := waiting.add(form_of(sample), (count, sample)):
+                    yield _collate(name, batch)
                 count += 1
-                if len(pending) == self.batch_size:
-                    yield collate_samples(name, pending)
-                    pending = []
-                pending.append(sample)
-            if pending:
-                yield collate_samples(name, pending, end_of_shard=count, skipped=skipped)
+            rest = list(waiting.rest())
+            for batch in rest[:-1]:
+                yield _collate(name, batch)
+            if rest:
+                yield _collate(name, rest[-1], end_of_shard=count, skipped=skipped)
             else:
                 yield SampleBatch(name, end_of_shard=0, skipped=skipped)
         except InputError as error:
             yield SampleBatch(name, error=str(error))
 
 
-def check_shapes(sample: Sample, query: Sample, url: str) -> None:
-    """Refuse a sample that is not of the queries' shapes.
-
-    Args:
-        sample: Of a training shard.
-        query: Any query.
-        url: The sample's shard.
-
-    Raises:
-        InputError: If latents or conditions differ in shape.
-    """
-    if sample.latent.shape != query.latent.shape or shapes_of(sample.conditions) != shapes_of(query.conditions):
-        raise InputError(
-            f"Sample {sample.key!r} in {url} has {shown_shapes(sample)}, but the query {query.key!r} has "
-            f"{shown_shapes(query)}; prepare both in the same way."
-        )
+def _collate(shard: str, batch: list[tuple[int, Sample]], **markers: Any) -> SampleBatch:
+    places, samples = [place for place, _ in batch], [sample for _, sample in batch]
+    return collate_samples(shard, samples, places=places, **markers)

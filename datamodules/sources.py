@@ -15,6 +15,7 @@ from typing import Any
 import braceexpand
 
 from lightning_unlearn.data.addresses import is_address, is_command, lasting_address, shown_address
+from lightning_unlearn.data.groups import groups_from_json
 from lightning_unlearn.data.samples import PICTURE_FIELDS
 from lightning_unlearn.data.shards import MANIFEST, ShardInfo
 from lightning_unlearn.datamodules.remote import check_kind, fresh_facts
@@ -103,6 +104,8 @@ def _expand(url: str, manifests: dict[str, dict[str, ShardInfo]]) -> list[ShardI
         if not is_command(url):
             check_kind(url)
         return [ShardInfo(url)]
+    if not url.strip():
+        raise InputError("An empty name is given for shards; name a folder, paths, brace patterns or addresses.")
     if not _exists(url):
         raise InputError(
             f"There is no shard at {url}; check the path, or the folder you run from. Several shards are named by "
@@ -125,6 +128,8 @@ def _alone(path: Path, manifests: dict[str, dict[str, ShardInfo]]) -> ShardInfo:
 
 def _plain(path: Path) -> ShardInfo:
     path.name.encode()
+    if path.suffix.lower()[1:] in PICTURE_FIELDS:
+        raise _of_pictures(path, path.parent)
     state = path.stat()
     if not stat.S_ISREG(state.st_mode) and not stat.S_ISDIR(state.st_mode):
         raise InputError(f"{path} is no regular file; name files of shards.")
@@ -156,15 +161,18 @@ def _in_folder(folder: Path, manifests: dict[str, dict[str, ShardInfo]]) -> list
 
 def _refuse_pictures(folder: Path) -> None:
     """Tell a person who names pictures, in a folder or those right below it, what shards are."""
-    inside = (
-        path for place in (folder, *sorted(folder.iterdir())) if place.is_dir() for path in sorted(place.iterdir())
-    )
-    picture = next((path.name for path in inside if path.suffix.lower()[1:] in PICTURE_FIELDS), None)
+    places = [folder, *(path for path in sorted(folder.iterdir()) if path.is_dir())]
+    inside = (path for place in places for path in sorted(place.iterdir()))
+    picture = next((path for path in inside if path.suffix.lower()[1:] in PICTURE_FIELDS), None)
     if picture is not None:
-        raise InputError(
-            f"{folder} holds pictures (e.g. {picture!r}), not shards; make shards of them with `lightning-unlearn "
-            f"prepare --images {folder} --output FOLDER …`, and name that folder."
-        )
+        raise _of_pictures(picture, folder)
+
+
+def _of_pictures(picture: Path, folder: Path) -> InputError:
+    return InputError(
+        f"{folder} holds pictures (e.g. {picture.name!r}), not shards; make shards of them with `lightning-unlearn "
+        f"prepare --images {folder} --output FOLDER …`, and name that folder."
+    )
 
 
 def _manifest(folder: Path, manifests: dict[str, dict[str, ShardInfo]]) -> dict[str, ShardInfo]:
@@ -176,6 +184,7 @@ def _manifest(folder: Path, manifests: dict[str, dict[str, ShardInfo]]) -> dict[
                 entry.get("samples"),
                 entry.get("bytes"),
                 None if entry.get("sha256") is None else entry["sha256"].lower(),
+                groups=groups_from_json(entry.get("groups")),
             )
             for entry in entries
         }
@@ -211,6 +220,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def _is_entry(entry: Any) -> bool:
     # A name leads to no other folder than those below.
     name, sha256 = entry["name"], entry.get("sha256")
+    groups_from_json(entry.get("groups"))  # raises where it is none
     return (
         isinstance(name, str)
         and bool(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import get_args
 
 import torch
@@ -11,7 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from lightning_unlearn.data.samples import SampleBatch, ViewBatch
-from lightning_unlearn.diffusion.contract import Objective, check_drawn
+from lightning_unlearn.diffusion.contract import Objective, check_drawn, knows_masks
 from lightning_unlearn.diffusion.loading import load_network
 from lightning_unlearn.diffusion.objective_choice import objective_of
 from lightning_unlearn.draws.views import place_timesteps
@@ -74,21 +75,31 @@ class DiffusionModule(LightningModule):
         # A random view of each sample, from the global random state as in any training.
         rows = torch.arange(len(batch))
         captions = (torch.rand(len(batch)) * batch.caption_counts).long()  # (B,)
-        latents = batch.latents
+        if batch.caption_weights is not None:
+            captions = torch.stack([torch.multinomial(torch.tensor(shares), 1)[0] for shares in batch.caption_weights])
+        latents, masks = batch.latents, batch.masks
+        if masks is not None and not knows_masks(self.objective):
+            raise InputError(
+                f"The sample {batch.keys[0]!r}, or one beside it, has a loss mask, of which "
+                f"{type(self.objective).__name__} knows nothing; give an objective that takes masks, or prepare the "
+                "samples without."
+            )
         if self.flips:
             if batch.latents_flip is None:
                 raise InputError(
                     "These shards hold no latent_flip.npy; prepare them with flips, or set flips to false."
                 )
             mirrored = torch.rand(len(batch), device=self.device) < 0.5
-            latents = torch.where(mirrored[:, None, None, None], batch.latents_flip, latents)
+            latents = torch.where(mirrored.view(-1, *[1] * (latents.ndim - 1)), batch.latents_flip, latents)
+            if masks is not None:
+                masks = torch.where(mirrored[:, None, None], masks.flip(-1), masks)
         length, density = self.objective.num_timesteps, self.objective.density()
         if density is None:
             timesteps = torch.randint(0, length, (len(batch),), device=self.device)
         else:
             places = torch.rand(len(batch), dtype=torch.float64)
             timesteps = place_timesteps(places, (0.0, 1.0), length, density).to(self.device)
-        return batch.views(rows, captions, latents), timesteps, torch.randn_like(latents)
+        return replace(batch.views(rows, captions, latents), mask=masks), timesteps, torch.randn_like(latents)
 
     def configure_optimizers(self) -> torch.optim.Optimizer | OptimizerLRSchedulerConfig:
         """The optimizer over all weights, and the schedule.

@@ -2,6 +2,7 @@
 
 - the root folders, laid out as the package that they are installed as, for the reference of classes and functions;
 - the options of every command, from its own parser;
+- the families of networks;
 - the results of the benches, their pictures, and CONTRIBUTING.md, as they stand.
 """
 
@@ -21,6 +22,8 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from results_table import results_table
 
+from lightning_unlearn.diffusion.families import FAMILIES
+
 ROOT = Path(__file__).parent.parent
 
 # Pages of the site that are files of the repository.
@@ -33,6 +36,7 @@ PAGES = {
 LINKS = {"README.md": "measuring.md", "RESULTS.md": "benches.md"}
 COMMANDS_PAGE = "reference/commands.md"
 RESULTS_TABLE = "<!-- results table -->"
+FAMILIES_TABLE = "<!-- families table -->"
 
 _staged: list[tempfile.TemporaryDirectory[str]] = []
 
@@ -62,7 +66,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add pages that are made, or lie elsewhere.
+    """Add pictures that lie elsewhere.
 
     Args:
         files: Those of ``docs/``.
@@ -71,17 +75,16 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     Returns:
         All files of the site.
     """
-    for uri, source in PAGES.items():
-        files.append(File.generated(config, uri, content=(ROOT / source).read_text("utf-8")))
     for picture in sorted((ROOT / "benchmarks").glob("*/*.png")):
         uri = f"results/{picture.parent.name}/{picture.name}"
         files.append(File.generated(config, uri, abs_src_path=str(picture)))
-    files.append(File.generated(config, COMMANDS_PAGE, content=commands_page()))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Let pages that lie elsewhere in the repository call each other by their names here.
+    """Put in what is made, or lies elsewhere in the repository, where pages call each other by their names here.
+
+    In ``docs/`` such a page only says so, for whoever reads the Markdown as it stands.
 
     Args:
         markdown: The page's.
@@ -92,11 +95,31 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     Returns:
         The page's Markdown.
     """
+    if page.file.src_uri == COMMANDS_PAGE:
+        return commands_page()
     if page.file.src_uri in PAGES:
-        return re.sub(r"\]\(([A-Z]+\.md)\)", lambda found: f"]({LINKS.get(found[1], found[1])})", markdown)
+        text = (ROOT / PAGES[page.file.src_uri]).read_text("utf-8")
+        return re.sub(r"\]\(([A-Z]+\.md)\)", lambda found: f"]({LINKS.get(found[1], found[1])})", text)
     if RESULTS_TABLE in markdown:
-        return markdown.replace(RESULTS_TABLE, results_table())
+        markdown = markdown.replace(RESULTS_TABLE, results_table())
+    if FAMILIES_TABLE in markdown:
+        markdown = markdown.replace(FAMILIES_TABLE, families_table())
     return markdown
+
+
+def families_table() -> str:
+    """What each family of networks is given, and its loss.
+
+    Returns:
+        A table in Markdown.
+    """
+    lines = ["| family | network | conditions | loss |", "|---|---|---|---|"]
+    for family in FAMILIES:
+        given = ", ".join(f"`{name}`{' (optional)' if one.optional else ''}" for name, one in family.conditions.items())
+        loss = "a noise schedule's" if family.flow is None else "flow matching"
+        classes = ", ".join(f"`{name}`" for name in family.class_names)
+        lines.append(f"| {family.title} | {classes} | {given} | {loss} |")
+    return "\n".join(lines)
 
 
 def on_post_build(config: MkDocsConfig) -> None:

@@ -32,6 +32,7 @@ from toys import DIM, LATENT, TOKENS, tiny_unet
 from lightning_unlearn import DenoisingObjective, DiffusionModule, TrainingDataModule
 from lightning_unlearn.command_line.cli import main
 from lightning_unlearn.data.samples import ViewBatch
+from lightning_unlearn.diffusion.families import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -87,6 +88,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, text in {**named("yaml", "yaml"), **named("python", "py")}.items():
         (tmp_path / name).write_text(text)
     shutil.copy(ROOT / "configs" / "train_sample.yaml", tmp_path / "train.yaml")
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").touch()
+    (tmp_path / "pictures" / "a.txt").write_text("a caption\n")
     sys.modules.pop("your_package", None)
     importlib.invalidate_caches()
     return tmp_path
@@ -222,6 +226,12 @@ def test_links_of_pages_beside_the_site_lead_to_files(page: Path) -> None:
             assert not anchor or anchor in headings(target), link
 
 
+@pytest.mark.parametrize("page", PAGES[2:], ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_of_the_sites_pages_lead_to_files_in_plain_markdown_too(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s#]+)[^)\s]*\)", page.read_text("utf-8")):
+        assert link.startswith("http") or (page.parent / link).exists(), link
+
+
 # ---------------------------------------------------------------------- the site
 
 
@@ -284,6 +294,12 @@ def test_each_command_has_its_options_on_the_site(site: Path) -> None:
     page = (site / "reference" / "commands.html").read_text("utf-8")
     for option in ("--method", "--race", "--passes", "--samples_per_shard", "--trainer.num_nodes", "--design.subsets"):
         assert f"<code>{option}</code>" in page
+
+
+def test_each_family_stands_on_the_site(site: Path) -> None:
+    page = (site / "attribute.html").read_text("utf-8")
+    for family in FAMILIES:
+        assert f"<td>{family.title}</td>" in page
 
 
 def test_each_public_name_has_its_place_on_the_site(site: Path) -> None:

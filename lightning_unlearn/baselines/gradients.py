@@ -10,7 +10,8 @@ from contextlib import contextmanager
 
 from lightning_unlearn.baselines.base import Subject
 from lightning_unlearn.baselines.per_sample import Gradients, Output, join, mean_gradients, mean_gradients_of
-from lightning_unlearn.data.samples import Sample, SampleBatch, collate_samples
+from lightning_unlearn.data.batches import collate_samples, form_of
+from lightning_unlearn.data.samples import Sample, SampleBatch
 from lightning_unlearn.draws.views import Views
 from lightning_unlearn.errors import InputError
 
@@ -107,14 +108,18 @@ def query_gradients(subject: Subject, output: Output, *, per_timestep: bool = Fa
     key = ("queries", output, per_timestep)
     if key not in subject.cache:
         check_query_views(subject.queries, subject.views)
+        forms: dict[str, list[int]] = {}
+        for number, query in enumerate(subject.queries):
+            forms.setdefault(form_of(query), []).append(number)
         parts = [
-            subject.queries[start : start + QUERIES_AT_ONCE]
-            for start in range(0, len(subject.queries), QUERIES_AT_ONCE)
+            numbers[start : start + QUERIES_AT_ONCE]
+            for numbers in forms.values()
+            for start in range(0, len(numbers), QUERIES_AT_ONCE)
         ]
-        batches = [collate_samples("queries", part) for part in parts]
-        subject.cache[key] = join(
-            [batch_gradients(subject, batch, output, per_timestep=per_timestep) for batch in batches]
-        )
+        batches = [collate_samples("queries", [subject.queries[number] for number in part]) for part in parts]
+        found_of = [batch_gradients(subject, batch, output, per_timestep=per_timestep) for batch in batches]
+        came = [number for part in parts for number in part]
+        subject.cache[key] = join(found_of).rows([came.index(number) for number in range(len(came))])
     found: Gradients = subject.cache[key]
     return found
 

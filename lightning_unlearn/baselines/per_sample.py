@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.baselines.base import Subject
+from lightning_unlearn.diffusion.families.noted import noted_predictions
 from lightning_unlearn.draws.views import View
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.unlearning.scoring import cast_view
@@ -230,13 +231,16 @@ def _differentiable(subject: Subject) -> Iterator[None]:
 @contextmanager
 def _predictions(subject: Subject) -> Iterator[list[Tensor]]:
     """While it lasts, what the network predicts is noted; the objective, whatever it is, calls the network itself."""
-    seen: list[Tensor] = []
+    # A family notes after the network's own output what of it is the prediction: the last word of a call.
+    with noted_predictions() as seen:
 
-    def note(network: Any, arguments: Any, output: Any) -> None:
-        seen.append(output if isinstance(output, Tensor) else output[0])
+        def note(network: Any, arguments: Any, output: Any) -> None:
+            first = output if isinstance(output, Tensor) else output[0]
+            if isinstance(first, Tensor):
+                seen.append(first)
 
-    handle = subject.loss.network.register_forward_hook(note)
-    try:
-        yield seen
-    finally:
-        handle.remove()
+        handle = subject.loss.network.register_forward_hook(note)
+        try:
+            yield seen
+        finally:
+            handle.remove()

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lightning_unlearn.baselines.base import Baseline, Subject
-from lightning_unlearn.data.samples import collate_samples
+from lightning_unlearn.data.batches import collate_samples
 from lightning_unlearn.errors import InputError
 
 POOLINGS = ("mean", "max", "max_token")

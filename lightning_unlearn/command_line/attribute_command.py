@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_unlearn.baselines import Baseline
 from lightning_unlearn.callbacks import ScoreWriter
-from lightning_unlearn.command_line.command_parts import BARE, many, say
+from lightning_unlearn.command_line.command_parts import BARE, check_top, many, say
 from lightning_unlearn.command_line.method_run import MethodRun
 from lightning_unlearn.command_line.quiet import quiet
 from lightning_unlearn.command_line.race_command import RaceRun, check_race
@@ -42,17 +42,26 @@ def attribute(arguments: list[str]) -> None:
             "--method",
             type=Baseline | Literal["unlearning"],
             default=UNLEARNING,
-            help="How the samples are scored: unlearning, or another method, e.g. DTRAK.",
+            help="How the samples are scored: unlearning, or the name of another method, e.g. DTRAK. Their base class "
+            "in Python is called Baseline; --method.help NAME shows a method's settings.",
         )
         parser.add_argument(
             "--output", type=str, default="attribution", help="Folder of the run: deltas, scores, report."
         )
         parser.add_argument("--top", type=int, default=12, help="How many images the report shows for each query.")
         for name, kind, help_text in (
-            ("rule", str, f"How deviations become a score: {' or '.join(RULES)}."),
-            ("flips", str, "Which of both flips is a score's: the larger (max) or the mean."),
-            ("keep_deviations", bool, "Keep the rule's value at each flip and draw as well."),
-            ("race", Race | None, "Few views of all images, all views of the contenders alone."),
+            ("rule", str, f"How deviations (the changes of an image's loss) become its score: {' or '.join(RULES)}."),
+            (
+                "flips",
+                str,
+                "With views.flips: whether a score is the larger (max) or the mean of those of both flips.",
+            ),
+            ("keep_deviations", bool, "Keep the rule's value at each flip and draw of timestep and noise as well."),
+            (
+                "race",
+                Race | None,
+                "Score all images on few views, and on all views only those that may be among the --race.top best.",
+            ),
         ):
             parser.add_argument(f"--{name}", type=kind, default=OF_UNLEARNING[name], help=help_text)
 
@@ -63,6 +72,7 @@ def attribute(arguments: list[str]) -> None:
     with quiet(steps=True), one_sentence():
         cli = TrainerCLI("attribute", arguments, description, options, **BARE)
         module, data, trainer = attribution_parts(cli)
+        check_top(cli.config.top)
         output, method = Path(cli.config.output), cli.config_init["method"]
         if isinstance(method, Baseline):
             _refuse_options_of_unlearning(cli, method)
@@ -78,8 +88,8 @@ def _refuse_options_of_unlearning(cli: TrainerCLI, method: Baseline) -> None:
     given = [f"--{name}" for name, default in OF_UNLEARNING.items() if cli.config[name] != default]
     if given:
         raise InputError(
-            f"{', '.join(given)} {'is' if len(given) == 1 else 'are'} for unlearning, and {method.name} has nothing "
-            "of the kind; leave it out, or take --method unlearning."
+            f"{', '.join(given)} {'is' if len(given) == 1 else 'are'} for unlearning, and {type(method).__name__} has "
+            "nothing of the kind; leave it out, or take --method unlearning."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_unlearn.command_line.check_memory import CallMemory, bytes_of, call_memory
+from lightning_unlearn.command_line.check_memory import CallMemory, bytes_of, call_memory, fused_attention
 from lightning_unlearn.command_line.check_plan import Plan
 from lightning_unlearn.data.conditions import chosen_caption
 from lightning_unlearn.data.samples import Sample, ViewBatch
@@ -65,12 +66,13 @@ class Sizes:
     fisher: int
 
 
-def sizes_of(network: nn.Module, layers: dict[str, LayerSpec]) -> Sizes:
+def sizes_of(network: nn.Module, layers: dict[str, LayerSpec], inputs: dict[str, int] | None = None) -> Sizes:
     """What a network, a delta and a Fisher take.
 
     Args:
         network: On any device.
         layers: The chosen layers.
+        inputs: Layer name to what it is fed; a Fisher keeps the basis of one input once. By default each has its own.
 
     Returns:
         Bytes.
@@ -78,7 +80,8 @@ def sizes_of(network: nn.Module, layers: dict[str, LayerSpec]) -> Sizes:
     numbers = sum(torch.Size(shape).numel() for spec in layers.values() for shape in spec.parameter_shapes.values())
     width = next(network.parameters()).element_size()
     matrices = [matrix_shape(spec) for spec in layers.values()]
-    fisher = sum(o * o + i * i + o * i for o, i in matrices) * FLOAT32
+    fed = {inputs.get(name, name) if inputs else name: matrix_shape(spec)[1] ** 2 for name, spec in layers.items()}
+    fisher = (sum(o * o + o * i for o, i in matrices) + sum(fed.values())) * FLOAT32
     return Sizes(bytes_of([*network.parameters(), *network.buffers()]), numbers * width, numbers * FLOAT32, fisher)
 
 
@@ -95,14 +98,16 @@ def stages_of(plan: Plan, passes: int = 5) -> list[Stage]:
     assert plan.network is not None
     assert plan.objective is not None
     assert plan.sample is not None
-    sizes = sizes_of(plan.network, plan.layers)
+    fed = inputs_of(plan.network, plan.objective, plan.sample, list(plan.layers))
+    sizes = sizes_of(plan.network, plan.layers, fed)
     samples = plan.samples or 0
     forward, backward = calls_memory(plan.network, plan.objective, plan.sample, list(plan.layers))
     stages = []
     if plan.fisher is None:
         held = sizes.network + STATES_OF_FISHER * sizes.fisher
         memory = None if backward is None else held + backward.of(plan.batch_size)
-        stages.append(Stage("fisher", samples * passes, samples * passes, memory, sizes.fisher))
+        # Beside the Fisher its file has the weights it was taken of.
+        stages.append(Stage("fisher", samples * passes, samples * passes, memory, sizes.fisher + sizes.delta))
     stages.append(_unlearning(plan, sizes, backward))
     views = plan.views.draws * (1 + plan.views.flips)
     captions = len(plan.sample.captions)
@@ -117,9 +122,11 @@ def stages_of(plan: Plan, passes: int = 5) -> list[Stage]:
 def _unlearning(plan: Plan, sizes: Sizes, backward: CallMemory | None) -> Stage:
     strategy = plan.strategy
     taken = (plan.queries * plan.draws + plan.targets * strategy.real_draws) * strategy.steps
-    measured = plan.queries * plan.rise_draws
-    if getattr(strategy, "searches", False):
-        measured += SEARCHED * strategy.steps * (plan.queries * plan.rise_draws + plan.targets * DATA_DRAWS)
+    # Before the first step, and after each as often as its size is tried.
+    tried = SEARCHED if getattr(strategy, "searches", False) else 1
+    measured = plan.queries * plan.rise_draws * (1 + tried * strategy.steps)
+    if strategy.needs_samples:
+        measured += plan.targets * DATA_DRAWS * tried * strategy.steps
     if strategy.needs_samples:
         measured += DATA_DRAWS
     deltas = plan.targets * sizes.delta
@@ -175,6 +182,38 @@ def calls_memory(
         return None
 
     return measured(False), measured(True)
+
+
+def inputs_of(network: nn.Module, objective: Objective, sample: Sample, layers: list[str]) -> dict[str, int]:
+    """Which layers are fed the same, as those are that only the text passes through.
+
+    Args:
+        network: On the meta device.
+        objective: Its loss.
+        sample: Whose shapes the call has.
+        layers: Names of layers.
+
+    Returns:
+        Layer name to a number that stands for its input; empty where the network can't be run without numbers.
+    """
+    fed: dict[str, int] = {}
+    held = []  # so that no two inputs have one address after each other
+
+    def note(name: str, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        held.append(arguments[0])
+        fed[name] = arguments[0].untyped_storage()._cdata
+
+    handles = [network.get_submodule(name).register_forward_pre_hook(partial(note, name)) for name in layers]
+    batch, noise = _views(network, sample, 1)
+    try:
+        for place in ("meta", "cpu"):
+            with torch.no_grad(), fused_attention(), suppress(RuntimeError, NotImplementedError, TypeError, ValueError):
+                objective(network, batch, torch.zeros(1, dtype=torch.int64, device=place), noise)
+                return fed
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {}
 
 
 def _views(network: nn.Module, sample: Sample, views: int) -> tuple[ViewBatch, Tensor]:

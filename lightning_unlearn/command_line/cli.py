@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 import lightning_unlearn
-from lightning_unlearn.command_line.signals import PARENT, started_by_another, stoppable
+from lightning_unlearn.command_line.signals import PARENT, Stopped, started_by_another, stoppable
 from lightning_unlearn.errors import InputError
 
 HELP = """\
@@ -71,7 +71,16 @@ def main(args: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    with stoppable(program=args is None) as stop:
+    try:
+        return _until_stopped(arguments, program=args is None)
+    except (KeyboardInterrupt, Stopped) as error:  # while signals are being taken, or given back
+        print("lightning-unlearn: stopped.", file=sys.stderr)
+        return 128 + (error.number if isinstance(error, Stopped) else signal.SIGINT)
+
+
+def _until_stopped(arguments: list[str], *, program: bool) -> int:
+    """Run a command until it ends, or a signal ends it; the exit status."""
+    with stoppable(program=program) as stop:
         try:
             with _environment():
                 _run(arguments[0], _find_configs(arguments[1:]))

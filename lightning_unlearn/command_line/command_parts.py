@@ -7,6 +7,7 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_unlearn.data.files import check_folder
+from lightning_unlearn.errors import InputError
 
 # What a Trainer that a command steers need not have.
 BARE = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
@@ -29,6 +30,19 @@ def make_folder(folder: Path) -> None:
         folder: The folder.
     """
     check_folder(folder, "choose another --output")
+
+
+def check_top(top: int) -> None:
+    """See that the report will have something to show, before long work.
+
+    Args:
+        top: How many images it shows for each query.
+
+    Raises:
+        InputError: If it has not.
+    """
+    if top < 1:
+        raise InputError(f"--top must be at least 1, since a report shows images, but is {top}.")
 
 
 def many(number: int, one: str, more: str = "") -> str:

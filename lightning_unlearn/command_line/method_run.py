@@ -59,14 +59,16 @@ class MethodRun:
         folder: Path,
         unlearn: Callable[[], ScoreTable] | None = None,
     ) -> None:
+        # In messages it is called as a person named it.
+        self.called = type(method).__name__
         if trainer.world_size > 1:
             raise InputError(
-                f"{method.name} compares all samples in one process, but the Trainer has {trainer.world_size}; set "
+                f"{self.called} compares all samples in one process, but the Trainer has {trainer.world_size}; set "
                 "trainer.devices to 1."
             )
         if trainer.precision != "32-true":
             raise InputError(
-                f"{method.name} is computed in precision 32-true, not in {trainer.precision}; leave it out."
+                f"{self.called} is computed in precision 32-true, not in {trainer.precision}; leave it out."
             )
         self.method = method
         self.module = module
@@ -107,16 +109,14 @@ class MethodRun:
         self.module.loss.to(self.device)
         with ExactFloat32():
             self._measure()
-        say(f"Scoring by {self.method.name} on {self.device} …")
+        say(f"Scoring by {self.called} on {self.device} …")
         keys = self._keys
         subject = self._subject(unlearned)
         scores = self.method.scores(subject)
         if scores.shape != (len(keys), len(self._columns())) or not scores.isfinite().all():
             rows = (~scores.isfinite()).nonzero()[:1, 0].tolist()
             what = f"not finite for {keys[rows[0]]!r}" if rows else f"of shape {tuple(scores.shape)}"
-            raise InputError(
-                f"The scores of {self.method.name} are {what}; check its settings, the samples and the model."
-            )
+            raise InputError(f"The scores of {self.called} are {what}; check its settings, the samples and the model.")
         parts = self.method.parts(subject)
         if parts:
             content["parts"] = list(parts)
@@ -137,13 +137,13 @@ class MethodRun:
             raise InputError(f"{self.method.name} scores samples for queries; name some as `queries`.")
         if self.data.targets_by is not None:
             raise InputError(
-                f"{self.method.name} scores each query by itself, not sets of them; leave targets_by out, or take "
+                f"{self.called} scores each query by itself, not sets of them; leave targets_by out, or take "
                 "--method unlearning."
             )
         masked = [query.key for query in self.data.queries if query.mask is not None]
         if masked:
             raise InputError(
-                f"{self.method.name} looks at whole pictures, but the query {masked[0]!r} has a mask; leave the mask "
+                f"{self.called} looks at whole pictures, but the query {masked[0]!r} has a mask; leave the mask "
                 "out, or take --method unlearning."
             )
         if self.method.needs_query_views:
@@ -196,6 +196,7 @@ class MethodRun:
         return {
             "fingerprints": fingerprints,
             "method": self.method.settings(),
+            "method_class": self.called,
             "network": self.module.origin,
             "parameters": self.module.parameters_selection,
             "objective": self.module.objective.settings(),

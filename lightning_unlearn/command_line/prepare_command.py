@@ -16,5 +16,10 @@ def prepare(arguments: list[str]) -> None:
     parser.add_function_arguments(make_shards)
     config = parser.parse_args(arguments)
     config.pop("config", None)
+
+    # Only now, so that --help answers at once.
+    from lightning_unlearn.command_line.command_parts import many
+
     shards = make_shards(**parser.instantiate_classes(config).as_dict())
-    print(f"{sum(shard.samples or 0 for shard in shards)} samples in {len(shards)} shards written to {config.output}.")
+    samples = many(sum(shard.samples or 0 for shard in shards), "sample")
+    print(f"{samples} in {many(len(shards), 'shard')} written to {config.output}.")

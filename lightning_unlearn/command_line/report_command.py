@@ -20,8 +20,10 @@ def report(arguments: list[str]) -> None:
     config = parser.parse_args(arguments)
 
     # Only now, so that --help answers at once.
+    from lightning_unlearn.command_line.command_parts import check_top
     from lightning_unlearn.command_line.quiet import quiet
     from lightning_unlearn.command_line.run_report import write_report
 
+    check_top(config.top)
     with quiet():
         write_report(Path(config.folder), config.top, allow_pipe=config.allow_pipe)

@@ -29,7 +29,15 @@ _PARENT_DIED = 1  # PR_SET_PDEATHSIG
 
 
 class Stopped(BaseException):
-    """A signal asks the command to end. No ``Exception``, so that nobody takes it for a failure of a shard."""
+    """A signal asks the command to end. No ``Exception``, so that nobody takes it for a failure of a shard.
+
+    Args:
+        number: The signal's.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 class Stop:
@@ -108,7 +116,7 @@ class Stop:
             self._tell(number)
         if self._of_lightning and number == signal.SIGTERM and signal.getsignal(number) != self._handle:
             return  # Lightning has composed this handler with its own
-        raise Stopped
+        raise Stopped(number)
 
     def _ignored(self, lost: sys.UnraisableHookArgs) -> None:
         """Say what Python says of an exception that nobody can take, but not of a signal that came in a finaliser."""

@@ -199,6 +199,8 @@ class TrainerCLI(LightningCLI):
 
     def _check_checkpoint(self) -> None:
         path = self.config[self.command].get("ckpt_path")
+        if path in ("best", "last", "hpc") and isinstance(self.model, UnlearningModule):
+            raise InputError(f"ckpt_path {path!r} names no file; give that of a checkpoint which fit has left.")
         if path is None or path in ("best", "last", "hpc") or "://" in str(path):
             return
         if not Path(path).exists():
@@ -258,7 +260,7 @@ def one_sentence() -> Iterator[None]:
     try:
         yield
     except MisconfigurationException as error:
-        raise InputError(f"{' '.join(str(error).split()).rstrip('.')}.") from error
+        raise InputError(f"{' '.join(str(error).split()).rstrip('.!')}.") from error
     except ModuleNotFoundError as error:
         reason = " ".join(str(error).split())
         raise InputError(f"A setting needs a package that is missing ({reason}); install it or change that.") from error

@@ -47,7 +47,7 @@ def sentence(message: str, bases: Mapping[str, type] | None = None) -> str:
         ...         Parser key "draws":
         ...           Expected a <class 'int'>. Got value: many
         ...     - Expected a <class 'NoneType'>''')
-        'data.draws: Expected a int. Got value: many'
+        'data.draws: Expected a whole number. Got value: many'
     """
     option: list[str] = []
     reasons: list[str] = []
@@ -60,10 +60,34 @@ def sentence(message: str, bases: Mapping[str, type] | None = None) -> str:
             reasons.append(text)
     said = "; ".join(reasons) or " ".join(message.split())
     base = (bases or {}).get(option[-1].rpartition(".")[2]) if option else None
-    if base is not None and reasons and reasons[0].startswith(_NO_CLASS):
-        name = reasons[0].removeprefix(_NO_CLASS)
-        said = f"There is no class {name}; take {', '.join(_known(base))}, or the import path of a class of yours"
-    return re.sub(r"<class '([\w.]+)'>", r"\1", f"{'.'.join(option)}: {said}" if option else said)
+    if reasons and reasons[0].startswith(_NO_CLASS):
+        said = _no_class(reasons[0].removeprefix(_NO_CLASS), option, base)
+    return _in_words(f"{'.'.join(option)}: {said}" if option else said)
+
+
+def _no_class(name: str, option: list[str], base: type | None) -> str:
+    """What is wrong with a name that is no class's."""
+    last = option[-1].rpartition(".")[2] if option else ""
+    if name == "unlearning":  # the default of --method, whose settings are those of the model
+        return f"unlearning has no settings here; name the method that has them first, as --{last} NAME"
+    if base is None:
+        return f"{name!r} is nothing that it takes; its settings are given one by one, as --….{last}.NAME VALUE"
+    return f"There is no class {name}; take {', '.join(_known(base))}, or the import path of a class of yours"
+
+
+def _in_words(said: str) -> str:
+    """A sentence without Python's ways to write types, and with a remedy where one is plain."""
+    said = re.sub(r"<class '([\w.]+)'>", r"\1", said)
+    said = re.sub(r"typing\.Literal\[([^\]]*)\]", r"one of \1", said).replace("Expected a one of", "Expected one of")
+    said = said.replace("Expected a int.", "Expected a whole number.").replace(
+        "Expected a float.", "Expected a number."
+    )
+    said = said.replace("Expected a bool.", "Expected true or false.").replace("Expected a str.", "Expected a text.")
+    if re.search(r"arguments are required: (fit\.|predict\.)?data, ", said):
+        said += "; give a file that has them, as --config sample.yaml"
+    elif config := re.search(r"unrecognized arguments: (\S+\.ya?ml)", said):
+        said += f"; write --config {config[1]}"
+    return said
 
 
 def _known(base: type) -> list[str]:

@@ -6,7 +6,8 @@ along its first axis, or a single one that holds for all its captions.
 ``text.npy``
     ``(captions, tokens, dim)``: the text states.
 ``text_mask.npy``
-    ``(captions, tokens)``: 1 where a token counts, 0 for padding.
+    ``(captions, tokens)``: 1 where a token counts, 0 for padding. Where it is there, samples may have text states of
+    different length.
 ``pooled.npy``
     ``(captions, dim)``: one state for the whole caption.
 ``text_2.npy``, ``text_2_mask.npy``, ``pooled_2.npy``, …
@@ -35,6 +36,9 @@ Conditions: TypeAlias = dict[str, Tensor]
 
 NUMBERS = "conditions"
 """The field of a sample's json with the numbers that its network is conditioned on."""
+
+MASK = "_mask"
+"""What stands behind the name of text states in that of their mask."""
 
 _ENCODERS = ("", *(f"_{number}" for number in range(2, 10)))
 _DIMENSIONS = (
@@ -73,9 +77,16 @@ def decode_conditions(fields: Mapping[str, Any], metadata: Mapping[str, Any], ca
             raise InputError(
                 f"{where} has {captions} captions but {name} for {len(array)}; {field} needs one entry a caption."
             )
-        if name.endswith("_mask") and not torch.isin(array, torch.tensor([0.0, 1.0])).all():
+        if name.endswith(MASK) and not torch.isin(array, torch.tensor([0.0, 1.0])).all():
             raise InputError(f"{where}: {field} holds other numbers than 0 and 1; a mask says which tokens count.")
         found[name] = array
+    for name, mask in found.items():
+        states = found.get(name.removesuffix(MASK)) if name.endswith(MASK) else None
+        if states is not None and mask.shape[1] != states.shape[1]:
+            raise InputError(
+                f"{where}: {name}.npy is of {mask.shape[1]} tokens, but its text of {states.shape[1]}; make this "
+                "sample again."
+            )
     if len(found.get("text", ())) not in (0, captions):
         raise InputError(
             f"{where} has {captions} captions but text for {len(found['text'])}; text.npy needs one entry a caption."
@@ -154,26 +165,28 @@ def stack_conditions(samples: Sequence[Conditions], captions: Sequence[int]) -> 
     """The conditions of several samples in one batch.
 
     Args:
-        samples: Of each sample, name to ``(captions or 1, …)``; with the same names and the same shapes behind the
-            first axis.
+        samples: Of each sample, name to ``(captions or 1, …)``; of one form (:func:`forms_of`).
         captions: How many captions each has.
 
     Returns:
-        Name to ``(B, most captions or 1, …)``; entries past a sample's last caption are zero.
+        Name to ``(B, most captions or 1, …)``; entries past a sample's last caption are zero, and so is the padding of
+        text states that are shorter than others of the batch, and its mask.
     """
     most = max(captions)
     stacked: Conditions = {}
     for name, first in samples[0].items():
         one = all(len(conditions[name]) == 1 for conditions in samples)
-        rows = first.new_zeros(len(samples), 1 if one else most, *first.shape[1:])  # (B, captions, …)
+        length = max(conditions[name].shape[1] for conditions in samples)
+        # (B, captions, tokens or dim, …)
+        rows = first.new_zeros(len(samples), 1 if one else most, length, *first.shape[2:])
         for row, (conditions, count) in enumerate(zip(samples, captions, strict=True)):
-            rows[row, : 1 if one else count] = conditions[name]
+            rows[row, : 1 if one else count, : conditions[name].shape[1]] = conditions[name]
         stacked[name] = rows
     return stacked
 
 
 def shapes_of(conditions: Conditions) -> dict[str, tuple[int, ...]]:
-    """What must be alike in samples of one batch.
+    """The shapes of one caption's conditions.
 
     Args:
         conditions: Name to ``(captions or 1, …)``.
@@ -182,3 +195,33 @@ def shapes_of(conditions: Conditions) -> dict[str, tuple[int, ...]]:
         Name to the shape of one entry.
     """
     return {name: tuple(array.shape[1:]) for name, array in sorted(conditions.items())}
+
+
+def forms_of(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int | None, ...]]:
+    """What must be alike in samples of one batch.
+
+    Args:
+        shapes: Name to the shape of one entry (:func:`shapes_of`).
+
+    Returns:
+        The same; the number of tokens is ``None`` where text states have a mask, which tells padding from them.
+    """
+    masked = {name for name in shapes if name + MASK in shapes}
+    free = masked | {name + MASK for name in masked}
+    return {name: (None, *shape[1:]) if name in free else tuple(shape) for name, shape in sorted(shapes.items())}
+
+
+def widths_of(conditions: Conditions) -> dict[str, tuple[int, int | None]]:
+    """What must be alike in all samples that one network is given.
+
+    Args:
+        conditions: Name to ``(captions or 1, …)``.
+
+    Returns:
+        Name to the number of its axes, and the length of the last one; of a mask, whose last axis are tokens, the
+        number alone.
+    """
+    return {
+        name: (array.ndim, None if name.endswith(MASK) else array.shape[-1])
+        for name, array in sorted(conditions.items())
+    }

@@ -4,6 +4,7 @@ A sample is a mapping of field name to bytes, as WebDataset reads it from a tar 
 
 ``latent.npy``
     ``(C, H, W)`` float16 or float32: what the network is trained on; an image in [-1, 1] for a pixel-space model.
+    ``(C, F, H, W)`` of a video.
 ``latent_flip.npy``
     Optional, the same shape: the latent of the mirrored picture (which is not the mirrored latent).
 ``text.npy``, ``pooled.npy``, …
@@ -11,9 +12,12 @@ A sample is a mapping of field name to bytes, as WebDataset reads it from a tar 
     need ``text.npy`` ``(captions, tokens, dim)`` and no more.
 ``json``
     ``{"captions": [...], ...}``: the captions in the order of ``text.npy``, and whatever else is known;
-    a list with an empty caption for networks that know no text.
+    a list with an empty caption for networks that know no text. ``weight`` and ``caption_weights`` say how often
+    training saw the sample, and each of its captions (:mod:`lightning_unlearn.data.weights`).
 ``png`` / ``jpg`` / ``webp``
     Optional: a picture for people to look at. It is never decoded on the way to a score.
+``loss_mask.png``
+    Optional, of the same form: which part of the picture training looked at. Only training reads it.
 ``mask.png``
     Optional, of a query: which part of it is unlearned (:mod:`lightning_unlearn.data.masks`). Samples that are
     scored, or trained on, are read without it.
@@ -32,15 +36,11 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.data.arrays import LARGEST_LATENT, decode_array
-from lightning_unlearn.data.conditions import (
-    NUMBERS,
-    Conditions,
-    cast_conditions,
-    decode_conditions,
-    shapes_of,
-    stack_conditions,
-)
-from lightning_unlearn.data.masks import MASK_FIELD, decode_mask
+from lightning_unlearn.data.conditions import NUMBERS, Conditions, cast_conditions, decode_conditions
+from lightning_unlearn.data.field_checks import check_fields, check_present, is_text
+from lightning_unlearn.data.masks import LOSS_MASK_FIELD, MASK_FIELD, decode_mask
+from lightning_unlearn.data.shared import SHARED, names_fields
+from lightning_unlearn.data.weights import caption_weights_of, weight_of
 from lightning_unlearn.errors import InputError
 
 LATENT_FIELDS = ("latent.npy", "latent_flip.npy")
@@ -53,12 +53,13 @@ class Sample:
 
     Attributes:
         key: Unique name.
-        latent: ``(C, H, W)`` float32.
+        latent: ``(C, H, W)`` float32, or ``(C, F, H, W)`` of a video, as wherever latents have three axes.
         conditions: Name to ``(captions or 1, …)``.
         metadata: The sample's json; ``metadata["captions"]`` is a list of strings.
         latent_flip: ``(C, H, W)`` float32, or ``None``.
         picture: The bytes of an encoded picture, or ``None``.
-        mask: ``(H, W)`` float32, a query's region: 1 inside, 0 outside; ``None`` for the whole picture.
+        mask: ``(H, W)`` float32, a query's region, or what training looked at: 1 inside, 0 outside; ``None`` for the
+            whole picture.
     """
 
     key: str
@@ -78,6 +79,16 @@ class Sample:
     def text(self) -> Tensor:
         """``(captions, tokens, dim)`` the text states."""
         return _text(self.conditions)
+
+    @property
+    def weight(self) -> float:
+        """How often training saw it, beside others; an :class:`InputError` if its json says what is no weight."""
+        return weight_of(self.metadata, f"Sample {self.key!r}")
+
+    @property
+    def caption_weights(self) -> list[float] | None:
+        """Shares of its captions in training, which add up to 1; ``None`` if all are alike."""
+        return caption_weights_of(self.metadata, len(self.captions), f"Sample {self.key!r}")
 
 
 @dataclass(frozen=True)
@@ -128,6 +139,9 @@ class SampleBatch:
         end_of_shard: How many samples the whole shard had, on its last batch; otherwise ``None``.
         skipped: How many bad samples were left out of the shard, on its last batch.
         error: Why the shard can't be finished, instead of samples.
+        places: ``B`` places in the shard, by which rows of a table are ordered; empty where nobody asks for them.
+        caption_weights: Of each sample, the shares of its captions in training; ``None`` if all are alike.
+        masks: ``(B, H, W)``, which part of each latent training looked at; ``None`` for all of it.
     """
 
     shard: str
@@ -139,6 +153,9 @@ class SampleBatch:
     end_of_shard: int | None = None
     skipped: int = 0
     error: str | None = None
+    places: list[int] = field(default_factory=list)
+    caption_weights: list[list[float]] | None = None  # no tensor, which a Trainer's precision would round
+    masks: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -162,7 +179,8 @@ class SampleBatch:
         rows = rows.to(self.latents.device)
         captions = captions.to(self.latents.device)
         chosen = {name: array[rows, captions if array.shape[1] > 1 else 0] for name, array in self.conditions.items()}
-        return ViewBatch(self.latents[rows] if latents is None else latents, chosen)
+        mask = None if self.masks is None else self.masks[rows]
+        return ViewBatch(self.latents[rows] if latents is None else latents, chosen, mask)
 
     def to(self, device: torch.device) -> SampleBatch:
         """The batch with its tensors on ``device``; Lightning calls this for batches it does not know."""
@@ -171,6 +189,7 @@ class SampleBatch:
             latents=self.latents.to(device, non_blocking=True),
             conditions=cast_conditions(self.conditions, device),
             latents_flip=None if self.latents_flip is None else self.latents_flip.to(device, non_blocking=True),
+            masks=None if self.masks is None else self.masks.to(device, non_blocking=True),
         )
 
 
@@ -179,7 +198,8 @@ def decode_sample(fields: Mapping[str, Any]) -> Sample:
 
     Args:
         fields: Field name to bytes, with ``__key__`` and ``__url__`` as WebDataset adds them; with ``mask.png`` only if
-            the sample is a query. ``__dotted__`` is the field of a file whose key was meant to have dots.
+            the sample is a query, with ``loss_mask.png`` only if it is trained on. ``__dotted__`` is the field of a
+            file whose key was meant to have dots.
 
     Returns:
         The sample, its arrays in float32.
@@ -188,29 +208,35 @@ def decode_sample(fields: Mapping[str, Any]) -> Sample:
         InputError: If a field is missing or malformed, or captions and text disagree.
     """
     where = f"Sample {fields['__key__']!r} in {fields.get('__url__', 'a shard')}"
-    _check_fields(fields, where)
+    check_fields(fields, where)
     try:
         metadata = json.loads(fields["json"])
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: its json can't be read ({error}); make the shard again.") from None
+    if isinstance(metadata, dict) and names_fields(metadata.get(SHARED)):
+        del metadata[SHARED]  # where they lay is nobody's concern once they are read
     captions = metadata.get("captions") if isinstance(metadata, dict) else None
     if not isinstance(captions, list) or not captions or not all(isinstance(text, str) for text in captions):
         raise InputError(f"{where} has no captions; its json needs a list of strings named 'captions'.")
-    if not _is_text(json.dumps(metadata, ensure_ascii=False)):
+    if not is_text(json.dumps(metadata, ensure_ascii=False)):
         raise InputError(f"{where}: its json holds half a surrogate pair, which is no text; write it anew.")
-    latent = decode_array(fields["latent.npy"], "latent.npy", 3, LARGEST_LATENT, where)
-    if "text.npy" not in fields and any(captions) and not metadata.get(NUMBERS):
-        _check_present(["text.npy"], where)
+    latent = decode_array(fields["latent.npy"], "latent.npy", (3, 4), LARGEST_LATENT, where)
+    if "text.npy" not in fields and any(captions) and NUMBERS not in metadata:
+        check_present(["text.npy"], where)
     conditions = decode_conditions(fields, metadata, len(captions), where)
     flip = None
     if "latent_flip.npy" in fields:
-        flip = decode_array(fields["latent_flip.npy"], "latent_flip.npy", 3, LARGEST_LATENT, where)
+        flip = decode_array(fields["latent_flip.npy"], "latent_flip.npy", (3, 4), LARGEST_LATENT, where)
     if flip is not None and flip.shape != latent.shape:
         raise InputError(
             f"{where}: latent_flip.npy {tuple(flip.shape)} and latent.npy {tuple(latent.shape)} differ in shape."
         )
     picture = next((fields[name] for name in PICTURE_FIELDS if name in fields), None)
-    mask = decode_mask(fields[MASK_FIELD], latent.shape[-2], latent.shape[-1], where) if MASK_FIELD in fields else None
+    caption_weights_of(metadata, len(captions), where)
+    mask_field = next((name for name in (MASK_FIELD, LOSS_MASK_FIELD) if name in fields), None)
+    mask = None
+    if mask_field is not None:
+        mask = decode_mask(fields[mask_field], latent.shape[-2], latent.shape[-1], where, mask_field)
     return Sample(fields["__key__"], latent, conditions, metadata, flip, picture, mask)
 
 
@@ -218,37 +244,6 @@ def _text(conditions: Conditions) -> Tensor:
     if "text" not in conditions:
         raise InputError("These samples hold no text.npy, which is asked for; prepare them with text.")
     return conditions["text"]
-
-
-def _check_fields(fields: Mapping[str, Any], where: str) -> None:
-    key = fields["__key__"]
-    if not _is_text(key):
-        raise InputError(f"{where} has a name that is not UTF-8; pack the shard again with names in UTF-8.")
-    dotted = fields.get("__dotted__")
-    if dotted is not None:
-        raise InputError(
-            f"{where}: its file {key + '.' + dotted!r} gives the key {key!r} and the field {dotted!r}, since a key "
-            "ends at the first dot; pack the shard again with underscores for dots."
-        )
-    missing = [name for name in ("latent.npy", "json") if name not in fields]
-    _check_present(missing, where)
-
-
-def _check_present(missing: Sequence[str], where: str) -> None:
-    if missing:
-        raise InputError(
-            f"{where} lacks {', '.join(missing)} among the files that lie side by side; a sample's files must follow "
-            "each other in the shard, as `lightning-unlearn prepare` and `tar --sort=name` pack them."
-        )
-
-
-def _is_text(text: str) -> bool:
-    # JSON can write half a surrogate pair, and tarfile gives names that are not UTF-8 so.
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def named_arrays(samples: Sequence[Sample]) -> dict[str, Tensor]:
@@ -265,55 +260,3 @@ def named_arrays(samples: Sequence[Sample]) -> dict[str, Tensor]:
         seen = {"latent": sample.latent, **sample.conditions, "mask": sample.mask}
         arrays |= {f"{sample.key}/{name}": array for name, array in seen.items() if array is not None}
     return arrays
-
-
-def collate_samples(shard: str, samples: Sequence[Sample], **markers: Any) -> SampleBatch:
-    """Stack samples of one shard.
-
-    Args:
-        shard: The shard's identifier.
-        samples: At least one sample; all latents of one shape, and all conditions.
-        **markers: ``end_of_shard``, ``skipped`` or ``error`` of :class:`SampleBatch`.
-
-    Returns:
-        The batch.
-
-    Raises:
-        InputError: If shapes differ.
-    """
-    first = samples[0]
-    for sample in samples:
-        if sample.latent.shape != first.latent.shape or shapes_of(sample.conditions) != shapes_of(first.conditions):
-            raise InputError(
-                f"Sample {sample.key!r} has {shown_shapes(sample)}, but {first.key!r} has {shown_shapes(first)}; "
-                "all samples of a run must have one shape."
-            )
-        if (sample.latent_flip is None) != (first.latent_flip is None):
-            raise InputError(
-                f"Only one of the samples {first.key!r} and {sample.key!r} has latent_flip.npy; prepare all with flips "
-                "or none."
-            )
-    counts = [len(sample.captions) for sample in samples]
-    flips = [sample.latent_flip for sample in samples if sample.latent_flip is not None]
-    return SampleBatch(
-        shard=shard,
-        keys=[sample.key for sample in samples],
-        latents=torch.stack([sample.latent for sample in samples]),
-        conditions=stack_conditions([sample.conditions for sample in samples], counts),
-        caption_counts=torch.tensor(counts),
-        latents_flip=torch.stack(flips) if flips else None,
-        **markers,
-    )
-
-
-def shown_shapes(sample: Sample) -> str:
-    """The shapes of a sample's arrays, for a message.
-
-    Args:
-        sample: Any.
-
-    Returns:
-        E.g. ``"latent (4, 64, 64) and text (77, 768)"``.
-    """
-    named = {"latent": tuple(sample.latent.shape), **shapes_of(sample.conditions)}
-    return " and ".join(f"{name} {shape}" for name, shape in named.items())

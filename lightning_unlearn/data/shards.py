@@ -9,17 +9,22 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import webdataset
 
 from lightning_unlearn.data.addresses import is_address, lasting_address, name_of, shown_address
+from lightning_unlearn.data.conditions import CONDITION_FIELDS
 from lightning_unlearn.data.files import write_atomically
-from lightning_unlearn.data.masks import MASK_FIELD
+from lightning_unlearn.data.groups import Group, group_samples, groups_as_json
+from lightning_unlearn.data.masks import LOSS_MASK_FIELD, MASK_FIELD
+from lightning_unlearn.data.shared import SHARED_FOLDER, share
+from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import digest
 
 MANIFEST = "manifest.json"
+Array: TypeAlias = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class ShardInfo:
         bytes: Its size, if known.
         sha256: Of its bytes, if known; what is read is held against it.
         tag: Of a remote shard, what changes when it is made anew, as its server says; if known.
+        groups: How many samples of which form and weight it holds, where its set holds several.
     """
 
     url: str
@@ -39,6 +45,7 @@ class ShardInfo:
     bytes: int | None = None
     sha256: str | None = None
     tag: str | None = None
+    groups: tuple[Group, ...] = ()
 
     @property
     def shown(self) -> str:
@@ -90,14 +97,15 @@ def npy_bytes(array: np.ndarray[Any, Any]) -> bytes:
 
 def encode_sample(
     key: str,
-    latent: np.ndarray[Any, Any],
-    text: np.ndarray[Any, Any],
+    latent: Array,
+    conditions: Array | Mapping[str, Array],
     metadata: Mapping[str, Any],
     *,
-    latent_flip: np.ndarray[Any, Any] | None = None,
+    latent_flip: Array | None = None,
     picture: bytes | None = None,
     picture_format: str = "png",
     mask: bytes | None = None,
+    loss_mask: bytes | None = None,
 ) -> dict[str, Any]:
     """The fields of one sample as :func:`write_shards` takes them.
 
@@ -106,20 +114,32 @@ def encode_sample(
     Args:
         key: Unique name; a dot in it would end it in a tar file, so dots become underscores.
         latent: ``(C, H, W)`` float16 or float32.
-        text: ``(captions, tokens, dim)`` float16 or float32.
-        metadata: JSON-like, with ``captions``.
+        conditions: What the network is conditioned on, name to ``(captions or 1, …)`` float16 or float32
+            (:mod:`lightning_unlearn.data.conditions`); or ``text`` alone, ``(captions, tokens, dim)``.
+        metadata: JSON-like, with ``captions``; numbers that the network is conditioned on under ``conditions``.
         latent_flip: ``(C, H, W)`` or ``None``.
         picture: Bytes of an encoded picture or ``None``.
         picture_format: Its field name.
         mask: Bytes of an 8-bit grey PNG or ``None``: of a query, which part of it is unlearned.
+        loss_mask: The same of a sample: which part of it training looked at.
 
     Returns:
         Field name to bytes, and ``__key__``.
+
+    Raises:
+        InputError: If a condition has a name that none has.
     """
+    named = conditions if isinstance(conditions, Mapping) else {"text": conditions}
+    unknown = [name for name in named if f"{name}.npy" not in CONDITION_FIELDS]
+    if unknown:
+        raise InputError(
+            f"Sample {key!r} has a condition {unknown[0]!r}, but they are called text, text_mask, pooled, …; see "
+            "lightning_unlearn.data.conditions."
+        )
     fields: dict[str, Any] = {
         "__key__": key.replace(".", "_"),
         "latent.npy": npy_bytes(latent),
-        "text.npy": npy_bytes(text),
+        **{f"{name}.npy": npy_bytes(array) for name, array in named.items()},
         "json": json.dumps(dict(metadata), ensure_ascii=False, sort_keys=True).encode(),
     }
     if latent_flip is not None:
@@ -128,6 +148,8 @@ def encode_sample(
         fields[picture_format] = picture
     if mask is not None:
         fields[MASK_FIELD] = mask
+    if loss_mask is not None:
+        fields[LOSS_MASK_FIELD] = loss_mask
     return fields
 
 
@@ -141,7 +163,9 @@ def write_shards(
 ) -> list[ShardInfo]:
     """Write samples to tar files and a manifest beside them.
 
-    The same samples give the same bytes: times and owners in the tar files are fixed.
+    The same samples give the same bytes: times and owners in the tar files are fixed. Text states, or other conditions,
+    that several samples of a shard share are stored once, before the first of them
+    (:mod:`lightning_unlearn.data.shared`).
 
     Args:
         samples: What :func:`encode_sample` returns.
@@ -162,11 +186,15 @@ def write_shards(
         path = folder / f"{name}-{len(shards):06d}.tar"
         stream = io.BytesIO()
         with webdataset.TarWriter(stream, encoder=False, mtime=0, user="", group="") as writer:
-            for sample in pending:
-                writer.write(dict(sample))
+            for name_of_shared, sample in share(pending):
+                for digest_of, content in name_of_shared.items():
+                    writer.write({"__key__": f"{SHARED_FOLDER}/{digest_of}", "npy": content})
+                writer.write(sample)
         write_atomically(path, stream.getvalue())
         content = stream.getvalue()
-        shards.append(ShardInfo(str(path), len(pending), len(content), hashlib.sha256(content).hexdigest()))
+        sha256 = hashlib.sha256(content).hexdigest()
+        groups = group_samples(pending)
+        shards.append(ShardInfo(str(path), len(pending), len(content), sha256, groups=groups))
         pending.clear()
 
     for sample in samples:
@@ -187,9 +215,10 @@ def write_manifest(folder: str | os.PathLike[str], shards: Sequence[ShardInfo], 
         shards: What it holds.
         about: More facts.
     """
+    groups = groups_as_json([shard.groups for shard in shards])
     entries = [
-        {"name": Path(shard.url).name, "samples": shard.samples, "bytes": shard.bytes, "sha256": shard.sha256}
-        for shard in shards
+        {"name": Path(shard.url).name, "samples": shard.samples, "bytes": shard.bytes, "sha256": shard.sha256, **facts}
+        for shard, facts in zip(shards, groups, strict=True)
     ]
     content = json.dumps({**about, "shards": entries}, indent=1, ensure_ascii=False)
     write_atomically(Path(folder) / MANIFEST, content.encode() + b"\n")

@@ -147,6 +147,18 @@ def first_with(objective: Objective, name: str) -> type:
     return next(cls for cls in type(objective).__mro__ if {name, "__call__"} & vars(cls).keys())
 
 
+def knows_masks(objective: Objective) -> bool:
+    """Whether the loss that an objective computes is that of a mask's region.
+
+    Args:
+        objective: The loss.
+
+    Returns:
+        What the class says that has the loss, not one that it derives from.
+    """
+    return bool(vars(first_with(objective, "takes_masks")).get("takes_masks", False))
+
+
 def check_masks(objective: Objective, queries: Sequence[Sample]) -> None:
     """Refuse a region that the loss would not know of.
 
@@ -158,7 +170,7 @@ def check_masks(objective: Objective, queries: Sequence[Sample]) -> None:
         InputError: If one has a mask and the objective takes none.
     """
     masked = [query.key for query in queries if query.mask is not None]
-    if masked and not vars(first_with(objective, "takes_masks")).get("takes_masks", False):
+    if masked and not knows_masks(objective):
         raise InputError(
             f"The query {masked[0]!r} has a mask, of which {type(objective).__name__} knows nothing; let its loss be "
             "that of batch.mask and set takes_masks to True, or leave masks out."

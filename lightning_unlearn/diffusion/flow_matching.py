@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from lightning_unlearn.data.samples import ViewBatch
 from lightning_unlearn.diffusion.contract import Objective, first_with
 from lightning_unlearn.diffusion.families import FAMILIES, family_of
-from lightning_unlearn.diffusion.families.base import FlowTraining, setting
+from lightning_unlearn.diffusion.families.base import FlowTraining
+from lightning_unlearn.diffusion.families.settings import setting
 from lightning_unlearn.diffusion.flow_schedule import load_flow_scheduler
 from lightning_unlearn.diffusion.mean_errors import drawn_error, mean_error
 from lightning_unlearn.diffusion.timestep_density import DENSITIES, Density, timestep_probabilities
@@ -89,9 +90,9 @@ class FlowMatchingObjective(Objective):
         self.guidance = guidance
         self._density_numbers = {"logit_mean": logit_mean, "logit_std": logit_std, "mode_scale": mode_scale}
         self.density()  # refuses what is out of range
-        # From data to noise; diffusers' tables run from noise to data.
-        self.sigmas: Tensor = self.scheduler.sigmas.flip(0).double()  # (num_timesteps,)
-        self.times: Tensor = self.scheduler.timesteps.flip(0)  # (num_timesteps,) float32
+        # From data to noise; diffusers' tables run from noise to data. Both are (num_timesteps,) float32.
+        self.sigmas: Tensor = self.scheduler.sigmas.flip(0)
+        self.times: Tensor = self.scheduler.timesteps.flip(0)
 
     def density(self) -> Tensor | None:
         """How often training drew each timestep; see :meth:`Objective.density`.
@@ -142,7 +143,7 @@ class FlowMatchingObjective(Objective):
         """
         prediction = self._predict(network, batch, timesteps, noise)
         error = prediction - (noise.to(prediction) - batch.latents.to(prediction))
-        return mean_error(error.square(), batch.mask) * self._weight(timesteps).to(prediction)
+        return mean_error(error.square(), batch.mask) * self._weight(timesteps, prediction)
 
     def drawn(self, network: nn.Module, batch: ViewBatch, timesteps: Tensor, noise: Tensor, normal: Tensor) -> Tensor:
         """What has the gradient of each view's loss with a drawn target; see :meth:`Objective.drawn`.
@@ -159,7 +160,7 @@ class FlowMatchingObjective(Objective):
         """
         prediction = self._predict(network, batch, timesteps, noise)
         product = drawn_error(prediction, normal.to(prediction), batch.mask)  # (B,)
-        return product * self._weight(timesteps).sqrt().to(product)
+        return product * self._weight(timesteps, product).sqrt()
 
     def with_guidance(self, batch: ViewBatch) -> ViewBatch:
         """What the network is given, with the guidance of training where it takes one.
@@ -178,16 +179,19 @@ class FlowMatchingObjective(Objective):
 
     def _predict(self, network: nn.Module, batch: ViewBatch, timesteps: Tensor, noise: Tensor) -> Tensor:
         latents = batch.latents
-        wide = torch.promote_types(latents.dtype, torch.float32)
-        sigmas = self.sigmas.to(latents.device)[timesteps].to(wide).reshape(-1, *[1] * (latents.ndim - 1))
+        sigmas = self._sigmas(timesteps, latents).reshape(-1, *[1] * (latents.ndim - 1))
         noisy = ((1 - sigmas) * latents + sigmas * noise).to(latents)
         times = self.times.to(latents.device)[timesteps]
         prediction = family_of(network).predict(network, noisy, times, self.with_guidance(batch))
         # Errors are taken in float32 even where the network runs in half precision.
         return prediction.to(torch.promote_types(prediction.dtype, torch.float32))
 
-    def _weight(self, timesteps: Tensor) -> Tensor:
-        sigmas = self.sigmas.to(timesteps.device)[timesteps]  # (B,)
+    def _sigmas(self, timesteps: Tensor, like: Tensor) -> Tensor:
+        """``(B,)``, in float32 or wider."""
+        return self.sigmas.to(like.device)[timesteps].to(torch.promote_types(like.dtype, torch.float32))
+
+    def _weight(self, timesteps: Tensor, like: Tensor) -> Tensor:
+        sigmas = self._sigmas(timesteps, like)
         weight = torch.ones_like(sigmas)
         if self.weighting == "sigma_sqrt":
             weight = sigmas**-2

@@ -11,8 +11,8 @@ def mean_error(errors: Tensor, mask: Tensor | None) -> Tensor:
     r"""Mean of each view's errors, over its region: :math:`\sum m ℓ / \sum m`.
 
     Args:
-        errors: ``(B, C, H, W)``, a loss of each element.
-        mask: ``(B, H, W)``, how much of each place is in the region; ``None`` for all of it.
+        errors: ``(B, C, H, W)``, a loss of each element; ``(B, C, F, H, W)`` of videos.
+        mask: ``(B, H, W)``, how much of each place is in the region, the same in all frames; ``None`` for all of it.
 
     Returns:
         ``(B,)``.
@@ -25,7 +25,7 @@ def mean_error(errors: Tensor, mask: Tensor | None) -> Tensor:
     """
     if mask is None:
         return errors.flatten(1).mean(1)
-    shares = mask.to(errors)[:, None].expand_as(errors)  # (B, C, H, W)
+    shares = _shares(mask, errors)
     return (errors * shares).flatten(1).sum(1) / shares.flatten(1).sum(1)
 
 
@@ -43,8 +43,8 @@ def drawn_error(predictions: Tensor, normal: Tensor, mask: Tensor | None) -> Ten
     matrix: Kunstner et al. (arXiv 1905.12558). Multiply by :math:`\sqrt{w}` where the loss is weighted by w.
 
     Args:
-        predictions: f, ``(B, C, H, W)``.
-        normal: n, ``(B, C, H, W)``.
+        predictions: f, ``(B, C, H, W)``, or ``(B, C, F, H, W)``.
+        normal: n, of the same shape.
         mask: m, ``(B, H, W)``, how much of each place is in the region; ``None`` for all of it.
 
     Returns:
@@ -59,6 +59,12 @@ def drawn_error(predictions: Tensor, normal: Tensor, mask: Tensor | None) -> Ten
     """
     if mask is None:
         return (predictions * normal).flatten(1).sum(1) * math.sqrt(2 / predictions[0].numel())
-    shares = mask.to(predictions)[:, None].expand_as(predictions)  # (B, C, H, W)
+    shares = _shares(mask, predictions)
     sums = (predictions * normal * shares.sqrt()).flatten(1).sum(1)
     return sums * (2 / shares.flatten(1).sum(1)).sqrt()
+
+
+def _shares(mask: Tensor, like: Tensor) -> Tensor:
+    """``(B, C, H, W)`` or ``(B, C, F, H, W)``: a mask over channels and frames."""
+    batch, *sides = mask.shape
+    return mask.to(like).reshape(batch, *[1] * (like.ndim - mask.ndim), *sides).expand_as(like)

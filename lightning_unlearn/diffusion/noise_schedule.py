@@ -99,11 +99,12 @@ SAMPLING_KEYS = frozenset(
 )
 # What makes another kind of model of it where it has another value than these, and why.
 FIXED_KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "use_flow_sigmas": ((False, None), "that is flow matching"),
+    "use_flow_sigmas": ((False, None), "that is flow matching, which FlowMatchingObjective knows"),
     "timestep_type": (("discrete", None), "a network of it takes logarithms of sigmas in the place of timesteps"),
     "variance_type": (
-        ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", None),
-        "a network of it predicts a variance too",
+        # Whether a network predicts a variance too, and where it lies, its family knows by its channels.
+        ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range", None),
+        "what a network of it predicts is not known",
     ),
 }
 # What diffusers itself writes beside the settings.
@@ -191,8 +192,9 @@ def _own_betas(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(name, str) or name not in SCHEDULERS:
         flow = "Flow" in str(name)
         kind = "is a flow-matching schedule" if flow else "is none of the schedules of betas that it knows"
+        other = "use FlowMatchingObjective" if flow else OTHER_OBJECTIVE
         raise InputError(
-            f"{where} are of {name!s}, which {kind}, and DenoisingObjective does not cover it; {OTHER_OBJECTIVE}, or, "
+            f"{where} are of {name!s}, which {kind}, and DenoisingObjective does not cover it; {other}, or, "
             "if the model was trained with a DDPM schedule, its settings as `scheduler`."
         )
     own = dict(zip(("beta_start", "beta_end", "beta_schedule"), SCHEDULERS[name], strict=True))

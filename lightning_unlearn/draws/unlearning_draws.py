@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import random
+from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lightning_unlearn.data.conditions import Conditions, cast_conditions, chosen_caption
+from lightning_unlearn.data.batches import form_of
+from lightning_unlearn.data.conditions import Conditions, cast_conditions, chosen_caption, stack_conditions
 from lightning_unlearn.data.samples import Sample
 from lightning_unlearn.draws.views import place_timesteps
 from lightning_unlearn.fingerprints import generator_for, seed_of
@@ -34,6 +38,8 @@ class DrawBatch:
         total: Draws a step, over all ranks.
         mask: ``(b, H, W)``, or ``None`` if all of the picture is unlearned.
         real: Whether they are of real samples, one a draw, which are to be kept.
+        others: The rest of a batch of real samples, those of other forms: batches are as many on every rank, whatever
+            samples they hold.
     """
 
     target: int
@@ -45,6 +51,15 @@ class DrawBatch:
     total: int
     mask: Tensor | None = None
     real: bool = False
+    others: tuple[DrawBatch, ...] = ()
+
+    def parts(self) -> list[DrawBatch]:
+        """The draws of the batch, those of each form by themselves.
+
+        Returns:
+            Batches without others.
+        """
+        return [replace(self, others=()), *self.others]
 
     def to(self, device: torch.device) -> DrawBatch:
         """The batch with its tensors on ``device``; Lightning calls this.
@@ -61,6 +76,7 @@ class DrawBatch:
             conditions=cast_conditions(self.conditions, device),
             weights=self.weights.to(device),
             mask=None if self.mask is None else self.mask.to(device),
+            others=tuple(other.to(device) for other in self.others),
         )
 
 
@@ -70,7 +86,7 @@ def draw_batches(
     """One rank's share of a step's draws of a query, in batches; the same number of batches on every rank.
 
     Rank ``r`` takes the draws ``first + r``, ``first + r + world_size``, … Draw ``n`` takes caption ``n`` modulo their
-    number.
+    number, or, where captions have shares in training, one drawn by these and ``n``.
 
     Args:
         sample: The target's picture, or one of them.
@@ -88,7 +104,9 @@ def draw_batches(
     batches = []
     for start in range(0, len(places), batch_size):
         chunk = [first + place for place in places[start : start + batch_size]]
-        captions = [number % len(sample.captions) for number in chunk]
+        captions = [
+            _caption(sample, number % len(sample.captions), "unlearning", sample.key, number) for number in chunk
+        ]
         batches.append(
             DrawBatch(
                 target=target,
@@ -118,7 +136,7 @@ def real_batches(
     Args:
         stream: ``"real"`` for gradients, ``"others"`` for the loss of everything else before and after.
         seed: Of all draws; the caption of draw ``n`` is drawn by it, the stream's name and ``n``.
-        samples: Of the step's draws, in their order; of one shape.
+        samples: Of the step's draws, in their order.
         first: Number of the step's first draw.
         rank: This process.
         world_size: How many there are.
@@ -132,23 +150,45 @@ def real_batches(
     for start in range(0, len(places), batch_size):
         chunk = places[start : start + batch_size]
         numbers = [first + place for place in chunk]
-        given = [
-            chosen_caption(sample.conditions, seed_of(stream, "caption", seed, number) % len(sample.captions))
-            for sample, number in zip((samples[place] for place in chunk), numbers, strict=True)
-        ]
-        batches.append(
-            DrawBatch(
+        forms: dict[str, list[DrawBatch]] = {}
+        for place, number, weight in zip(chunk, numbers, weights[start : start + batch_size], strict=True):
+            sample = samples[place]
+            anyone = seed_of(stream, "caption", seed, number) % len(sample.captions)
+            caption = _caption(sample, anyone, stream, "share", seed, number)
+            one = DrawBatch(
                 target=0,
                 key="",
-                latents=torch.stack([samples[place].latent for place in chunk]),
-                conditions={name: torch.stack([one[name] for one in given]) for name in given[0]},
-                numbers=numbers,
-                weights=weights[start : start + batch_size],
+                latents=sample.latent[None],
+                conditions=chosen_caption(sample.conditions, [caption]),
+                numbers=[number],
+                weights=weight[None],
                 total=len(samples),
                 real=True,
             )
-        )
+            forms.setdefault(form_of(sample), []).append(one)
+        alike = [_joined(of_form) for of_form in forms.values()]
+        batches.append(replace(alike[0], others=tuple(alike[1:])))
     return batches
+
+
+def _caption(sample: Sample, anyone: int, *names: str | int) -> int:
+    """The caption of a draw: any, or one by the captions' shares in training."""
+    if sample.caption_weights is None:
+        return anyone
+    place = random.Random(seed_of(*names)).random()
+    return min(bisect(list(accumulate(sample.caption_weights)), place), len(sample.captions) - 1)
+
+
+def _joined(draws: Sequence[DrawBatch]) -> DrawBatch:
+    """Draws of one form, one a batch, in one batch; text states that have a mask are padded."""
+    conditions = stack_conditions([draw.conditions for draw in draws], [1] * len(draws))
+    return replace(
+        draws[0],
+        latents=torch.cat([draw.latents for draw in draws]),
+        conditions={name: array[:, 0] for name, array in conditions.items()},
+        numbers=[number for draw in draws for number in draw.numbers],
+        weights=torch.cat([draw.weights for draw in draws]),
+    )
 
 
 def _share(total: int, rank: int, world_size: int) -> tuple[list[int], Tensor]:

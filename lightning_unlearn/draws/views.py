@@ -48,7 +48,8 @@ class Views:
     """The views of every sample: strata of the schedule × noises × captions × flips.
 
     Args:
-        timesteps: Strata of the schedule; one timestep is drawn in each, the same for all samples.
+        timesteps: Strata of the schedule, of equal probability in training; one timestep is drawn in each, the same for
+            all samples.
         timestep_range: Part of the schedule that is used, as shares of its length: (0, 1) is all of it.
         noises: (timestep, noise) draws in each stratum.
         noise: ``"shared"``: all samples see the same draws; ``"per_sample"``: each sample its own.

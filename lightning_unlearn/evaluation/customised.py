@@ -16,7 +16,8 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_unlearn.data.samples import Sample, SampleBatch, ViewBatch, collate_samples
+from lightning_unlearn.data.batches import collate_samples
+from lightning_unlearn.data.samples import Sample, SampleBatch, ViewBatch
 from lightning_unlearn.diffusion.sampling import Samplable, generate, how_generated
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import seed_of

@@ -90,8 +90,9 @@ def squared_norm(layer: CapturedLayer) -> Tensor:
     width = inputs.shape[2]
     if positions > 1 and positions * (outputs + width) >= outputs * width:
         return sum_of_squares(layer).sum()
-    # Σ_t Σ_u (g_t · g_u)(a_t · a_u): smaller than the gradients themselves.
-    return (torch.bmm(gradients, gradients.mT) * torch.bmm(inputs, inputs.mT)).sum()
+    # Σ_t Σ_u (g_t · g_u)(a_t · a_u): smaller than the gradients themselves. Where positions cancel, rounding may leave
+    # less than nothing.
+    return (torch.bmm(gradients, gradients.mT) * torch.bmm(inputs, inputs.mT)).sum((1, 2)).clamp(min=0).sum()
 
 
 def eigenvectors(covariance: Tensor, what: str) -> Tensor:

@@ -17,11 +17,13 @@ import torch
 from tqdm.auto import tqdm
 
 from lightning_unlearn.data.arrays import LARGEST_LATENT, LARGEST_TEXT
+from lightning_unlearn.data.conditions import NUMBERS
 from lightning_unlearn.data.shards import MANIFEST, ShardInfo, encode_sample, write_shards
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.preparation.disk import say_size, size_on_disk
-from lightning_unlearn.preparation.inputs import Array, Item
+from lightning_unlearn.preparation.inputs import Array, Item, Taken
 from lightning_unlearn.preparation.layouts import layout_of
+from lightning_unlearn.preparation.loss_masks import loss_mask
 from lightning_unlearn.preparation.pictures import crop_middle, open_picture, to_preview
 from lightning_unlearn.preparation.records import Record
 from lightning_unlearn.preparation.resizing import resized, to_pixels
@@ -133,7 +135,7 @@ class Assembly:
             InputError: If there is none, one is bad and not to be skipped, or ready arrays don't fit.
         """
         samples, captions = self.survey.take()
-        sides = (self.latents.shape, self.text.shape)
+        sides = (self.latents.shape, self.text.shapes)
         return samples, size_on_disk(samples, captions, *sides, self.dtype, self.mirrored, self.picture_size)
 
     def _items(self) -> Iterator[Item]:
@@ -161,11 +163,16 @@ class Assembly:
         place = str(record.picture) if isinstance(record.picture, Path) else record.place
         choices = self.reading.choices
         picture = open_picture(record.picture, place, self.latents.mode, choices)
-        pixels = None
+        pixels, taken, mask = None, None, None
         if self.latents.crop is not None:
-            pixels = to_pixels(resized(picture, *self.latents.crop, choices.resize))
-            picture = crop_middle(picture, *self.latents.crop)
-        return Item(index, record, pixels, to_preview(picture, self.picture_size) if self.picture_size else None)
+            shape = choices.bucket(self.latents.crop, picture.height, picture.width)
+            taken = _taken(picture.height, picture.width, *shape)
+            pixels = to_pixels(resized(picture, *shape, choices.resize))
+            if choices.masks in ("loss", "alpha"):
+                mask = loss_mask(record, choices, *shape)
+            picture = crop_middle(picture, *shape)
+        preview = to_preview(picture, self.picture_size) if self.picture_size else None
+        return Item(index, record, pixels, preview, taken, mask)
 
     def _samples(self, total: int, about: dict[str, Any]) -> Iterator[dict[str, Any]]:
         items = self._items()
@@ -187,32 +194,50 @@ class Assembly:
         }
 
     def _encode(self, batch: list[Item], about: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        latents = self.latents.latents(batch, mirrored=False)
-        flips = self.latents.latents(batch, mirrored=True) if self.mirrored else None
+        latents = self._latents(batch, mirrored=False)
+        flips = self._latents(batch, mirrored=True) if self.mirrored else None
         states = self.text.states(batch)
-        about["latent"]["shape"], about["text"]["shape"] = list(latents.shape[1:]), list(states[0].shape[1:])
+        about["latent"]["shape"] = list(latents[0].shape)
+        about["text"]["shape"] = list(states[0]["text"].shape[1:]) if "text" in states[0] else None
         for row, item in enumerate(batch):
-            facts = self.latents.facts(item.record)
+            facts, captions = self.latents.facts(item.record), {"captions": item.record.captions}
+            numbers = self.latents.numbers(item) | self.survey.classes(item.record)
             try:
                 sample = encode_sample(
                     item.record.key,
                     self._stored(latents[row], "latent", item),
-                    self._stored(states[row], "text", item),
-                    {**item.record.metadata, **facts, "captions": item.record.captions},
+                    {name: self._stored(array, name, item) for name, array in states[row].items()},
+                    {**item.record.metadata, **facts, **self._told(numbers), **captions},
                     latent_flip=None if flips is None else self._stored(flips[row], "mirrored latent", item),
                     picture=item.preview,
                     picture_format="webp",
+                    loss_mask=item.mask,
                 )
             except InputError as error:
                 self._leave_out(str(error))
                 continue
             yield sample
 
+    def _latents(self, batch: list[Item], *, mirrored: bool) -> list[Array]:
+        """The latents of samples; pictures of one shape are encoded together."""
+        alike: dict[Any, list[int]] = {}
+        for row, item in enumerate(batch):
+            alike.setdefault(row if item.pixels is None else item.pixels.shape, []).append(row)
+        found: dict[int, Array] = {}
+        for rows in alike.values():
+            latents = self.latents.latents([batch[row] for row in rows], mirrored=mirrored)
+            found |= dict(zip(rows, latents, strict=True))
+        return [found[row] for row in range(len(batch))]
+
+    def _told(self, numbers: dict[str, list[int]]) -> dict[str, Any]:
+        # An empty object says that there is no text because the network takes none.
+        return {NUMBERS: numbers} if numbers or not self.reading.text else {}
+
     def _stored(self, array: Array, what: str, item: Item) -> Array:
         with np.errstate(over="ignore"):
             stored = np.ascontiguousarray(array, dtype=self.dtype)
         place = item.record.place
-        largest = LARGEST_TEXT if what == "text" else LARGEST_LATENT
+        largest = LARGEST_LATENT if "latent" in what else LARGEST_TEXT
         if np.isfinite(array).all() and np.abs(array).max() > largest:
             raise InputError(
                 f"The {what} of {place} holds numbers larger than {largest:.0e}, which no shard is read with; scale "
@@ -241,3 +266,10 @@ class Assembly:
             "left_out": None,
             "versions": {name: version(name) for name in ("torch", "pillow")},
         }
+
+
+def _taken(height: int, width: int, to_height: int, to_width: int) -> Taken:
+    # As trainers tell it: resized so that it covers what is wanted, then the middle cut out.
+    scale = max(to_height / height, to_width / width)
+    corner = (round((height * scale - to_height) / 2), round((width * scale - to_width) / 2))
+    return Taken((height, width), (max(0, corner[0]), max(0, corner[1])))

@@ -19,6 +19,7 @@ from lightning_unlearn.preparation.tally import Tally
 # `a_0512x0768_sd.npz` is of a.png, which has 512 x 768 pixels. What lies in it is not scaled; training does that.
 _NAME = re.compile(r"(?P<stem>.+)_\d+x\d+_(?P<kind>sd|sdxl)\.npz")
 _FACTORS = {"sd": 0.18215, "sdxl": 0.13025}
+PIXELS_A_LATENT = 8
 
 
 class CachedLatents:
@@ -29,7 +30,7 @@ class CachedLatents:
         tally: Counts files that can't be used.
 
     Raises:
-        InputError: If there are none, or of two models, or of several shapes.
+        InputError: If there are none, or of two models.
     """
 
     def __init__(self, folder: Path, tally: Tally) -> None:
@@ -50,17 +51,11 @@ class CachedLatents:
             raise InputError(f"{folder} has no cached latents that can be read (*_sd.npz, *_sdxl.npz); name another.")
         if len(kinds) > 1:
             raise InputError(f"{folder} has cached latents of SD and of SDXL; leave those of one model there.")
-        if len(shapes) > 1:
-            held = ", ".join(f"{count} of {shape}" for shape, count in shapes.most_common(5))
-            raise InputError(
-                f"{folder} has cached latents of {len(shapes)} shapes ({held}), but samples of one run must have one "
-                "shape so far; move those of each shape, with their pictures, to a folder of their own."
-            )
         factor = _FACTORS[kinds.pop()]
         self.crop: tuple[int, int] | None = None
         self.mode = "RGB"
         self.rows: int | None = None
-        self.shape: tuple[int, ...] = next(iter(shapes))
+        self.shape: tuple[int, ...] = shapes.most_common(1)[0][0]
         self.factor = np.float32(factor)
         self.about: dict[str, Any] = {"space": "latent", "vae": "cached by kohya", "shift": [0.0], "factor": [factor]}
 
@@ -88,6 +83,24 @@ class CachedLatents:
         """See :class:`LatentSource`."""
         name = "latents_flipped" if mirrored else "latents"
         return np.stack([self._scaled(item, name) for item in items])
+
+    def numbers(self, item: Item) -> dict[str, list[int]]:
+        """See :class:`LatentSource`; the sizes that Stable Diffusion XL is told, height before width.
+
+        Args:
+            item: The sample.
+
+        Returns:
+            None where the cache does not say them.
+        """
+        arrays = _read(self._file(item.record))
+        if not {"original_size", "crop_ltrb"} <= arrays.keys():
+            return {}
+        (width, height), (left, top, *_) = (
+            arrays[name].astype(int).tolist() for name in ("original_size", "crop_ltrb")
+        )
+        target = [side * PIXELS_A_LATENT for side in arrays["latents"].shape[-2:]]
+        return {"original_size": [height, width], "crop_top_left": [top, left], "target_size": target}
 
     def _scaled(self, item: Item, name: str) -> Array:
         path = self._file(item.record)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from lightning_unlearn.errors import InputError
+from lightning_unlearn.preparation.buckets import BucketRule, Buckets
 
 Trainer = Literal["kohya", "simpletuner", "onetrainer", "ai-toolkit", "diffusers"]
 CaptionLines = Literal["each", "first", "joined"]
@@ -16,7 +17,7 @@ Exif = Literal["turn", "keep"]
 Alpha = Literal["white", "drop"]
 Crop = Literal["middle", "bucket"]
 Resize = Literal["bicubic", "kohya", "torchvision"]
-Masks = Literal["leave_out", "picture"]
+Masks = Literal["leave_out", "picture", "loss", "alpha"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,14 @@ class Choices:
         alpha: Whether what is transparent becomes white, or shows the colours that lie hidden in it.
         crop: Whether the middle of a picture is taken, or its bucket's shape.
         resize: The middle cut out, then bicubic; or the whole resized as a trainer does it, then cut.
-        masks: Whether files called as masks are left out, or are pictures.
+        buckets: Whose rule says which bucket's shape a picture gets.
+        bucket_step: Sides of buckets are multiples of it.
+        bucket_shortest: Shortest side of buckets, in kohya's trainer.
+        bucket_longest: Longest side, likewise.
+        caption_dropout: Share of the steps in which training had the empty caption in place of a sample's own.
+        masks: Whether files called as masks are left out, or are pictures, or say where the loss was; or whether
+            transparency says it.
+        mask_folder: Where masks are that don't lie beside pictures, each called as its picture.
         picture_kinds: Suffixes of pictures, with commas; ``None`` takes all that can be read.
     """
 
@@ -49,8 +57,31 @@ class Choices:
     alpha: Alpha = "white"
     crop: Crop = "middle"
     resize: Resize = "bicubic"
+    buckets: BucketRule = "kohya"
+    bucket_step: int = 64
+    bucket_shortest: int = 256
+    bucket_longest: int = 1024
+    caption_dropout: float = 0.0
     masks: Masks = "leave_out"
+    mask_folder: str | None = None
     picture_kinds: str | None = None
+
+    def bucket(self, network: tuple[int, int], height: int, width: int) -> tuple[int, int]:
+        """The shape to which a picture is brought.
+
+        Args:
+            network: ``(height, width)`` that a network was trained on.
+            height: The picture's.
+            width: The picture's.
+
+        Returns:
+            ``(height, width)``; the network's, if there are no buckets.
+        """
+        if self.crop != "bucket":
+            return network
+        side = (network[0] * network[1]) ** 0.5
+        of = Buckets(self.buckets, side, self.bucket_step, self.bucket_shortest, self.bucket_longest)
+        return of.shape_of(height, width)
 
     def as_json(self) -> dict[str, Any]:
         """The choices for a manifest."""
@@ -71,8 +102,20 @@ _RULES: dict[str, dict[str, Any]] = {
         "masks": "picture",
         "picture_kinds": ".png,.jpg,.jpeg,.webp,.bmp,.avif,.jxl",
     },
-    "simpletuner": {"caption_for": "missing", "crop": "bucket", "masks": "picture", "repeats": "none"},
-    "onetrainer": {"caption_for": "missing", "crop": "bucket", "repeats": "none", "caption_suffix": ".txt"},
+    "simpletuner": {
+        "caption_for": "missing",
+        "crop": "bucket",
+        "buckets": "simpletuner",
+        "masks": "picture",
+        "repeats": "none",
+    },
+    "onetrainer": {
+        "caption_for": "missing",
+        "crop": "bucket",
+        "buckets": "onetrainer",
+        "repeats": "none",
+        "caption_suffix": ".txt",
+    },
     "ai-toolkit": {
         "caption_lines": "joined",
         "caption_suffix": ".txt",
@@ -80,6 +123,7 @@ _RULES: dict[str, dict[str, Any]] = {
         "missing_caption": "default_file",
         "alpha": "drop",
         "crop": "bucket",
+        "buckets": "ai-toolkit",
         "masks": "picture",
         "repeats": "none",
     },
@@ -88,17 +132,23 @@ _RULES: dict[str, dict[str, Any]] = {
 
 # What a trainer did that can't be told from its folder, or can't be followed.
 _NOT_FOLLOWED: dict[str, tuple[str, ...]] = {
-    "kohya": ("caption dropout, shuffled tags and random crops are not followed", "reg pictures are not balanced"),
+    "kohya": (
+        "shuffled tags and random crops are not followed, nor is caption dropout unless caption_dropout says it",
+        "reg pictures are not balanced",
+    ),
     "simpletuner": (
         "of several lines one was drawn at a time, and all are scored",
         "what it made of transparency is not known here, and is white",
+        "its versions round buckets differently, and each side is brought to the nearest multiple here",
     ),
     "onetrainer": (
         "of several lines one was drawn at a time, and all are scored",
         "what it made of transparency is not known here, and is white",
-        "a loss on masks is not followed",
+        "a loss on masks is followed with masks=loss alone, and then nothing of what lies outside counts",
     ),
-    "ai-toolkit": ("a trigger word, caption dropout and shuffled tags are not followed",),
+    "ai-toolkit": (
+        "a trigger word and shuffled tags are not followed, nor is caption dropout unless caption_dropout says it",
+    ),
     "diffusers": ("crops are random there without --center_crop, and are the middle here",),
 }
 
@@ -114,7 +164,7 @@ def choose(like: str | None, **single: Any) -> tuple[Choices, list[str]]:
         The choices, and a clause on each thing of the trainer's that is not followed.
 
     Raises:
-        InputError: If the trainer is not known.
+        InputError: If the trainer is not known, or a number is out of range.
     """
     if like is not None and like not in _RULES:
         raise InputError(f"like={like!r} is none of {', '.join(get_args(Trainer))}; name one, or make each choice.")
@@ -124,5 +174,13 @@ def choose(like: str | None, **single: Any) -> tuple[Choices, list[str]]:
     for name in ("caption_suffix",):
         if name in chosen:
             chosen[name] = "." + chosen[name].lstrip(".")
+    if not 0 <= chosen.get("caption_dropout", 0) < 1:
+        raise InputError(f"caption_dropout must be from 0 on and below 1, but is {chosen['caption_dropout']}.")
+    shortest, longest = chosen.get("bucket_shortest", 256), chosen.get("bucket_longest", 1024)
+    if min(chosen.get("bucket_step", 1), shortest) < 1 or shortest > longest:
+        raise InputError(
+            f"Buckets need a bucket_step from 1 on, and a bucket_shortest ({shortest}) not above bucket_longest "
+            f"({longest})."
+        )
     choices = Choices(**{**_RULES.get(like or "", {}), **chosen})
     return choices, list(_NOT_FOLLOWED.get(like or "", ()))

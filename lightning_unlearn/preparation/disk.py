@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ def size_on_disk(
     samples: int,
     captions: int,
     latent_shape: Sequence[int],
-    text_shape: Sequence[int],
+    text_shapes: Mapping[str, Sequence[int]],
     dtype: str,
     flips: bool,
     picture_size: int,
@@ -32,7 +32,7 @@ def size_on_disk(
         samples: How many there are.
         captions: How many captions they have together.
         latent_shape: Of one sample.
-        text_shape: Of one caption, ``(tokens, dim)``.
+        text_shapes: Of what is stored of each caption, by name; ``text`` is ``(tokens, dim)``.
         dtype: Of both.
         flips: Whether there are latents of the mirrored pictures.
         picture_size: Longer side of the pictures for people; 0 for none.
@@ -42,7 +42,8 @@ def size_on_disk(
     """
     width = np.dtype(dtype).itemsize
     latent = _member(_NPY_HEADER + width * math.prod(latent_shape))
-    text = samples * (_BLOCK + _NPY_HEADER + _BLOCK // 2) + captions * width * math.prod(text_shape)
+    numbers = sum(math.prod(shape) for shape in text_shapes.values())
+    text = samples * len(text_shapes) * (_BLOCK + _NPY_HEADER + _BLOCK // 2) + captions * width * numbers
     picture = _member(round(picture_size**2 * _PREVIEW_BYTES_PER_PIXEL)) if picture_size else 0
     return samples * (latent * (1 + flips) + picture + _member(_BLOCK // 2)) + text
 

@@ -16,6 +16,19 @@ Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
+class Taken:
+    """What was taken of a picture.
+
+    Attributes:
+        original: ``(height, width)`` of all of it.
+        corner: ``(top, left)`` of what was cut out, after it was resized.
+    """
+
+    original: tuple[int, int]
+    corner: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class Item:
     """One sample on its way to a shard.
 
@@ -24,12 +37,16 @@ class Item:
         record: What is known of it.
         pixels: ``(channels, height, width)`` float32 in [-1, 1]; ``None`` where latents are ready.
         preview: An encoded picture for people to look at, if there is one.
+        taken: Which part of the picture the pixels are.
+        mask: Where training had its loss, an encoded picture.
     """
 
     index: int
     record: Record
     pixels: Array | None = None
     preview: bytes | None = None
+    taken: Taken | None = None
+    mask: bytes | None = None
 
 
 class LatentSource(Protocol):
@@ -57,6 +74,10 @@ class LatentSource(Protocol):
         """Latents ``(B, C, H, W)`` of ``B`` samples' pictures, or of their mirror images."""
         ...
 
+    def numbers(self, item: Item) -> dict[str, list[int]]:
+        """What a network is told of a picture in numbers, by name."""
+        ...
+
 
 class TextSource(Protocol):
     """Gives the text states of samples.
@@ -64,19 +85,19 @@ class TextSource(Protocol):
     Attributes:
         rows: How many samples it has text for, if it is ready.
         captions: How many captions each of these has.
-        shape: Of one caption, ``(tokens, dim)``.
+        shapes: Name to the shape for one caption; ``text`` is ``(tokens, dim)``.
         cut: Captions that were longer than what is read of them; the first of these, and how many.
         about: What the manifest says of it.
     """
 
     rows: int | None
     captions: int | None
-    shape: tuple[int, ...]
+    shapes: dict[str, tuple[int, ...]]
     cut: Tally
     about: dict[str, Any]
 
-    def states(self, items: Sequence[Item]) -> list[Array]:
-        """Text states of ``B`` samples, each ``(captions, tokens, dim)``."""
+    def states(self, items: Sequence[Item]) -> list[dict[str, Array]]:
+        """The conditions of ``B`` samples by name; ``text`` is ``(captions, tokens, dim)``."""
         ...
 
 
@@ -117,12 +138,19 @@ class PixelLatents:
         """See :class:`LatentSource`."""
         return stack_pixels(items, mirrored=mirrored)
 
+    def numbers(self, item: Item) -> dict[str, list[int]]:
+        """See :class:`LatentSource`; none."""
+        return {}
+
+
+_LATENTS = "(N, C, H, W) or (N, C, F, H, W)"
+
 
 class ReadyLatents:
     """Latents that someone made before, read from the disk as they are needed.
 
     Args:
-        path: An ``.npy`` file ``(N, C, H, W)``.
+        path: An ``.npy`` file ``(N, C, H, W)``, or ``(N, C, F, H, W)`` of videos.
         path_flip: Those of the mirrored pictures.
 
     Raises:
@@ -130,9 +158,9 @@ class ReadyLatents:
     """
 
     def __init__(self, path: str, path_flip: str | None) -> None:
-        self.sides = {False: _open_array(path, (4,), "(N, C, H, W)")}
+        self.sides = {False: open_array(path, (4, 5), _LATENTS)}
         if path_flip is not None:
-            self.sides[True] = _open_array(path_flip, (4,), "(N, C, H, W)")
+            self.sides[True] = open_array(path_flip, (4, 5), _LATENTS)
             if self.sides[True].shape != self.sides[False].shape:
                 raise InputError(
                     f"{path_flip} {self.sides[True].shape} and {path} {self.sides[False].shape} differ in shape; "
@@ -152,6 +180,10 @@ class ReadyLatents:
         """See :class:`LatentSource`."""
         return np.stack([self.sides[mirrored][item.index] for item in items])
 
+    def numbers(self, item: Item) -> dict[str, list[int]]:
+        """See :class:`LatentSource`; none."""
+        return {}
+
 
 class ReadyText:
     """Text states that someone made before, read from the disk as they are needed.
@@ -164,20 +196,33 @@ class ReadyText:
     """
 
     def __init__(self, path: str) -> None:
-        array = _open_array(path, (3, 4), "(N, captions, tokens, dim) or (N, tokens, dim)")
+        array = open_array(path, (3, 4), "(N, captions, tokens, dim) or (N, tokens, dim)")
         self.array = array if array.ndim == 4 else array[:, None]  # (N, captions, tokens, dim)
         self.rows: int | None = len(array)
         self.captions: int | None = self.array.shape[1]
-        self.shape: tuple[int, ...] = self.array.shape[2:]
+        self.shapes: dict[str, tuple[int, ...]] = {"text": self.array.shape[2:]}
         self.cut = Tally()
         self.about: dict[str, Any] = {"encoder": "ready array"}
 
-    def states(self, items: Sequence[Item]) -> list[Array]:
+    def states(self, items: Sequence[Item]) -> list[dict[str, Array]]:
         """See :class:`TextSource`."""
-        return [self.array[item.index] for item in items]
+        return [{"text": self.array[item.index]} for item in items]
 
 
-def _open_array(path: str, dimensions: tuple[int, ...], form: str) -> Array:
+def open_array(path: str, dimensions: tuple[int, ...], form: str) -> Array:
+    """An array on the disk, of which only what is asked for is read.
+
+    Args:
+        path: An ``.npy`` file.
+        dimensions: How many it may have.
+        form: What these are, for messages.
+
+    Returns:
+        The array, of floating point numbers.
+
+    Raises:
+        InputError: If it can't be read, or is another.
+    """
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:

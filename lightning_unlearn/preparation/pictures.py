@@ -12,8 +12,6 @@ from lightning_unlearn.preparation.choices import Choices
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-EXIF_ORIENTATION = 0x0112
-
 
 def open_picture(source: Path | bytes, place: str, mode: str, choices: Choices) -> Image:
     """Read a picture whole.
@@ -53,26 +51,6 @@ def open_picture(source: Path | bytes, place: str, mode: str, choices: Choices) 
         raise InputError(
             f"{place} can't be read as a picture ({reason}); replace it, or leave it out with on_bad_sample=skip."
         ) from None
-
-
-def picture_size(source: Path | bytes, choices: Choices) -> tuple[int, int] | None:
-    """The size of a picture, from its header alone.
-
-    Args:
-        source: The file, or its bytes.
-        choices: Whether it is turned.
-
-    Returns:
-        ``(width, height)``; ``None`` if it can't be read.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
-            turned = choices.exif == "turn" and file.getexif().get(EXIF_ORIENTATION, 1) >= 5
-            return (file.height, file.width) if turned else file.size
-    except Exception:  # decoders raise nearly anything at damaged files
-        return None
 
 
 def crop_middle(picture: Image, height: int, width: int) -> Image:

@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 from tqdm.auto import tqdm
 
-from lightning_unlearn.data.shards import MANIFEST, ShardInfo
+from lightning_unlearn.data.shards import ShardInfo
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import digest
 from lightning_unlearn.preparation.adapter_options import options_of_adapter
 from lightning_unlearn.preparation.assembly import Assembly
+from lightning_unlearn.preparation.buckets import BucketRule
 from lightning_unlearn.preparation.choices import (
     Alpha,
     CaptionFor,
@@ -28,9 +29,10 @@ from lightning_unlearn.preparation.choices import (
     Trainer,
     choose,
 )
+from lightning_unlearn.preparation.output_folder import at_least, check_output
 from lightning_unlearn.preparation.records import Reading
 from lightning_unlearn.preparation.shard_by_shard import tars_of, write_shard_by_shard
-from lightning_unlearn.preparation.sources import device_called, latent_source, text_source
+from lightning_unlearn.preparation.sources import device_called, latent_source, needs_of, text_source
 from lightning_unlearn.preparation.survey import Survey
 from lightning_unlearn.preparation.tally import Tally
 from lightning_unlearn.preparation.text_changes import TextChanges
@@ -43,6 +45,8 @@ def prepare(
     size: int | None = None,
     grey: bool = False,
     text_encoder: str | None = None,
+    image_states: str | None = None,
+    class_labels: str | None = None,
     tokens: int | None = None,
     latents: str | None = None,
     latents_flip: str | None = None,
@@ -59,12 +63,18 @@ def prepare(
     caption_lines: CaptionLines | None = None,
     caption_suffix: str | None = None,
     missing_caption: MissingCaption | None = None,
+    caption_dropout: float | None = None,
     repeats: Repeats | None = None,
     exif: Exif | None = None,
     alpha: Alpha | None = None,
     crop: Crop | None = None,
+    buckets: BucketRule | None = None,
+    bucket_step: int | None = None,
+    bucket_shortest: int | None = None,
+    bucket_longest: int | None = None,
     resize: Resize | None = None,
     masks: Masks | None = None,
+    mask_folder: str | None = None,
     picture_kinds: str | None = None,
     image_column: str | None = None,
     caption_column: str | None = None,
@@ -95,15 +105,21 @@ def prepare(
             them (10_sks dog); a folder with a metadata.csv, .jsonl or .parquet, or such a table; a Hugging Face data
             set on the disk; or tars as img2dataset writes them (braces stand for several: laion/{00000..00099}.tar),
             which become a shard each. Columns that have no meaning here go into the samples' json.
-        pipeline: Folder of a diffusers pipeline (save_pretrained) with an AutoencoderKL and one CLIP text encoder.
+        pipeline: Folder of a diffusers pipeline (save_pretrained); its own text encoders and VAE are used as it uses
+            them. One without a VAE works on pixels.
         size: Side of the square pictures in pixels; with a pipeline by default what its network was trained on.
         grey: One channel instead of three, for a network that works on pixels.
         text_encoder: Folder of a transformers encoder with its tokenizer; states of padding are set to zero. With a
             pipeline, one without a tokenizer (checkpoint-500/text_encoder) takes the place of the pipeline's own.
-        tokens: Length that captions are padded or cut to for text_encoder; by default what its tokenizer says.
-        latents: Ready latents, an .npy file (N, C, H, W), shifted and scaled as the network was trained on them, a row
-            for each sample in their order (see text); or a folder with *_sd.npz or *_sdxl.npz that kohya's trainer
-            cached, which are scaled as it does.
+        image_states: Ready states of pictures for a network that takes them in the place of text (Kandinsky 2.2), an
+            .npy file (N, dim), a row for each sample in their order.
+        class_labels: Column with the number of each picture's class, for a network that takes classes. Pictures for
+            networks without text need no captions.
+        tokens: Length that captions are padded or cut to for text_encoder, or for a pipeline that lets one choose; by
+            default what its tokenizer says, or what the pipeline takes.
+        latents: Ready latents, an .npy file (N, C, H, W) or (N, C, F, H, W), shifted and scaled as the network was
+            trained on them, a row for each sample in their order (see text); or a folder with *_sd.npz or *_sdxl.npz
+            that kohya's trainer cached, which are scaled as it does.
         latents_flip: Ready latents of the mirrored pictures.
         text: Ready text states, an .npy file (N, captions, tokens, dim), or (N, tokens, dim) for one caption each. Row
             by row they go with the samples: of a folder in the order of sorted(paths) within it (a10.png before
@@ -124,13 +140,21 @@ def prepare(
         caption_suffix: Of caption files; by default .txt or .caption, whichever is there.
         missing_caption: What a sample without a caption gets: an error (by default), the empty caption, what its
             folder's name says after the number of repeats, or what default.txt in its folder says.
+        caption_dropout: Share of the steps in which training had the empty caption in place of a sample's own; both are
+            stored, with these weights.
         repeats: Whether a folder's number of repeats becomes the weight in its samples' json; by default if all folders
             have one, which then also name the samples that are missing a caption.
         exif: Turn pictures as their EXIF orientation says (by default), or keep them.
         alpha: Lay transparent pictures over white (by default), or drop transparency and show the colours beneath.
-        crop: Take the middle of pictures (by default), or refuse those that would lie in a bucket of another shape.
+        crop: Take the middle of pictures (by default), or bring each to the shape of its bucket.
+        buckets: Whose rule says which bucket that is; by default kohya's, or that of `like`.
+        bucket_step: Sides of buckets are multiples of it; by default 64.
+        bucket_shortest: Shortest side of buckets in kohya's trainer (min_bucket_reso); by default 256.
+        bucket_longest: Longest side likewise (max_bucket_reso); by default 1024.
         resize: As we do (bicubic), or as kohya's trainer or torchvision's Resize does.
-        masks: Leave files called as masks out (by default), or take them for pictures.
+        masks: Leave files called as masks out (by default), take them for pictures, or for where training had its loss
+            (loss: a-masklabel.png beside a.png, or see mask_folder; alpha: a picture's transparency).
+        mask_folder: Folder of masks, white where the loss was, each called as its picture; with masks=loss.
         picture_kinds: Suffixes of the pictures to take, with commas; by default all.
         image_column: Column with pictures or their paths; by default file_name, or a data set's one column of pictures.
         caption_column: Column, or name in a tar's json, with captions; by default captions, caption or text.
@@ -152,8 +176,8 @@ def prepare(
     Raises:
         InputError: If settings don't fit together, an input is missing or malformed, or the output is done already.
     """
-    _at_least(1, size=size, tokens=tokens, samples_per_shard=samples_per_shard, batch_size=batch_size, count=count)
-    _at_least(0, picture_size=picture_size, index=index)
+    at_least(1, size=size, tokens=tokens, samples_per_shard=samples_per_shard, batch_size=batch_size, count=count)
+    at_least(0, picture_size=picture_size, index=index)
     cached = latents is not None and Path(latents).expanduser().is_dir()
     tars = tars_of(images)
     for applies, sentence in (
@@ -164,7 +188,10 @@ def prepare(
             not (latents or pipeline or size),
             "Say where latents come from: `pipeline`, `size` for pixels, or `latents`.",
         ),
-        (not (text or text_encoder or pipeline), "Say where text comes from: `pipeline`, `text_encoder`, or `text`."),
+        (
+            not (text or text_encoder or image_states or class_labels or pipeline),
+            "Say where text comes from: `pipeline`, `text_encoder`, or `text`.",
+        ),
         (text and text_encoder, "Text comes from `text` or from `text_encoder`; leave one of them out."),
         (pipeline and latents and (text or text_encoder), "Latents and text are from elsewhere; leave `pipeline` out."),
         (latents_flip and not latents, "`latents_flip` goes with `latents`; name both, or set `flips` instead."),
@@ -177,10 +204,16 @@ def prepare(
         (cached and images is None, "Cached latents go with the pictures beside them; name `images`."),
         (vae_sample != "mean" and (latents or not pipeline), "`vae_sample` is for a pipeline's VAE; leave it out."),
         (pipeline and grey, "`grey` is for pixels, and a pipeline's VAE has channels of its own; leave one out."),
-        (tokens and not text_encoder, "`tokens` is for a `text_encoder`; name one, or leave it out."),
+        (image_states and (text or text_encoder), "A network takes `image_states` or text; leave one of them out."),
+        (tokens and not (text_encoder or pipeline), "`tokens` is for a `text_encoder`; name one, or leave it out."),
         (tars and (latents or text), "Ready arrays don't go with tars of pictures; leave them out."),
         (count > 1 and not tars, "`index` and `count` deal out tars; name several as `images`, or leave them out."),
         (index >= count, f"`index` must be below `count`, which is {count}, but is {index}."),
+        (mask_folder and masks != "loss", "`mask_folder` is of masks that say where the loss was; set masks=loss."),
+        (
+            mask_folder and not Path(mask_folder).expanduser().is_dir(),
+            f"There is no folder of masks at {mask_folder}; name one.",
+        ),
         (caption_for and caption is None, "`caption_for` says whose `caption` is; name one, or leave it out."),
     ):
         if applies:
@@ -195,12 +228,18 @@ def prepare(
         exif=exif,
         alpha=alpha,
         crop=crop,
+        caption_dropout=caption_dropout,
+        buckets=buckets,
+        bucket_step=bucket_step,
+        bucket_shortest=bucket_shortest,
+        bucket_longest=bucket_longest,
         resize=resize,
         masks=masks,
+        mask_folder=mask_folder,
         picture_kinds=picture_kinds,
     )
     folder = Path(output).expanduser()
-    _check_output(folder, overwrite)
+    check_output(folder, overwrite)
     if not_followed:
         tqdm.write(f"like={like}: {'; '.join(not_followed)}.", file=sys.stderr)
     place = device_called(device)
@@ -211,13 +250,18 @@ def prepare(
     tally = Tally()
     latents_from = latent_source(latents, latents_flip, pipeline, size, grey, vae_sample, seed, place, tally)
     changes = TextChanges(adapter, tuple(token.split(",")) if token else ())
-    text_from = text_source(text, text_encoder, tokens, pipeline, place, batch_size, changes)
-    reading = Reading(images is not None, key, image_column, caption_column, caption, split, choices, tally)
+    text_from = text_source(text, text_encoder, image_states, tokens, pipeline, place, batch_size, changes)
+    if pipeline and "class_label" in (needs_of(Path(pipeline).expanduser()) or {}) and class_labels is None:
+        raise InputError(f"The network in {pipeline} takes classes; name their column with `class_labels`.")
+    given_text = "text" in text_from.shapes
+    reading = Reading(images is not None, key, image_column, caption_column, caption, split, choices, tally, given_text)
 
     def assembly(source: str) -> Assembly:
         return Assembly(
             # What is not taken is counted for each tar alone.
-            Survey(source, replace(reading, tally=Tally() if tars else tally), latents_from, text_from, skip=skip),
+            Survey(
+                source, replace(reading, tally=Tally() if tars else tally), latents_from, text_from, skip, class_labels
+            ),
             mirrored=flips or latents_flip is not None,
             dtype=dtype,
             picture_size=picture_size,
@@ -229,39 +273,8 @@ def prepare(
     if not tars:
         return assembly(str(Path(str(images or captions)).expanduser())).write(folder, samples_per_shard)
     how: list[Any] = [reading.key, caption_column, caption, flips, dtype, picture_size, skip, choices.as_json()]
-    how += [latents_from.about, latents_from.shape, text_from.about]
+    how += [latents_from.about, latents_from.shape, text_from.about, class_labels]
     settings = digest(json.dumps(how, sort_keys=True))
     return write_shard_by_shard(
         tars, assembly, folder, settings=settings, index=index, count=count, overwrite=overwrite
     )
-
-
-def _check_output(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder that can't take shards, or has them.
-
-    Args:
-        folder: Where shards are to go; made if it is not there.
-        overwrite: Whether shards that are there may be replaced.
-
-    Raises:
-        InputError: If it is refused.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"The folder {folder} can't be made ({error.strerror}); choose another output.") from None
-    if (folder / MANIFEST).exists() and not overwrite:
-        try:
-            shards = json.loads((folder / MANIFEST).read_bytes())["shards"]
-            done = f"{sum(shard['samples'] for shard in shards)} samples in {len(shards)} shards"
-        except (ValueError, KeyError, TypeError):
-            done = "a manifest"
-        raise InputError(
-            f"{folder} is done already: it holds {done}; use them, choose another output, or set overwrite=true."
-        )
-
-
-def _at_least(least: int, **settings: int | None) -> None:
-    for name, value in settings.items():
-        if value is not None and value < least:
-            raise InputError(f"`{name}` must be at least {least}, but is {value}.")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lightning_unlearn.data.weights import CAPTION_WEIGHTS
 from lightning_unlearn.preparation.choices import Choices
 from lightning_unlearn.preparation.tally import Tally
 
@@ -59,6 +60,7 @@ class Reading:
         split: Of a Hugging Face data set.
         choices: What trainers do differently.
         tally: What is not taken.
+        text: Whether the network is given text, so that a sample needs a caption.
     """
 
     pictures: bool = True
@@ -69,6 +71,7 @@ class Reading:
     split: str | None = None
     choices: Choices = field(default_factory=Choices)
     tally: Tally = field(default_factory=Tally)
+    text: bool = True
 
     def settled(self, captions: list[str], folder: str | None = None) -> list[str]:
         """The captions that a sample gets, where it was found with these.
@@ -84,9 +87,30 @@ class Reading:
             return [self.caption]
         if not captions and self.choices.missing_caption == "folder" and folder:
             return [folder]
-        if not captions and self.choices.missing_caption != "error":
+        if not captions and (self.choices.missing_caption != "error" or not self.text):
             return [""]
         return captions
+
+
+def dropped_captions(record: Record, dropout: float) -> Record:
+    """A sample as training saw its captions, of which it dropped a share for the empty one.
+
+    Args:
+        record: The sample.
+        dropout: The share.
+
+    Returns:
+        With the empty caption beside its own, and the weights of both.
+    """
+    if not dropout or not record.captions or record.captions == [""]:
+        return record
+    shares = record.metadata.get(CAPTION_WEIGHTS) or [1.0] * len(record.captions)
+    weights = [(1 - dropout) * share / sum(shares) for share in shares]
+    return replace(
+        record,
+        captions=[*record.captions, ""],
+        metadata={**record.metadata, CAPTION_WEIGHTS: [*weights, dropout]},
+    )
 
 
 def captions_of_cell(value: Any) -> list[str]:

@@ -10,6 +10,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from braceexpand import braceexpand
 from tqdm.auto import tqdm
 
 from lightning_unlearn.data.files import write_atomically
+from lightning_unlearn.data.groups import groups_from_json
 from lightning_unlearn.data.shards import MANIFEST, ShardInfo, write_manifest
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.preparation.assembly import UNFINISHED, Assembly
@@ -98,7 +100,12 @@ def write_shard_by_shard(
             tqdm.write(f"{len(left)} of {len(mine)} tars are to be made; if all are as {tar.name}: {told}", sys.stderr)
         _write_one(tar, assembly, samples, folder, settings)
     done = {tar: record for tar in tars if (record := _record(tar, folder)) is not None}
-    shards = [ShardInfo(str(folder / f"{shard_name(tar)}.tar"), *_facts(record)) for tar, record in done.items()]
+    shards = [
+        ShardInfo(
+            str(folder / f"{shard_name(tar)}.tar"), *_facts(record), groups=groups_from_json(record.get("groups"))
+        )
+        for tar, record in done.items()
+    ]
     if len(done) == len(tars):
         write_manifest(folder, shards, _together(list(done.values())))
     else:
@@ -114,6 +121,7 @@ def _write_one(tar: Path, assembly: Assembly, samples: int, folder: Path, settin
         (folder / DONE / f"{name}.json").unlink(missing_ok=True)
         (shard,) = assembly.encode(samples, unfinished, name, max(1, samples))
         record = {**json.loads((unfinished / MANIFEST).read_bytes()), "source": _source(tar), "settings": settings}
+        record["groups"] = [asdict(group) for group in shard.groups]  # a manifest of one form says nothing of it
         Path(shard.url).replace(folder / f"{name}.tar")
         write_atomically(folder / DONE / f"{name}.json", json.dumps(record, ensure_ascii=False).encode())
     except OSError as error:
@@ -132,6 +140,7 @@ def _record(tar: Path, folder: Path) -> dict[str, Any] | None:
     try:
         record = json.loads(path.read_bytes())
         _facts(record)
+        groups_from_json(record.get("groups"))
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None  # what was damaged is made again
     return dict(record) if (folder / f"{shard_name(tar)}.tar").is_file() else None
@@ -160,7 +169,9 @@ def _together(records: list[dict[str, Any]]) -> dict[str, Any]:
     for entry in (entry for record in records for entry in record["left_out"]["counts"]):
         sum_ = counts.setdefault(entry["what"], {**entry, "count": 0})
         sum_["count"] += entry["count"]
-    about = {name: value for name, value in records[0].items() if name not in {"shards", "source", "settings"}}
+    about = {
+        name: value for name, value in records[0].items() if name not in {"shards", "source", "settings", "groups"}
+    }
     about["skipped"] = sum(record["skipped"] for record in records)
     faults = [fault for record in records for fault in record["left_out"]["faults"]]
     return {**about, "left_out": {"faults": faults[:100], "counts": list(counts.values())}}

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from tqdm.auto import tqdm
 
+from lightning_unlearn.data.weights import caption_weights_of, weight_of
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.preparation.inputs import LatentSource, TextSource
 from lightning_unlearn.preparation.layouts import read_records
-from lightning_unlearn.preparation.pictures import picture_size
-from lightning_unlearn.preparation.records import SKIP, Reading, Record
+from lightning_unlearn.preparation.other_conditions import CLASS_LABEL, class_of
+from lightning_unlearn.preparation.records import SKIP, Reading, Record, dropped_captions
 from lightning_unlearn.preparation.tally import Tally
 
 
@@ -27,6 +27,7 @@ class Survey:
         latents: Where latents come from.
         text: Where text states come from.
         skip: Whether bad samples are left out and counted, instead of being an error.
+        class_labels: Column with the number of each sample's class, if the network takes one.
     """
 
     source: str
@@ -34,6 +35,7 @@ class Survey:
     latents: LatentSource
     text: TextSource
     skip: bool
+    class_labels: str | None = None
 
     def take(self) -> tuple[int, int]:
         """Look at all samples without reading their pictures whole.
@@ -46,7 +48,6 @@ class Survey:
         """
         samples = captions = 0
         first = last = ""
-        shapes = Counter[str]()
         for record, fault in self.records(self.reading.tally):
             samples += 1
             first, last = first or record.key, record.key
@@ -55,8 +56,6 @@ class Survey:
                     raise InputError(fault)
                 continue
             captions += len(record.captions)
-            if self.reading.choices.crop == "bucket":
-                shapes[self._other_shape(record)] += 1
         if samples == 0:
             lines = "".join(f" ({line})" for line in self.reading.tally.lines())
             raise InputError(
@@ -71,7 +70,6 @@ class Survey:
             if rows is not None:  # another order has as many rows, and only a person can see it
                 said = f"Row 0 of the ready {what} is taken for the sample {first!r}, row {rows - 1} for {last!r}."
                 tqdm.write(said, file=sys.stderr)
-        self._refuse_buckets(shapes)
         return samples, captions
 
     def records(self, tally: Tally) -> Iterator[tuple[Record, str | None]]:
@@ -86,14 +84,15 @@ class Survey:
         keys: set[str] = set()
         for record in read_records(self.source, replace(self.reading, tally=tally)):
             if record.key in keys:
-                fault = (
+                twice = (
                     f"Two samples have the key {record.key!r}, the second in {record.place}; "
                     f"rename one, name a column of unique keys with `key`, or {SKIP}."
                 )
-                yield record, fault
+                yield record, twice
                 continue
             keys.add(record.key)
-            yield record, self._fault(record)
+            fault = self._fault(record)
+            yield dropped_captions(record, self.reading.choices.caption_dropout), fault
 
     def _fault(self, record: Record) -> str | None:
         if record.fault is not None:
@@ -104,26 +103,24 @@ class Survey:
                 "for each sample; they must agree."
             )
         try:
+            weight_of(record.metadata, record.place)
+            caption_weights_of(record.metadata, len(record.captions), record.place)
             self.latents.facts(record)
+            self.classes(record)
         except InputError as error:
             return str(error)
         return None
 
-    def _other_shape(self, record: Record) -> str:
-        """The shape of a picture that is not the network's; nothing where it is, or can't be known."""
-        if self.latents.crop is None or record.picture is None:
-            return ""
-        size = picture_size(record.picture, self.reading.choices)
-        height, width = self.latents.crop
-        return "" if size is None or size[0] * height == size[1] * width else f"{size[0]}x{size[1]}"
+    def classes(self, record: Record) -> dict[str, list[int]]:
+        """The class of a sample, where the network takes one.
 
-    def _refuse_buckets(self, shapes: Counter[str]) -> None:
-        others = {shape: count for shape, count in shapes.most_common() if shape}
-        if others:
-            named = ", ".join(f"{count} of {shape}" for shape, count in list(others.items())[:3])
-            height, width = self.latents.crop or (0, 0)
-            raise InputError(
-                f"{sum(others.values())} of {sum(shapes.values())} pictures in {self.source} have not the proportions "
-                f"of {width}x{height} ({named}): they were trained on in buckets of other shapes, which samples can't "
-                "have yet; say crop=middle to take their middle instead, or give latents that the trainer cached."
-            )
+        Args:
+            record: The sample.
+
+        Returns:
+            Name to number.
+
+        Raises:
+            InputError: If it has none.
+        """
+        return {} if self.class_labels is None else {CLASS_LABEL: [class_of(record, self.class_labels)]}

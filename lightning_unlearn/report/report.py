@@ -175,7 +175,8 @@ def _render(
         rule=run.get("rule"),
         errors=table.errors is not None,
         shared=views.get("noise") == "shared",
-        method=run.get("method", {}).get("method"),
+        # As a person named it; earlier runs only say what tables call it.
+        method=run.get("method_class", run.get("method", {}).get("method")),
         race=outcome(run["race"], "set" if sets else "query") if "race" in run else None,
         run=run,
         settings={

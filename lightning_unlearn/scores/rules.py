@@ -1,7 +1,7 @@
 """Score rules: how a sample's losses before and after become its score.
 
-A rule gives every view a value; what follows is the same for all of them. Values are averaged over captions and draws,
-and of the two flips the larger or the mean is taken.
+A rule gives every view a value; what follows is the same for all of them. Values are averaged over captions, by their
+shares in training where these differ, and over draws, and of the two flips the larger or the mean is taken.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def ratio(base: Tensor, unlearned: Tensor) -> Tensor:
 RULES: dict[str, Rule] = {"difference": difference, "ratio": ratio}
 
 
-def score(rule: str, base: Tensor, unlearned: Tensor, flips: Flips = "max") -> Tensor:
+def score(
+    rule: str, base: Tensor, unlearned: Tensor, flips: Flips = "max", shares: Sequence[Sequence[float]] | None = None
+) -> Tensor:
     """Scores of a batch: a rule's values, averaged over captions and draws, then the larger or the mean of both flips.
 
     Args:
@@ -65,17 +67,41 @@ def score(rule: str, base: Tensor, unlearned: Tensor, flips: Flips = "max") -> T
         base: ``(B, flips, captions, draws)``.
         unlearned: ``(Q, B, flips, captions, draws)``.
         flips: Which of the flips is taken: ``max`` as in Wang et al. (Appendix B), or ``mean``.
+        shares: Of each sample, those of its captions in training; ``None`` if all are alike.
 
     Returns:
         ``(B, Q)``.
     """
-    return _over_views(RULES[rule](base, unlearned), flips)
+    return _over_views(RULES[rule](base, unlearned), flips, shares)
 
 
-def _over_views(values: Tensor, flips: Flips) -> Tensor:
+def _over_views(values: Tensor, flips: Flips, shares: Sequence[Sequence[float]] | None) -> Tensor:
     """``(Q, B, flips, captions, draws)`` to ``(B, Q)``."""
-    sides = values.nanmean((-2, -1))  # (Q, B, flips)
+    # (Q, B, flips)
+    sides = values.nanmean((-2, -1)) if shares is None else over_captions(values, shares).mean(-1)
     return (sides.amax(-1) if flips == "max" else sides.mean(-1)).mT
+
+
+def over_captions(values: Tensor, shares: Sequence[Sequence[float]] | None) -> Tensor:
+    """The mean of values over the captions that samples have.
+
+    Args:
+        values: ``(…, B, flips, captions, draws)``, NaN where a sample has no such caption.
+        shares: Of each sample, those of all its captions, of which the first ones may be scored alone; ``None`` if all
+            are alike.
+
+    Returns:
+        ``(…, B, flips, draws)``; NaN where the captions that are scored have no share.
+    """
+    if shares is None:
+        return values.nanmean(-2)
+    weights = values.new_zeros(len(shares), values.shape[-2])  # (B, captions)
+    for row, given in enumerate(shares):
+        weights[row, : len(given)] = values.new_tensor(given[: values.shape[-2]])
+    shaped = weights[:, None, :, None]  # (B, 1, captions, 1)
+    # A caption without a share counts nothing, not even where its loss is no number.
+    counted = torch.where(shaped > 0, shaped * values, 0.0)
+    return counted.sum(-2) / shaped.sum(-2)
 
 
 @dataclass(frozen=True)
@@ -139,6 +165,7 @@ def reduce_losses(
     rule: str,
     flips: Flips = "max",
     noises: int = 1,
+    shares: Sequence[Sequence[float]] | None = None,
     *,
     keep_deviations: bool = False,
 ) -> Reduced:
@@ -150,6 +177,7 @@ def reduce_losses(
         rule: Name of the score rule.
         flips: Which of the flips is taken.
         noises: Draws in each stratum of the schedule.
+        shares: Of each sample, those of its captions in training; ``None`` if all are alike.
         keep_deviations: Whether the values of the draws are kept.
 
     Returns:
@@ -157,10 +185,10 @@ def reduce_losses(
     """
     values = RULES[rule](base, unlearned)
     # Captions share a sample's timesteps, so that draws are independent of each other and captions are not.
-    by_draw = values.nanmean(-2)  # (Q, B, flips, draws)
+    by_draw = over_captions(values, shares)  # (Q, B, flips, draws)
     return Reduced(
-        base.nanmean((-3, -2, -1)),
-        _over_views(values, flips),
+        base.nanmean((-3, -2, -1)) if shares is None else over_captions(base, shares).mean((-2, -1)),
+        _over_views(values, flips, shares),
         half_widths(by_draw, noises, flips),
         by_draw.transpose(0, 1).float() if keep_deviations else None,
     )

@@ -34,6 +34,8 @@ class Problem:
         data_loss: The mean loss of the samples to score under θ₀, over fixed draws of the stream "others", summed over
             ranks; for strategies that need it. Every rank must call it.
         weights_length: Length of all chosen weights together, under θ₀.
+        agreed: Numbers as the first rank has them; every rank must call it. What a strategy computes by itself may
+            differ by rounding between ranks on different devices, and what it decides by that must not.
         untrained: Each query's mean loss over the same draws, by its key, under a newly initialised network of the same
             kind. Every rank must call it.
     """
@@ -48,6 +50,7 @@ class Problem:
     data_loss: Callable[[], float]
     weights_length: float
     untrained: Callable[[], dict[str, float]]
+    agreed: Callable[[Tensor], Tensor]
 
     @property
     def fisher(self) -> Fisher:

@@ -130,7 +130,7 @@ class Newton(Strategy):
         risen = problem.losses(before, None) / base - 1 if step > 1 else torch.zeros_like(base)
         # To first order the loss rises by gᵀd, and with d = c F⁻¹g that is dᵀFd / c.
         size = 1.0 if self.alpha is None or self.N is None else self.alpha / self.N
-        slopes = problem.fisher.quadratic(directions).to(base) / size / base
+        slopes = problem.agreed(problem.fisher.quadratic(directions).to(base) / size / base)
         self.facts, scales = {}, torch.ones_like(base)
         if self.alpha is None:
             scales = self._scaled(problem, before, directions, slopes, risen, step)
@@ -153,7 +153,7 @@ class Newton(Strategy):
             self._wanted(problem, base) * step / self.steps,
             problem.targets,
             risen,
-            longest=longest_scales(before, directions, self.step_range.longest * problem.weights_length),
+            longest=self._longest(problem, before, directions),
             least_linear=self.step_range.least_linear,
             short=True,
         )
@@ -168,6 +168,18 @@ class Newton(Strategy):
         self.limited = dict(zip(problem.targets, limited, strict=True))
         self.facts["evaluations"] = evaluations
         return scales
+
+    def _longest(self, problem: Problem, before: Deltas, directions: Deltas) -> Tensor | None:
+        """``(Q,)`` scales at which deltas get too long."""
+        longest = self.step_range.longest
+        if longest == math.inf:
+            return None
+        if problem.weights_length == 0:
+            raise InputError(
+                "All chosen weights are zero, so no delta has a length in theirs; choose others, too, or set longest "
+                "of Newton's step_range to .inf."
+            )
+        return problem.agreed(longest_scales(before, directions, longest * problem.weights_length))
 
     def _wanted(self, problem: Problem, base: Tensor) -> Tensor:
         """``(Q,)`` relative rises after the last step."""

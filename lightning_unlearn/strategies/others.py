@@ -16,7 +16,7 @@ from lightning_unlearn.strategies.scale import along
 from lightning_unlearn.strategies.search import first_zeros
 
 # Where even a step of this share takes everything else along, it is its direction and not its size that does, and a
-# shorter one says as little.
+# shorter one says as little: from here down to half of it, steps are shortened by less and less, to not at all.
 LEAST_SHARE = 0.01
 
 
@@ -80,13 +80,21 @@ def hold_others(
     if not bool(strays.any()):
         return Held(scales, losses, rise, [None] * len(scales), evaluations)
     nearer, found = first_zeros(excess, scales, strays)
-    held = strays & found & (nearer > LEAST_SHARE * scales)
-    scales = torch.where(held, nearer, scales)
+    shares = _kept(nearer / scales)
+    held = strays & found & (shares < 1)
+    scales = torch.where(held, shares * scales, scales)
     again = scales.where(held, torch.nan)
     losses, rise = torch.where(held, at(again), losses), torch.where(held, rises(again), rise)
     evaluations = evaluations + held
-    limited = [OTHERS if shortened else None for shortened in held.tolist()]
-    said = some_of([repr(target) for target, why in zip(problem.targets, limited, strict=True) if why])
-    if said:
-        rank_zero_warn(f"The steps of {sum(map(bool, limited))} targets are shortened, since {WORDS[OTHERS]} ({said}).")
+    limited = [OTHERS if stays else None for stays in held.tolist()]
+    shortened = [repr(target) for target, why in zip(problem.targets, limited, strict=True) if why]
+    if shortened:
+        what = "The step of 1 target is" if len(shortened) == 1 else f"The steps of {len(shortened)} targets are"
+        rank_zero_warn(f"{what} shortened, since {WORDS[OTHERS]} ({some_of(shortened)}).")
     return Held(scales, losses, rise, limited, evaluations)
+
+
+def _kept(shares: Tensor) -> Tensor:
+    """What is kept of steps that would have to be shortened to some shares of them: continuous, 1 where that is 0."""
+    turned_back = LEAST_SHARE ** (2 * shares / LEAST_SHARE - 1)
+    return torch.where(shares < LEAST_SHARE, turned_back, shares).clamp(max=1.0)

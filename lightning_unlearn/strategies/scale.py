@@ -15,7 +15,8 @@ from lightning_unlearn.strategies.base import Deltas
 from lightning_unlearn.strategies.way import Way
 
 # A loss that can't rise as wanted is raised to this share of the highest rise that was seen: where it levels off, the
-# highest lies at scales that tell more of the search than of the loss. Below the least share of the wanted rise there
+# highest lies at scales that tell more of the search than of the loss. What lies just above the highest is raised to
+# just below it, so that a little more of what is wanted changes little. Below the least share of the wanted rise there
 # is nothing to be had.
 SHARE, LEAST = 0.95, 0.01
 
@@ -115,7 +116,8 @@ def _nearly(
             f"The loss of {targets[hopeless]!r} can't be raised by {float(rise[hopeless]):.3g} along its step; "
             "choose a smaller target_increase or toward_data, more draws or more weights."
         )
-    within = way.start + SHARE * (highest - way.start)
+    top = highest - way.start
+    within = way.start + torch.maximum(SHARE * top, 2 * top - (rise - way.start))
     said = [f"{targets[place]!r}: {float(within[place]):.3g} of {float(rise[place]):.3g}" for place in missed]
     reasons = " or ".join(dict.fromkeys(WORDS[why[place] or LOSS] for place in missed))
     rank_zero_warn(

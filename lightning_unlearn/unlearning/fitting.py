@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_unlearn.data.samples import Sample
 from lightning_unlearn.data.targets import Target, members_of, targets_of
 from lightning_unlearn.diffusion.objective import Objective, check_masks
-from lightning_unlearn.draws.unlearning_draws import DrawBatch
+from lightning_unlearn.draws.unlearning_draws import DrawBatch, Stream
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher import Fisher
 from lightning_unlearn.fisher.source import find_fisher
@@ -194,12 +194,15 @@ class Unlearning(FrozenModule):
         """
         assert self.deltas is not None
         weights = target_weights(layer_parameters(self.layers), self.deltas.named(), batch.target)
-        losses = draw_losses(self.loss, batch, weights, "real" if batch.real else "unlearning", self.seed)
+        parts = batch.parts()
+        stream: Stream = "real" if batch.real else "unlearning"
+        losses = torch.cat([draw_losses(self.loss, part, weights, stream, self.seed) for part in parts])
         falling = losses if batch.real else -self.strategy.ascended(losses, batch.key)
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / batch.total
         # DDP waits for a gradient of every delta: layers that the loss does not reach get one of zero.
         reached = 0 * torch.stack([weight.flatten()[0] for weight in weights.values()]).sum()
-        return scale * (falling * batch.weights.to(falling)).sum() + reached
+        counted = torch.cat([part.weights for part in parts])
+        return scale * (falling * counted.to(falling)).sum() + reached
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The strategy's optimizer of the deltas.

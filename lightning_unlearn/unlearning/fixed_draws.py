@@ -167,6 +167,18 @@ class FixedDraws:
         losses = draw_losses(loss, batch, weights, stream, self.seed).cpu().double()
         return float((losses * batch.weights.cpu()).sum())
 
+    def agreed(self, numbers: Tensor) -> Tensor:
+        """Numbers as the first rank has them; every rank must call it.
+
+        Args:
+            numbers: Of any shape, on any device.
+
+        Returns:
+            The same everywhere, in float64 on the CPU.
+        """
+        numbers = numbers.double().cpu()
+        return numbers if self.trainer.world_size == 1 else self.trainer.strategy.broadcast(numbers)
+
     def _reduced(self, sums: Tensor) -> Tensor:
         if self.trainer.world_size == 1:
             return sums

@@ -54,7 +54,8 @@ class UnlearningModule(Unlearning):
         averaged: Whether averaged weights are taken: ``true``, ``false``, or the place in the file where they lie. By
             default where they stand for the model's own: under Lightning's ``WeightAveraging``, and in ``unet_ema``.
         adapter: A LoRA, LoCon or DoRA to put on the network: a file or folder as diffusers, PEFT, kohya or ai-toolkit
-            writes it. ``parameters: adapter`` unlearns its weights alone.
+            writes it. ``parameters: adapter`` unlearns its weights alone. Weights of Custom Diffusion take the place of
+            the network's.
         merge: Whether the adapter's weights are added to the network's, so that those can be chosen.
 
     Raises:
@@ -81,7 +82,7 @@ class UnlearningModule(Unlearning):
         # Run-time settings are not hyper-parameters: in LightningCLI a checkpoint's override the command line.
         folder = network if isinstance(network, str) else None
         loaded, origin = load_network_with_origin(network, weights, prefix, averaged)
-        training = None if adapter is None else load_adapter(loaded, adapter, merge).training
+        training = None if adapter is None else load_adapter(loaded, adapter, merge, weights).training
         if objective is None:
             objective = (
                 objective_of(folder, loaded) if training is None else objective_of_training(folder, training, loaded)

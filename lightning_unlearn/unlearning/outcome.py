@@ -23,11 +23,11 @@ def outcomes(problem: Problem, strategy: Strategy) -> dict[str, dict[str, Any]]:
 
     Returns:
         Target to its ``loss_before``, ``loss_after`` and ``rise`` (relative); its ``length``, that of its delta in
-        lengths of the weights; with a Fisher ``penalty``, ½ δᵀFδ; where a slope is known ``linear``, the rise by the
-        last step as a share of the first-order one; where samples are drawn ``others_before`` and ``others_after``,
-        their mean loss; where a size was searched ``evaluations``, how often the loss was measured for it; and
-        ``out_of_range``, short names of what leaves the range of a step or ended it there
-        (:mod:`~lightning_unlearn.scores.step_reasons`).
+        lengths of the weights, unless they are all zero; with a Fisher ``penalty``, ½ δᵀFδ; where a slope is known
+        ``linear``, the rise by the last step as a share of the first-order one; where samples are drawn
+        ``others_before`` and ``others_after``, their mean loss; where a size was searched ``evaluations``, how often
+        the loss was measured for it; and ``out_of_range``, short names of what leaves the range of a step or ended it
+        there (:mod:`~lightning_unlearn.scores.step_reasons`).
 
     Raises:
         InputError: If a loss is beyond all numbers.
@@ -54,7 +54,8 @@ def _measured(problem: Problem, strategy: Strategy) -> dict[str, Tensor]:
     after = before * (1 + facts["rise"]) if "rise" in facts else problem.losses(problem.deltas, None)
     rise = after / before - 1
     found = {"loss_before": before, "loss_after": after, "rise": rise}
-    found["length"] = squared_lengths(problem.deltas).sqrt() / problem.weights_length
+    if problem.weights_length > 0:
+        found["length"] = squared_lengths(problem.deltas).sqrt() / problem.weights_length
     if problem.given_fisher is not None:
         found["penalty"] = 0.5 * problem.given_fisher.quadratic(problem.deltas)
     if "first_order" in facts and bool((before > 0).all()):
@@ -86,7 +87,9 @@ def tell_of_range(found: Mapping[str, Mapping[str, Any]], strategy: Strategy) ->
 
 
 def _how_far(result: Mapping[str, Any]) -> str:
-    said = [f"rise {result['rise']:.3g}", f"delta {result['length']:.3g} times as long as the weights"]
+    said = [f"rise {result['rise']:.3g}"]
+    if "length" in result:
+        said.append(f"delta {result['length']:.3g} times as long as the weights")
     if "linear" in result:
         said.append(f"{result['linear']:.3g} of the first-order rise")
     if "others_after" in result:

@@ -53,6 +53,7 @@ def problem_of(
         data_loss=fixed.data_loss,
         weights_length=float(sum(square.item() for square in squares) ** 0.5),
         untrained=fixed.untrained_losses,
+        agreed=fixed.agreed,
     )
 
 
@@ -86,5 +87,6 @@ def fixed_draws(
     if strategy.needs_samples:
         count = DATA_DRAWS if strategy.needs_data_loss else draws
         samples = datamodule.real_samples("others", seed).take(0, count)
-        others = real_batches("others", seed, samples, 0, trainer.global_rank, trainer.world_size, size)
+        batches = real_batches("others", seed, samples, 0, trainer.global_rank, trainer.world_size, size)
+        others = [part for batch in batches for part in batch.parts()]
     return FixedDraws(loss, layer_parameters(layers), targets, others, seed, draws, size, trainer)

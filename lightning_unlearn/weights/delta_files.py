@@ -146,7 +146,10 @@ def read_deltas(path: str, *, finished: bool = True) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             spoiled = archive.testzip()
     except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
-        raise InputError(f"{path} is damaged ({reason_of(error)}); remove it and unlearn again.") from None
+        raise InputError(
+            f"{path} is no checkpoint of deltas, or damaged ({reason_of(error)}); give another file, or remove it "
+            "and unlearn again."
+        ) from None
     if spoiled is not None:
         raise InputError(f"{path} is damaged (a checksum of it is wrong); remove it and unlearn again.")
     checkpoint = read_checkpoint(path)

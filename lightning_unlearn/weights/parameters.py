@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_unlearn.diffusion.adapters import has_adapter
-from lightning_unlearn.diffusion.families import family_of
+from lightning_unlearn.diffusion.families import FAMILIES, family_of
+from lightning_unlearn.diffusion.families.selections import BROAD, resolved
 from lightning_unlearn.errors import InputError
+from lightning_unlearn.weights.coverage import OTHER_KINDS, seems_covered, uncovered
 
-SELECTIONS = ("text_kv", "cross_attention", "attention", "feed_forward", "all", "adapter")
+SELECTIONS = ("auto", "text_kv", "cross_attention", "attention", "feed_forward", "linear", "all", "adapter")
 # What PEFT makes of a layer; the base stays frozen.
 _ADAPTER = (r".*\.lora_[AB]\.[^.]+",)
 
@@ -96,9 +98,11 @@ def select_layers(network: nn.Module, selection: str | Sequence[str]) -> dict[st
     Args:
         network: The denoiser.
         selection: ``"text_kv"`` (keys and values of attention to the text), ``"cross_attention"``, ``"attention"``,
-            ``"feed_forward"`` (the two layers of each transformer block's MLP), ``"all"`` (every Linear and Conv2d;
-            norms and embeddings are left out), ``"adapter"`` (A and B of a LoRA, nothing of its base), or regular
-            expressions that whole layer names match.
+            ``"feed_forward"`` (the two layers of each transformer block's MLP), ``"linear"`` (every Linear), ``"all"``
+            (every Linear and Conv2d; norms and embeddings are left out), ``"auto"`` (what the network's family says),
+            ``"adapter"`` (A and B of a LoRA, nothing of its base), or regular expressions that whole layer names match.
+            ``"linear"`` and ``"all"`` leave out, with a warning that names them, layers that have no per-sample
+            gradient here; where one of these is named otherwise, it is refused.
 
     Returns:
         Dotted name to layer, in the network's order.
@@ -124,71 +128,70 @@ def select_layers(network: nn.Module, selection: str | Sequence[str]) -> dict[st
         )
     if selection == "adapter" and not has_adapter(network):
         raise InputError("The network has no adapter whose weights could be chosen; name one, or other parameters.")
-    if selection == "all":
-        patterns: Sequence[str] = (".*",)
-    elif selection == "adapter":
-        patterns = _ADAPTER
-    elif isinstance(selection, str):
-        patterns = family_of(network).selections[selection]
-    else:
-        patterns = selection
-    covered = {name: module for name, module in network.named_modules() if _seems_covered(module)}
+    covered = {name: module for name, module in network.named_modules() if seems_covered(module)}
+    names: Sequence[str] = _resolved(network, selection) if isinstance(selection, str) else ()
+    if broad := [name for name in names if name in BROAD]:
+        return _all_that_can_be(network, covered, " and ".join(broad), linear_only="all" not in broad)
+    patterns: Sequence[str] = selection if not isinstance(selection, str) else _ADAPTER
+    if isinstance(selection, str) and selection != "adapter":
+        patterns = [pattern for name in names for pattern in family_of(network).selections[name]]
     try:
         chosen: dict[str, nn.Module] = {
             name: module for name, module in covered.items() if any(re.fullmatch(pattern, name) for pattern in patterns)
         }
     except re.error as error:
         raise InputError(f"A pattern in {selection!r} is not a regular expression ({error}); correct it.") from None
+    _refuse_none(network, covered, chosen, selection)
+    refused = uncovered(chosen)
+    if refused:
+        raise InputError(next(iter(refused.values())))
+    return chosen
+
+
+def _resolved(network: nn.Module, selection: str) -> Sequence[str]:
+    # Networks of no family have all their layers, too.
+    return [selection] if selection in (*BROAD, "adapter") else resolved(family_of(network), selection)
+
+
+def _refuse_none(
+    network: nn.Module,
+    covered: Mapping[str, nn.Module],
+    chosen: Mapping[str, nn.Module],
+    selection: str | Sequence[str],
+) -> None:
     if not chosen:
         examples = ", ".join(list(covered)[:5]) or "none"
         raise InputError(
             f"No Linear or Conv2d layer of {type(network).__name__} matches {selection!r} (its layers: {examples}, …)."
         )
-    _refuse_uncovered(chosen)
+
+
+def _all_that_can_be(
+    network: nn.Module, covered: Mapping[str, nn.Module], selection: str, linear_only: bool
+) -> dict[str, nn.Module]:
+    """Every layer with a per-sample gradient, and a warning that names the others and says why."""
+    wanted = {name: module for name, module in covered.items() if not linear_only or not isinstance(module, nn.Conv2d)}
+    _refuse_none(network, covered, wanted, selection)
+    out = uncovered(wanted)
+    for family in FAMILIES:
+        if family.knows(network):
+            for pattern, why in family.left_out.items():
+                out |= {name: why for name in wanted if re.fullmatch(pattern, name)}
+            break
+    chosen = {name: module for name, module in wanted.items() if name not in out}
+    if not chosen:
+        raise InputError(next(iter(out.values())))
+    others = (
+        [] if linear_only else [name for name, module in network.named_modules() if isinstance(module, OTHER_KINDS)]
+    )
+    out |= dict.fromkeys(others, "of another kind than Linear and Conv2d")
+    if out:
+        shown = ", ".join(list(out)[:5])
+        warnings.warn(
+            f"{selection!r} leaves out {len(out)} layers of {type(network).__name__} that have no per-sample gradient "
+            f"here: {shown}{', …' if len(out) > 5 else ''}. The first: {next(iter(out.values()))}"
+        )
     return chosen
-
-
-def _seems_covered(module: nn.Module) -> bool:
-    """Whether it is a Linear or Conv2d, or was one before it was scripted."""
-    scripted = getattr(module, "original_name", None) if isinstance(module, torch.jit.ScriptModule) else None
-    return isinstance(module, nn.Linear | nn.Conv2d) or scripted in ("Linear", "Conv2d")
-
-
-def _refuse_uncovered(layers: Mapping[str, nn.Module]) -> None:
-    owners: dict[int, str] = {}
-    for name, layer in layers.items():
-        if isinstance(layer, torch.jit.ScriptModule):
-            raise InputError(
-                f"Layer {name} is scripted by torch.jit, which hooks can't see into; use the network as it was before, "
-                "or leave the layer out by patterns."
-            )
-        own = {kind for kind, _ in layer.named_parameters(recurse=False)}
-        if "weight" not in own or nn.utils.parametrize.is_parametrized(layer):
-            raise InputError(
-                f"The weight of layer {name} is computed from other parameters (weight_norm, a parametrisation or "
-                "sharding), which have no per-sample gradient here; make it a plain weight, as "
-                "torch.nn.utils.parametrize.remove_parametrizations does, or leave the layer out by patterns."
-            )
-        if further := sorted(own - {"weight", "bias"}):
-            raise InputError(
-                f"Layer {name} is a {type(layer).__name__} with parameters of its own besides weight and "
-                f"bias ({', '.join(further)}), which would not be seen, such as those of an adapter; use layers of "
-                "their own for them, as PEFT does, or leave the layer out by patterns."
-            )
-        if isinstance(layer, nn.Conv2d) and (
-            layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str)
-        ):
-            raise InputError(
-                f"Layer {name} is a grouped or specially padded convolution, which has no per-sample gradient here; "
-                "leave it out by patterns."
-            )
-        for parameter in layer.parameters(recurse=False):
-            owner = owners.setdefault(id(parameter), name)
-            if owner != name:
-                raise InputError(
-                    f"Layers {owner} and {name} share a weight, so neither has a gradient of its own; leave both out "
-                    "by patterns, or give each a weight of its own."
-                )
 
 
 def layer_specs(layers: Mapping[str, nn.Module]) -> dict[str, LayerSpec]:

@@ -365,7 +365,7 @@ def drop_captions_of_a_later_sample(path: Path) -> None:
 
 
 def other_shape_later(path: Path) -> None:
-    small = {f"sample-00008.{name}.npy": npy_bytes(torch.zeros(3, 4, 4).numpy()) for name in ("latent", "latent_flip")}
+    small = {f"sample-00008.{name}.npy": npy_bytes(torch.zeros(4, 4, 4).numpy()) for name in ("latent", "latent_flip")}
     repack(path, lambda files: {**files, **small})
 
 
@@ -378,7 +378,7 @@ def other_shape_later(path: Path) -> None:
         (key_twice_in_a_row, r"can't be used \(sample-00007\.json: duplicate file name\)"),
         (drop_json_of_a_later_sample, "'sample-00008' .*lacks json"),
         (drop_captions_of_a_later_sample, "'sample-00008' .*has no captions"),
-        (other_shape_later, r"'sample-00008' .*latent \(3, 4, 4\)"),
+        (other_shape_later, r"'sample-00008' .*latent \(4, 4, 4\)"),
         (lambda path: repack(path, spoiled("sample-00008", 1e30)), r"'sample-00008' .*numbers as large as 1e\+30"),
         (lambda path: repack(path, spoiled("sample-00008", float("nan"))), "'sample-00008' .*holds NaN"),
     ],

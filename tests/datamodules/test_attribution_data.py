@@ -12,7 +12,7 @@ import torch
 from attribution_runs import SAMPLES, SAMPLES_PER_SHARD, decoded, ragged_fields, toy_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import toy_fields, toy_shards
+from toys import LATENT, toy_fields, toy_shards
 
 from lightning_unlearn.data.samples import Sample, SampleBatch
 from lightning_unlearn.data.shards import MANIFEST, ShardInfo, npy_bytes, shard_id, write_shards
@@ -118,7 +118,7 @@ def stream(shard: Path, query: Sample, **arguments: Any) -> list[SampleBatch]:
 def test_samples_that_cannot_be_used_are_left_out_and_counted_if_asked_for(tmp_path: Path) -> None:
     fields = [toy_fields(number) for number in range(7)]
     fields[0]["json"] = b"no json"
-    fields[3]["latent.npy"] = npy_bytes(torch.zeros(3, 4, 4).numpy())
+    fields[3]["latent.npy"] = npy_bytes(torch.zeros(4, 8, 8).numpy())
     fields[6]["text.npy"] = b""
     (shard,) = write_shards(fields, tmp_path)
     query = decoded(toy_fields(9))
@@ -203,12 +203,17 @@ def test_query_key_that_stands_twice_is_an_error(folder: Path) -> None:
         AttributionDataModule(str(folder / "train"), patterns).setup("fit")
 
 
-def test_queries_of_different_shapes_are_an_error(folder: Path) -> None:
+def test_queries_of_different_channels_are_an_error_and_of_different_sizes_none(folder: Path) -> None:
     fields = toy_fields(5, prefix="query")
-    fields["latent.npy"] = npy_bytes(torch.zeros(3, 4, 4).numpy())
+    fields["latent.npy"] = npy_bytes(torch.zeros(4, 8, 8).numpy())
     write_shards([toy_fields(4, prefix="query"), fields], folder / "queries")
-    with pytest.raises(InputError, match="'query-00004' and 'query-00005' differ in shape"):
+    with pytest.raises(InputError, match=r"'query-00005' in the queries .*'query-00004'.*channels"):
         toy_data(folder).setup("fit")
+    fields["latent.npy"] = npy_bytes(torch.zeros(3, 4, 12).numpy())
+    write_shards([toy_fields(4, prefix="query"), fields], folder / "queries")
+    data = toy_data(folder)
+    data.setup("fit")
+    assert [tuple(query.latent.shape) for query in data.queries] == [LATENT, (3, 4, 12)]
 
 
 # ---------------------------------------------------------------------------------- what is seen before any work
@@ -217,12 +222,10 @@ def test_queries_of_different_shapes_are_an_error(folder: Path) -> None:
 @pytest.mark.parametrize("stage", ["fit", "predict"])
 def test_shard_whose_first_sample_has_another_shape_is_found_before_any_work(folder: Path, stage: str) -> None:
     fields = toy_fields(50)
-    fields["text.npy"] = npy_bytes(torch.zeros(1, 7, 6).numpy())
+    fields["text.npy"] = npy_bytes(torch.zeros(1, 4, 7).numpy())
     write_shards([fields], folder / "other")
     patterns = [str(folder / "train"), str(folder / "other")]
-    with pytest.raises(
-        InputError, match=r"'sample-00050' in .*other.* has latent .*\(7, 6\).* but the query 'query-00000'"
-    ):
+    with pytest.raises(InputError, match=r"'sample-00050' in .*other.* has latent .*\(4, 7\).* but 'query-00000'"):
         AttributionDataModule(patterns, str(folder / "queries")).setup(stage)
 
 

@@ -62,7 +62,8 @@ def of_table(path: Path, draw: random.Random) -> None:
     """A table has other rows, columns, types, numbers or metadata, and is a good Parquet file."""
     table, metadata = pq.read_table(path), pq.read_schema(path).metadata
     names = table.column_names
-    number = draw.randrange(8)
+    # A stage of a race may have no row of a shard.
+    number = draw.choice(range(8) if len(table) else (1, 2, 4, 7))
     if number == 0:
         table = table.slice(1)
     elif number == 1:

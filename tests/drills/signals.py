@@ -49,11 +49,21 @@ def drill(moments: int, seed: int, names: tuple[str, ...] | None = None) -> Repo
             out.mkdir()
             for number in range(moments):
                 _stop(job, out, (number + draw.random()) / moments * lasts, number, report, f"{name}, moment {number}")
+                if _is_done(job, out, whole):  # the signal came after the last file: another run has nothing to do
+                    shutil.rmtree(out)
+                    out.mkdir()
             finish(job.words(out), folder, report, name)
             if not report.faults and not job.same(out, whole):
                 report.faults.append(f"{name}: other numbers than those of a run that nobody stopped")
             shutil.rmtree(out)
     return report
+
+
+def _is_done(job: Job, out: Path, whole: Path) -> bool:
+    try:
+        return job.same(out, whole)
+    except (OSError, ValueError):  # a file is missing, or what there is is part of a table
+        return False
 
 
 def _stop(job: Job, out: Path, moment: float, number: int, report: Report, where: str) -> None:
@@ -72,8 +82,6 @@ def _stop(job: Job, out: Path, moment: float, number: int, report: Report, where
         report.count("stopped")
     elif status == 0 and STOPPED not in said and (not was_sent or time.monotonic() - started < AT_ONCE):
         report.count("ended before")
-        shutil.rmtree(out)
-        out.mkdir()
     elif status in (-sent, 1) and not said.strip():
         report.count("not begun")  # before the interpreter had come to the program
     else:

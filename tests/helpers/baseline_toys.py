@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from toys import ToyDenoiser, ToyObjective, toy_fields
 
 from lightning_unlearn.baselines import Subject
-from lightning_unlearn.data.samples import Sample, SampleBatch, collate_samples, decode_sample
+from lightning_unlearn.data.batches import collate_samples
+from lightning_unlearn.data.samples import Sample, SampleBatch, decode_sample
 from lightning_unlearn.diffusion.objective import Objective
 from lightning_unlearn.draws.views import Views
 from lightning_unlearn.fisher import Fisher

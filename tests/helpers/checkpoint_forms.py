@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from toys import tiny_unet
+from toys import ToyDenoiser, tiny_unet
 
 from lightning_unlearn.diffusion.adapters.stable_diffusion_names import stable_diffusion_names
 from lightning_unlearn.diffusion.checkpoints import AveragedChoice, WeightsOrigin
@@ -20,6 +20,16 @@ _NORMS = {"norm1": "in_layers.0", "norm2": "out_layers.0"}
 def moved(by: float) -> dict[str, Tensor]:
     """A tiny U-Net's weights, all of them moved by a number, so that two sets are told apart."""
     return {name: value + by for name, value in tiny_unet().state_dict().items()}
+
+
+def toy_moved(by: float) -> dict[str, Tensor]:
+    """The same of a network that is made in no time."""
+    return {name: value + by for name, value in ToyDenoiser().state_dict().items()}
+
+
+def load_toy(path: Path | str, prefix: str = "") -> dict[str, Tensor]:
+    """What that network has after it was loaded from a file."""
+    return load_into(path, prefix, network=ToyDenoiser())[0]
 
 
 def load_into(

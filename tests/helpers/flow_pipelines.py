@@ -54,15 +54,8 @@ def generated(model: Opened, calls_a_step: int = 1, **settings: Any) -> list[Net
     Where a step has two calls, the first is that with the prompt.
     """
     with recorded(model.network) as calls:
-        model.pipeline(
-            prompt=PROMPTS,
-            height=HEIGHT,
-            width=WIDTH,
-            num_inference_steps=3,
-            output_type="latent",
-            generator=torch.Generator().manual_seed(3),
-            **settings,
-        )
+        usual = {"prompt": list(PROMPTS), "height": HEIGHT, "width": WIDTH, "num_inference_steps": 3}
+        model.pipeline(**usual | settings, output_type="latent", generator=torch.Generator().manual_seed(3))
     assert len(calls) == 3 * calls_a_step
     return first_middle_last(calls[::calls_a_step])
 

@@ -9,7 +9,8 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 from toys import DIM, TOKENS, ToyDenoiser, ToyObjective, tiny_unet, toy_fields, toy_shards
 
-from lightning_unlearn.data.samples import SampleBatch, ViewBatch, collate_samples, decode_sample
+from lightning_unlearn.data.batches import collate_samples
+from lightning_unlearn.data.samples import SampleBatch, ViewBatch, decode_sample
 from lightning_unlearn.datamodules import TrainingDataModule
 from lightning_unlearn.diffusion.objective import DenoisingObjective
 from lightning_unlearn.errors import InputError

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lightning_unlearn.diffusion.adapters.adapter_file import read_adapter_file
+from lightning_unlearn.diffusion.adapters.custom_diffusion import apply_custom_diffusion, custom_diffusion_weights
 from lightning_unlearn.diffusion.adapters.kohya_header import TrainingRecord, read_training_record
 from lightning_unlearn.diffusion.adapters.layer_names import LayerNames
 from lightning_unlearn.diffusion.adapters.low_rank import LowRank
@@ -44,14 +45,16 @@ class LoadedAdapter:
     training: TrainingRecord | None
 
 
-def load_adapter(network: nn.Module, path: str, merge: bool = False) -> LoadedAdapter:
-    """Put a LoRA, LoCon or DoRA on a network, in place.
+def load_adapter(network: nn.Module, path: str, merge: bool = False, base: str | None = None) -> LoadedAdapter:
+    """Put a LoRA, LoCon or DoRA on a network, in place; or the weights of Custom Diffusion in the place of its own.
 
     Args:
         network: The denoiser that it was trained on; frozen, as PEFT leaves it.
         path: A file or folder as diffusers, PEFT, kohya or ai-toolkit writes it.
         merge: Whether its weights are added to the network's, which then is as one without an adapter; otherwise the
             adapter's ``A`` and ``B`` are layers of their own, ``lora_A.default`` and ``lora_B.default``.
+        base: The file that the network's weights are of, which is compared with the one that the adapter says it was
+            trained on.
 
     Returns:
         What was read.
@@ -59,6 +62,10 @@ def load_adapter(network: nn.Module, path: str, merge: bool = False) -> LoadedAd
     Raises:
         InputError: If PEFT is not installed, the network has an adapter already, or the file can't be taken whole.
     """
+    custom = custom_diffusion_weights(path)
+    if custom is not None:
+        apply_custom_diffusion(network, path, custom)
+        return LoadedAdapter(path, {}, (), None)
     if find_spec("peft") is None:
         raise InputError("An adapter needs PEFT; install it with `pip install lightning-unlearn[lora]`.")
     if has_adapter(network):
@@ -74,7 +81,7 @@ def load_adapter(network: nn.Module, path: str, merge: bool = False) -> LoadedAd
             f"{file.path} also holds {len(text)} weights of text encoders ({some_of(text)}), which are no part of the "
             "network: text states must be made with them, as `prepare --adapter` does."
         )
-    for sentence in training.unfollowed() if training else ():
+    for sentence in training.unfollowed(base) if training else ():
         warnings.warn(f"{file.path}: {sentence}")
     return LoadedAdapter(
         file.path, {name: layer.alpha / layer.rank for name, layer in layers.items()}, tuple(text), training

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_unlearn.diffusion.adapters.base_model import said_of_base
 from lightning_unlearn.errors import InputError
 
 _NONE = {"", "None", "null"}
@@ -42,6 +43,7 @@ class TrainingRecord:
     Attributes:
         base_model: The file that it was trained on.
         base_model_sha256: Of its bytes.
+        base_model_hash: Of a part of them, as AUTOMATIC1111's web UI once named models.
         prediction_type: ``"epsilon"`` or ``"v_prediction"``.
         min_snr_gamma: Min-SNR's clipping point.
         zero_terminal_snr: Whether the schedule was rescaled to end in pure noise.
@@ -57,6 +59,7 @@ class TrainingRecord:
 
     base_model: str | None = None
     base_model_sha256: str | None = None
+    base_model_hash: str | None = None
     prediction_type: str | None = None
     min_snr_gamma: float | None = None
     zero_terminal_snr: bool = False
@@ -88,15 +91,18 @@ class TrainingRecord:
         """
         return {folder.name: float(folder.repeats) for folder in self.folders if not folder.regularisation}
 
-    def unfollowed(self) -> tuple[str, ...]:
+    def unfollowed(self, base: str | None = None) -> tuple[str, ...]:
         """What the training did that a measurement here does not do.
+
+        Args:
+            base: The file that the network's weights are of, if they are of one.
 
         Returns:
             One sentence each.
         """
-        return tuple(self._unfollowed())
+        return tuple(self._unfollowed(base))
 
-    def _unfollowed(self) -> Iterator[str]:
+    def _unfollowed(self, base: str | None) -> Iterator[str]:
         trained = "the adapter was trained with"
         if self.noise_offset:
             yield f"{trained} a noise offset of {self.noise_offset:g}, losses are measured with plain noise."
@@ -108,10 +114,8 @@ class TrainingRecord:
             yield f"{trained} {self.caption_dropout:.0%} of captions left out; every caption is scored."
         if self.clip_skip is not None and self.clip_skip > 1:
             yield f"{trained} clip skip {self.clip_skip}; text states of a pipeline come from its own layer."
-        if self.base_model_sha256 or self.base_model:
-            name = self.base_model or "a file"
-            mark = f" (sha256 {self.base_model_sha256[:12]}…)" if self.base_model_sha256 else ""
-            yield f"it was trained on {name}{mark}; see that the network is that one, it is not compared."
+        if sentence := said_of_base(self.base_model, self.base_model_sha256, self.base_model_hash, base):
+            yield sentence
         if len({folder.repeats for folder in self.folders if not folder.regularisation}) > 1:
             said = ", ".join(f"{name}: {repeats:g}" for name, repeats in self.weights().items())
             yield f"training repeated folders differently ({said}); samples count alike unless they have weights."
@@ -119,9 +123,9 @@ class TrainingRecord:
             yield f"{trained} regularisation pictures; they are samples only if they are prepared, too."
         for key, value in (self.others or {}).items():
             name = f"{trained} {key.removeprefix('ss_')} = {value}"
-            yield (
-                f"{name}; the objective must be given the same." if key in _FLOW else f"{name}, which is not followed."
-            )
+            # What is said of a flow the objective follows, or refuses; a mask of T5's padding neither.
+            if key not in _FLOW or key == "ss_apply_t5_attn_mask":
+                yield f"{name}, which is not followed."
 
 
 # What bears on the loss or on what training saw, and the values that mean that it was off.
@@ -140,9 +144,12 @@ _OTHERS: Mapping[str, frozenset[str]] = {
     "ss_color_aug": frozenset({"False"}),
     "ss_face_crop_aug_range": frozenset(),
 }
-# The same of flow matching, which an objective can be told.
+# The same of flow matching, which the objective is told (flow_training.py).
 _FLOW: Mapping[str, frozenset[str]] = {
     "ss_weighting_scheme": frozenset({"none", "uniform"}),
+    "ss_logit_mean": frozenset({"0", "0.0"}),
+    "ss_logit_std": frozenset({"1", "1.0"}),
+    "ss_mode_scale": frozenset({"1.29"}),
     "ss_timestep_sampling": frozenset(),
     "ss_discrete_flow_shift": frozenset({"1", "1.0"}),
     "ss_sigmoid_scale": frozenset({"1", "1.0"}),
@@ -173,6 +180,7 @@ def read_training_record(path: str, header: Mapping[str, str]) -> TrainingRecord
     return TrainingRecord(
         base_model=said.get("ss_sd_model_name"),
         base_model_sha256=said.get("ss_new_sd_model_hash"),
+        base_model_hash=said.get("ss_sd_model_hash"),
         prediction_type={"v": "v_prediction"}.get(kind := said.get("modelspec.prediction_type", ""), kind or None),
         min_snr_gamma=reader.number("ss_min_snr_gamma") or None,
         zero_terminal_snr=said.get("ss_zero_terminal_snr") == "True",

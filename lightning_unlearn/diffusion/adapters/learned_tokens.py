@@ -24,6 +24,8 @@ _PARTS = {
     "text_encoders_1": "text_encoder_2",
 }
 
+_BESIDE_WEIGHTS = ("modifier_token", "modifier_tokens")
+
 
 @dataclass(frozen=True)
 class LearnedToken:
@@ -54,6 +56,8 @@ def read_learned_tokens(path: str) -> list[LearnedToken]:
         InputError: If it holds no vectors.
     """
     content, stem = read_content(path), Path(path).stem
+    # The paper of Custom Diffusion keeps them beside its weights.
+    content = next((content[name] for name in _BESIDE_WEIGHTS if isinstance(content.get(name), Mapping)), content)
     named = content.get("string_to_param")
     if isinstance(named, Mapping):
         word = content.get("name") if isinstance(content.get("name"), str) else stem

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -75,9 +76,31 @@ def find_weights(
     left = tuple(_shown(one) for one in every if one.averaged and one is not chosen)
     _say(path, chosen, averaged, left, any(not one.averaged for one in every))
     state = {name: chosen.group.tensors[inside] for name, inside in chosen.names.items()}
+    beside = [name.removeprefix(chosen.prefix) for name in chosen.group.tensors if name.startswith(chosen.prefix)]
     if chosen.original:
         state = converted(path, network, state)
+        beside = list(state)
+    _refuse_larger(network, path, beside)
     return state, WeightsOrigin(path, chosen.where, chosen.averaged, left)
+
+
+def _refuse_larger(network: nn.Module, path: str, names: list[str]) -> None:
+    """Weights of the network's own parts that it has no place for are of a larger network, or of an adapter on it."""
+    own, parts = set(network.state_dict()), {name for name, _ in network.named_children()}
+    ignored = getattr(network, "_keys_to_ignore_on_load_unexpected", None) or []
+    strange = [
+        name
+        for name in names
+        if name not in own
+        and name.partition(".")[0] in parts
+        and name.endswith((".weight", ".bias"))
+        and not any(re.search(pattern, name) for pattern in ignored)
+    ]
+    if strange:
+        raise InputError(
+            f"{path} has all of the network's weights, and {len(strange)} more of its parts (e.g. {strange[0]}): it is "
+            "of a larger model, or of one with an adapter; give the config of the model that it is of."
+        )
 
 
 def _unwrapped(path: str, group: Group) -> Group:

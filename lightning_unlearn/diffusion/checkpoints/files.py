@@ -21,7 +21,7 @@ def read_content(path: str) -> Mapping[Any, Any]:
     """Everything that a checkpoint holds.
 
     Args:
-        path: A Lightning ``.ckpt``, a PyTorch file, safetensors, the index of sharded safetensors, a folder with one of
+        path: A Lightning ``.ckpt``, a PyTorch file, safetensors, the index of a sharded model, a folder with one of
             these, or a ``checkpoint-N`` of a training by diffusers.
 
     Returns:
@@ -114,14 +114,14 @@ def _sharded(index: Path) -> dict[str, Tensor]:
     try:
         places = {str(name): str(file) for name, file in json.loads(index.read_bytes())["weight_map"].items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise InputError(f"{index} is no index of safetensors files; save the model again.") from None
+        raise InputError(f"{index} is no index of files of weights; save the model again.") from None
     state: dict[str, Tensor] = {}
     for file in sorted(set(places.values())):
-        if not file.endswith(".safetensors") or Path(file).name != file:
-            raise InputError(f"{index} names {file}, which is no safetensors file beside it; save the model again.")
+        if Path(file).name != file or file.endswith(".json"):
+            raise InputError(f"{index} names {file}, which is no file of weights beside it; save the model again.")
         if not (index.parent / file).is_file():
             raise InputError(f"{index} names {file}, which is not there; fetch it, or save the model again.")
-        tensors = _safetensors(str(index.parent / file))
+        tensors = read_state(str(index.parent / file))
         lacking = sorted(name for name in places if places[name] == file and name not in tensors)
         if lacking:
             raise InputError(f"{index.parent / file} lacks {lacking[0]}, which {index.name} says is in it; fetch it.")

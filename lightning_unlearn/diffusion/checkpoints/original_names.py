@@ -58,9 +58,11 @@ def converted(path: str, network: nn.Module, state: Mapping[str, Tensor]) -> dic
     convert: Callable[..., dict[str, Tensor]] = classes[kind]["checkpoint_mapping_fn"]
     config: Any = network.config
     try:
-        return convert(config=dict(config), checkpoint={f"{PREFIX}{name}": tensor for name, tensor in state.items()})
+        found = convert(config=dict(config), checkpoint={f"{PREFIX}{name}": tensor for name, tensor in state.items()})
     except Exception as error:  # a converter of diffusers raises nearly anything at another model
         raise InputError(
             f"{path} has the original names of a {kind}, but diffusers can't bring them under this network's "
             f"({type(error).__name__}: {str(error)[:100]}); the network's config is of another model."
         ) from None
+    # Some converters put nothing where a weight is missing.
+    return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}

@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
-import torch
 from torch import Tensor, nn
 
 from lightning_unlearn.data.conditions import Conditions
 from lightning_unlearn.data.samples import ViewBatch
+from lightning_unlearn.diffusion.families.noted import note_prediction
+from lightning_unlearn.diffusion.families.settings import OWN_OBJECTIVE, refuse_settings, setting
+from lightning_unlearn.diffusion.families.vaes import encode_kl
 from lightning_unlearn.diffusion.timestep_density import Density
 from lightning_unlearn.errors import InputError
 
@@ -24,11 +26,13 @@ class Condition:
         dimensions: Of one view's array: 2 for ``(tokens, dim)``, 1 for ``(dim,)``.
         widths: Settings of the network's config that may say the length of the last axis; the first that does counts.
         optional: Whether the network can do without it.
+        length: Of the last axis, where it is the same for all networks: 2 for a height and a width.
     """
 
     dimensions: int
     widths: Sequence[str] = ()
     optional: bool = False
+    length: int | None = None
 
 
 TEXT = Condition(2, ("encoder_hid_dim", "cross_attention_dim"))
@@ -61,7 +65,17 @@ class Family(ABC):
             means nothing in the family is left out.
         conditions: What the networks are given, by name.
         latent_dimensions: 3 for ``(C, H, W)`` latents, 4 for ``(C, F, H, W)``.
+        vae_class: The class of the VAE whose latents the networks work on.
         flow: How flows of the family are usually trained; ``None`` for a family of noise schedules.
+        variance: Whether networks may predict a variance in a second half of their channels. The loss is that of the
+            first half: what is attributed is the prediction of the noise, and the variance's part of the training loss
+            (Nichol and Dhariwal, arXiv 2102.09672, Eq. 16) is not.
+        auto: The selections that ``auto`` means, with commas between; by default ``text_kv`` where the family has it,
+            else attention and feed-forward.
+        left_out: Regular expressions of layers that ``all`` and ``linear`` can't take, and why: their rows are not
+            samples, or their weights are used without them.
+        plain: Settings by which a network takes more than the family gives it: the values with which it does not, and
+            what it would take.
     """
 
     title: ClassVar[str]
@@ -69,7 +83,12 @@ class Family(ABC):
     selections: ClassVar[Mapping[str, Sequence[str]]]
     conditions: ClassVar[Mapping[str, Condition]] = {"text": TEXT}
     latent_dimensions: ClassVar[int] = 3
+    vae_class: ClassVar[str] = "AutoencoderKL"
     flow: ClassVar[FlowTraining | None] = None
+    variance: ClassVar[bool] = False
+    auto: ClassVar[str] = ""
+    left_out: ClassVar[Mapping[str, str]] = {}
+    plain: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {}
 
     def knows(self, network: nn.Module) -> bool:
         """Whether a network is one of this family.
@@ -92,8 +111,9 @@ class Family(ABC):
         Raises:
             InputError: If it needs more than the family gives it, or predicts more than one value a latent.
         """
+        refuse_settings(network, self.plain)
         takes, gives = setting(network, "in_channels"), setting(network, "out_channels")
-        if gives is None or takes is None or takes == gives:
+        if gives is None or takes is None or takes == gives or (self.variance and gives == 2 * takes):
             return
         name = type(network).__name__
         what = "predicts a variance beside the noise" if gives == 2 * takes else "takes or gives more than latents"
@@ -118,7 +138,7 @@ class Family(ABC):
                 f"Latents {form} are {tuple(noisy.shape[1:])}, but this {name} takes {channels} channels; use the "
                 "samples, or the network, of one model."
             )
-        for condition, form_of in self.conditions.items():
+        for condition, form_of in self.needs(network).items():
             array = batch.conditions.get(condition)
             if array is None:
                 if form_of.optional:
@@ -127,7 +147,7 @@ class Family(ABC):
                     f"This {name} ({self.title}) takes {condition!r}, which the samples don't hold; prepare them with "
                     "`lightning-unlearn prepare` and the pipeline of this model."
                 )
-            width = next(filter(None, (setting(network, name) for name in form_of.widths)), None)
+            width = form_of.length or next(filter(None, (setting(network, name) for name in form_of.widths)), None)
             # One width for each block is possible; then the network itself must know.
             known = isinstance(width, int) and array.shape[-1] != width
             if array.ndim != form_of.dimensions + 1 or len(array) != len(noisy) or known:
@@ -138,6 +158,17 @@ class Family(ABC):
                     f"{width if width is not None else 'dim'}); use the samples' own text encoder, or the network of "
                     "this text."
                 )
+
+    def needs(self, network: nn.Module) -> Mapping[str, Condition]:
+        """What one network is given; where its config decides, a family says so here.
+
+        Args:
+            network: A network of this family, perhaps on the meta device.
+
+        Returns:
+            Name to its form.
+        """
+        return self.conditions
 
     def latent_channels(self, network: nn.Module) -> int | None:
         """How many channels the latents have, before any packing that :meth:`call` does.
@@ -206,13 +237,7 @@ class Family(ABC):
             Mean and standard deviation ``(B, C, H, W)`` of the VAE's distribution; no deviation where the VAE gives a
             code and no distribution.
         """
-        distribution = vae.encode(pixels).latent_dist
-        config = vae.config
-        # Some VAEs normalise each channel (diffusers' latents_mean, latents_std), others have one shift for all.
-        shift = torch.as_tensor(config.get("latents_mean") or [config.get("shift_factor") or 0.0]).to(pixels)
-        spread = torch.as_tensor(config.get("latents_std") or [1.0]).to(pixels)
-        factor = config.get("scaling_factor", 0.18215) / spread[:, None, None]
-        return (distribution.mean - shift[:, None, None]) * factor, distribution.std * factor
+        return encode_kl(vae, pixels)
 
     @final
     def predict(self, network: nn.Module, noisy: Tensor, timesteps: Tensor, batch: ViewBatch) -> Tensor:
@@ -225,7 +250,7 @@ class Family(ABC):
             batch: What it is conditioned on.
 
         Returns:
-            The network's prediction, ``(B, C, H, W)``.
+            The network's prediction, ``(B, C, H, W)``, without a variance.
 
         Raises:
             InputError: If the network and what it is given don't fit, or its prediction is of another shape.
@@ -233,6 +258,8 @@ class Family(ABC):
         self.check(network)
         self.check_batch(network, noisy, batch)
         prediction = self.call(network, noisy, timesteps, batch)
+        if self.variance and prediction.shape[1] == 2 * noisy.shape[1]:
+            prediction = prediction[:, : noisy.shape[1]]
         # A difference of other shapes would be broadcast, or end in a raw error.
         if prediction.shape != noisy.shape:
             raise InputError(
@@ -240,25 +267,9 @@ class Family(ABC):
                 f"{tuple(noisy.shape)}"
                 f"{_variance(prediction.shape[1:2] == (2 * noisy.shape[1],))}; {OWN_OBJECTIVE}."
             )
+        note_prediction(prediction)
         return prediction
-
-
-OWN_OBJECTIVE = "give an objective of your own (a subclass of Objective)"
 
 
 def _variance(likely: bool) -> str:
     return ", that is a variance beside the noise" if likely else ""
-
-
-def setting(network: nn.Module, name: str) -> Any:
-    """What a network's config says of one of its settings.
-
-    Args:
-        network: One of diffusers, or of a class that derives from one.
-        name: Of the setting.
-
-    Returns:
-        Its value, ``None`` where the config says nothing.
-    """
-    config = getattr(network, "config", None)
-    return config.get(name) if isinstance(config, Mapping) else None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_unlearn.data.conditions import Conditions
 from lightning_unlearn.data.samples import ViewBatch
-from lightning_unlearn.diffusion.families.base import Condition, Family, FlowTraining, setting
+from lightning_unlearn.diffusion.families.base import Condition, Family, FlowTraining
 from lightning_unlearn.diffusion.families.patches import (
     check_patches,
     distilled_guidance,
@@ -18,6 +18,7 @@ from lightning_unlearn.diffusion.families.patches import (
     packed,
     unpacked,
 )
+from lightning_unlearn.diffusion.families.settings import setting
 
 
 class FluxFamily(Family):

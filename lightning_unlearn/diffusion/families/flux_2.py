@@ -32,6 +32,7 @@ class Flux2Family(Family):
         "text": Condition(2, ("joint_attention_dim",)),
         "guidance": Condition(1, optional=True),
     }
+    vae_class: ClassVar[str] = "AutoencoderKLFlux2"
     flow: ClassVar[FlowTraining | None] = FlowTraining()
 
     def call(self, network: nn.Module, noisy: Tensor, timesteps: Tensor, batch: ViewBatch) -> Tensor:

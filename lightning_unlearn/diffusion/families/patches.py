@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_unlearn.data.samples import ViewBatch
-from lightning_unlearn.diffusion.families.base import setting
+from lightning_unlearn.diffusion.families.settings import setting
 from lightning_unlearn.errors import InputError
 
 

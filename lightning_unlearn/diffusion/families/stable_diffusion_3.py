@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from lightning_unlearn.data.conditions import Conditions
 from lightning_unlearn.data.samples import ViewBatch
-from lightning_unlearn.diffusion.families.base import Condition, Family, FlowTraining, setting
+from lightning_unlearn.diffusion.families.base import Condition, Family, FlowTraining
 from lightning_unlearn.diffusion.families.patches import check_patches
+from lightning_unlearn.diffusion.families.settings import setting
 
 
 class StableDiffusion3Family(Family):

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lightning_unlearn.data.conditions import Conditions
 from lightning_unlearn.data.samples import ViewBatch
-from lightning_unlearn.diffusion.families.base import TEXT, Condition, setting
+from lightning_unlearn.diffusion.families.base import TEXT, Condition
+from lightning_unlearn.diffusion.families.settings import setting
 from lightning_unlearn.diffusion.families.unet import PLAIN, UNetFamily
 
 SIZES = ("original_size", "crop_top_left", "target_size")

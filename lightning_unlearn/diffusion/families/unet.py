@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from lightning_unlearn.data.samples import ViewBatch
-from lightning_unlearn.diffusion.families.base import OWN_OBJECTIVE, Family, setting
-from lightning_unlearn.errors import InputError
+from lightning_unlearn.diffusion.families.base import Family
+from lightning_unlearn.diffusion.families.selections import BLOCK_SELECTIONS
 
 # Settings by which a U-Net takes more than latents, timesteps and text states, the values with which it does not, and
 # what it would take.
@@ -26,37 +26,16 @@ class UNetFamily(Family):
     """``diffusers.UNet2DConditionModel``: text enters through ``attn2.to_k`` and ``attn2.to_v`` and nowhere else.
 
     Wang et al. (arXiv 2406.09408, Section 4 and Table 2) unlearn just these weights.
+
+    Attributes:
+        plain: Settings by which a U-Net takes more than this family gives it, the values with which it does not, and
+            what it would take.
     """
 
     title: ClassVar[str] = "Stable Diffusion 1 and 2"
     class_names: ClassVar[Sequence[str]] = ("UNet2DConditionModel",)
-    selections: ClassVar[Mapping[str, Sequence[str]]] = {
-        "text_kv": (r".*\.attn2\.to_[kv]",),
-        "cross_attention": (r".*\.attn2\.(to_[qkv]|to_out\.0)",),
-        "attention": (r".*\.attn[12]\.(to_[qkv]|to_out\.0)",),
-        "feed_forward": (r".*\.ff\.net\.(0\.proj|2)",),
-    }
-
+    selections: ClassVar[Mapping[str, Sequence[str]]] = BLOCK_SELECTIONS
     plain: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = PLAIN
-
-    def check(self, network: nn.Module) -> None:
-        """Refuse a U-Net that takes more than text, or predicts a variance too; see :meth:`Family.check`.
-
-        Args:
-            network: The U-Net.
-
-        Raises:
-            InputError: If its config says so.
-        """
-        name = type(network).__name__
-        for key, (values, what) in self.plain.items():
-            value = setting(network, key)
-            if value not in values:
-                raise InputError(
-                    f"This {name} takes {what} (its config has {key} {value!r}), which samples don't hold; "
-                    f"{OWN_OBJECTIVE}."
-                )
-        super().check(network)
 
     def call(self, network: nn.Module, noisy: Tensor, timesteps: Tensor, batch: ViewBatch) -> Tensor:
         """Call the U-Net with its text states; see :meth:`Family.call`.

@@ -19,6 +19,7 @@ METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 CAPTION_SUFFIXES = (".txt", ".caption")
 # As OneTrainer calls them.
 MASK_NAME = re.compile(r"-(masklabel|condlabel)$")
+LOSS_MASK = "-masklabel.png"
 REGULARISATION_FOLDERS = frozenset({"reg", "regularization", "regularisation", "reg_images"})
 
 

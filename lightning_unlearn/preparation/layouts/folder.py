@@ -9,6 +9,7 @@ from typing import Any
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.preparation.layouts.caption_files import DEFAULT_FILE, caption_suffixes, captions_beside
 from lightning_unlearn.preparation.layouts.files import (
+    LOSS_MASK,
     REGULARISATION_FOLDERS,
     files_in,
     is_mask_name,
@@ -50,8 +51,9 @@ def _pictures(names: list[str], reading: Reading) -> Iterator[str]:
     for name in names:
         if not is_picture_name(name):
             continue
-        if is_mask_name(name) and reading.choices.masks == "leave_out":
-            reading.tally.add("masks were left out", name)
+        if is_mask_name(name) and reading.choices.masks != "picture":
+            if reading.choices.masks != "loss" or not name.endswith(LOSS_MASK):
+                reading.tally.add("masks were left out", name)
         elif PurePosixPath(name).suffix.lower() not in kinds:
             reading.tally.add("pictures are not of the `picture_kinds` that are taken", name)
         else:
@@ -99,7 +101,7 @@ def _record(folder: Path, name: str, subset: tuple[int, str] | None, reading: Re
     if not captions and words and reading.choices.repeats == "auto" and reading.choices.missing_caption == "error":
         captions = [words]
     settled = reading.settled(captions, words)
-    if settled == [""] and problem is None:
+    if settled == [""] and problem is None and reading.text:
         reading.tally.add("samples have the empty caption", name)
     return Record(key_of_path(name), settled, metadata, str(path), path, problem)
 

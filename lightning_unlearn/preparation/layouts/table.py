@@ -81,7 +81,7 @@ def row_record(row: dict[str, Any], number: int, place: str, folder: Path | None
         if isinstance(picture, Path) and picture.suffix.lower() not in readable_suffixes() and picture.is_file():
             problem = f"{place} ({name}) is of a kind that can't be read here; convert it, or {SKIP}."
     captions = reading.settled(captions_of_cell(row.get(column) if column else None))
-    if captions == [""] and problem is None:
+    if captions == [""] and problem is None and reading.text:
         reading.tally.add("samples have the empty caption", name or chosen)
     return Record(plain_key(chosen), captions, metadata, f"{place} ({name or chosen})", picture, problem)
 
@@ -124,7 +124,8 @@ def check_columns(path: Path, row: dict[str, Any], reading: Reading) -> None:
             f"its columns: {columns}."
         )
     names = (reading.caption_column,) if reading.caption_column else CAPTION_COLUMNS
-    if not any(name in row for name in names) and reading.caption is None:
+    needed = reading.caption is None and (reading.text or reading.caption_column is not None)
+    if needed and not any(name in row for name in names):
         wanted = repr(reading.caption_column) if reading.caption_column else "'text', 'caption' or 'captions'"
         raise InputError(
             f"{path} has no column of captions, {wanted}; name it with `caption_column`; its columns: {columns}."

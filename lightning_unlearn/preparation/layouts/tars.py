@@ -70,7 +70,7 @@ def _record(path: Path, key: str, members: dict[str, bytes], reading: Reading) -
     if not pictures:
         reading.tally.add("samples of tars have no picture", place)
         return None
-    if is_mask_name(key) and reading.choices.masks == "leave_out":
+    if is_mask_name(key) and reading.choices.masks != "picture":
         reading.tally.add("masks were left out", place)
         return None
     record = Record(plain_key(key), [], {}, place, members[pictures[0]])
@@ -92,7 +92,7 @@ def _record(path: Path, key: str, members: dict[str, bytes], reading: Reading) -
     except ValueError as error:
         return replace(record, problem=f"{place}: {str(error).splitlines()[0]}; mend it, or {SKIP}.")
     settled = reading.settled(captions)
-    if settled == [""]:
+    if settled == [""] and reading.text:
         reading.tally.add("samples have the empty caption", place)
     known = {name: value for name, value in metadata.items() if name != "captions"}
     return replace(record, captions=settled, metadata=known)

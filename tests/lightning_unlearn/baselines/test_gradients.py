@@ -16,7 +16,8 @@ from toys import ToyDenoiser, ToyObjective, tiny_unet
 from lightning_unlearn.baselines import TRAK, Baseline, GradientSimilarity, Influence, Subject
 from lightning_unlearn.baselines.gradients import batch_gradients, query_gradients, training_gradients
 from lightning_unlearn.baselines.per_sample import Gradients, Output, join
-from lightning_unlearn.data.samples import Sample, SampleBatch, collate_samples
+from lightning_unlearn.data.batches import collate_samples
+from lightning_unlearn.data.samples import Sample, SampleBatch
 from lightning_unlearn.draws.views import Views
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher import FISHERS, Fisher
@@ -59,6 +60,34 @@ def test_gradients_are_means_over_the_views_that_a_sample_has(views: Views, outp
     close(flat(query_gradients(toy, output)), slow(toy, QUERIES, output))
     _, look = toy_look(toy)
     close(found.errors, torch.tensor([residual(look, views_of(views, z)) for z in TRAINING], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("output", ["square", "mean"])
+def test_output_is_the_prediction_without_the_variance_beside_it(output: Output) -> None:
+    from diffusers import UNet2DModel
+
+    from lightning_unlearn.diffusion.objective import DenoisingObjective
+
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = UNet2DModel(
+            sample_size=8,
+            in_channels=3,
+            out_channels=6,
+            block_out_channels=(4, 4),
+            norm_num_groups=2,
+            attention_head_dim=4,
+            **blocks,
+        )
+    toy = subject(
+        samples(2), samples(1, prefix="query"), network=network, objective=DenoisingObjective(), parameters=["conv_in"]
+    )
+    before = flat(join(list(training_gradients(toy, output))))
+    with torch.no_grad():
+        network.conv_out.weight[3:] *= 10  # the variance's half
+    assert before.abs().max() > 0
+    close(flat(join(list(training_gradients(toy, output)))), before)
 
 
 def test_each_view_counts_alike_when_gradients_are_normalised() -> None:

@@ -18,7 +18,7 @@ from toys import done_shards, tiny_unet, toy_fields
 
 from lightning_unlearn.baselines import BASELINES, Random, Subject
 from lightning_unlearn.command_line.cli import main
-from lightning_unlearn.data.samples import collate_samples
+from lightning_unlearn.data.batches import collate_samples
 from lightning_unlearn.data.shards import write_shards
 from lightning_unlearn.datamodules.reading import read_samples
 from lightning_unlearn.datamodules.sources import list_shards
@@ -158,7 +158,7 @@ def test_report_is_written_of_a_baseline_too(finished: Path, tmp_path: Path) -> 
     shutil.copytree(finished, tmp_path / "run")
     run("report", "--folder", tmp_path / "run")
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "by the method “d_trak”" in page
+    assert "by the method “DTRAK”" in page
     assert "was unlearned:" not in page
     assert "The loss rose" not in page
 
@@ -274,7 +274,7 @@ def test_scores_that_are_not_finite_are_refused(
 ) -> None:
     monkeypatch.setattr(Random, "_draw", lambda self, query, key: float("nan" if key == "sample-00003" else 1))
     said = refused(capsys, "--config", config, "--output", tmp_path / "run", "--method", "Random")
-    assert "The scores of random are not finite for 'sample-00003'" in said
+    assert "The scores of Random are not finite for 'sample-00003'" in said
     assert not done_shards(tmp_path / "run")
 
 
@@ -287,7 +287,7 @@ def test_scores_that_are_not_finite_are_refused(
         (["--method", "Influence", "--model.init_args.fisher", "null"], "A Fisher is needed"),
         (["--method", "JourneyTRAK"], "'query-00000' can't be made again for JourneyTRAK"),
         (["--method", "EAK"], "There is no class EAK; take DAS, DTRAK, EncoderSimilarity, "),
-        (["--method", "DTRAK", "--rule", "difference"], "--rule is for unlearning, and d_trak has nothing of the kind"),
+        (["--method", "DTRAK", "--rule", "difference"], "--rule is for unlearning, and DTRAK has nothing of the kind"),
     ],
     ids=str,
 )
@@ -344,7 +344,7 @@ def test_bar_counts_samples(config: str, tmp_path: Path, capsys: pytest.CaptureF
     run("attribute", "--config", config, "--output", tmp_path / "run", "--method", "PixelSimilarity")
     out = capsys.readouterr().out
     assert f"{SAMPLES}/{SAMPLES}" in out
-    assert "Scoring by pixel_similarity on cpu" in out
+    assert "Scoring by PixelSimilarity on cpu" in out
     assert f"{SAMPLES} samples scored into {tmp_path / 'run' / 'scores'}.\n" in out
     run("report", "--folder", tmp_path / "run")
     assert (tmp_path / "run" / "report.html").is_file()

@@ -301,6 +301,10 @@ def test_predict_that_would_lose_its_scores_is_refused(
     config: str, fitted: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "callbacks+=ScoreWriter" in refused(capsys, "predict", "--config", config, "--ckpt_path", fitted)
+    assert "'best' names no file" in refused(capsys, "predict", "--config", config, "--ckpt_path", "best")
+    writer = ["--trainer.callbacks+=ScoreWriter", f"--trainer.callbacks.folder={config}"]
+    said = refused(capsys, "predict", "--config", config, "--ckpt_path", fitted, *writer)
+    assert "can't be made (File exists); give ScoreWriter another folder." in said
 
 
 def test_command_line_wins_over_hyperparameters_that_a_users_module_stored(

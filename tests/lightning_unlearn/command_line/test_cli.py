@@ -164,6 +164,12 @@ def test_unknown_option_gets_one_sentence(command: str, ends: Ends) -> None:
     assert_one_sentence(status, err, "--nonsense")
 
 
+def test_a_config_without_its_option_is_told_it(ends: Ends) -> None:
+    assert_one_sentence(*ends("attribute", "your.yaml")[::2], "write --config your.yaml")
+    assert_one_sentence(*ends("attribute")[::2], "data, model", "--config sample.yaml")
+    assert_one_sentence(*ends("fit")[::2], "fit.data, fit.model", "--config sample.yaml")
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_missing_config_file_gets_one_sentence(command: str, ends: Ends, tmp_path: Path) -> None:
     status, _, err = ends(command, "--config", tmp_path / "nowhere.yaml")
@@ -173,7 +179,7 @@ def test_missing_config_file_gets_one_sentence(command: str, ends: Ends, tmp_pat
 @pytest.mark.parametrize(
     ("option", "value", "parts"),
     [
-        ("--data.init_args.draws", "many", ["data.draws", "int", "many"]),
+        ("--data.init_args.draws", "many", ["data.draws", "whole number", "many"]),
         ("--model.init_args.nonsense", "1", ["model", "nonsense"]),
         ("--model.init_args.network.init_args.nonsense", "1", ["model.network", "nonsense"]),
         ("--model.init_args.views.timesteps", "few", ["model.views", "timesteps", "few"]),
@@ -183,6 +189,11 @@ def test_missing_config_file_gets_one_sentence(command: str, ends: Ends, tmp_pat
             ["model.strategy", "no class Newtron", "Newton, Penalised"],
         ),
         ("--model", "Unlearned", ["model", "Unlearned"]),
+        ("--model.init_args.views", "few", ["'few' is nothing that it takes", "--….views.NAME VALUE"]),
+        ("--data.init_args.on_bad_sample", "hide", ["data.on_bad_sample", "Expected one of 'error', 'skip'", "hide"]),
+        ("--method.ridge", "1", ["unlearning has no settings here", "--method NAME"]),
+        ("--top", "0", ["--top must be at least 1"]),
+        ("--trainer.accelerator", "gpu", ["No supported gpu backend found."]),
         # As a YAML file says it: jsonargparse then gives more reasons than one.
         ("--model.init_args.strategy", "{class_path: Newtron}", ["no class Newtron; take Mirrored, "]),
     ],

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import signal
+import sys
 
 import pytest
 
 from lightning_unlearn.command_line import cli
-from lightning_unlearn.command_line.signals import stoppable
+from lightning_unlearn.command_line.signals import SIGNALS, Stop, stoppable
 
 
 class Finalised:
@@ -22,6 +23,28 @@ def test_a_signal_that_got_lost_ends_a_command_as_any_other(
 ) -> None:
     monkeypatch.setattr(cli, "_run", lambda command, arguments: Finalised() and None)
     assert cli.main(["report"]) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "lightning-unlearn: stopped.\n"
+
+
+@pytest.mark.parametrize(("what", "number"), [("start", signal.SIGINT), ("finish", signal.SIGTERM)])
+def test_a_signal_that_comes_while_signals_are_taken_or_given_back_shows_no_trace(
+    what: str, number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "_run", lambda command, arguments: None)
+    does = getattr(Stop, what)
+
+    def disturbed(self: Stop) -> None:
+        signal.raise_signal(number)
+        does(self)
+
+    monkeypatch.setattr(Stop, what, disturbed)
+    monkeypatch.setattr("sys.unraisablehook", sys.unraisablehook)  # given back, as the handlers are below
+    before = {one: signal.getsignal(one) for one in SIGNALS}
+    try:
+        assert cli.main(["report"]) == 128 + number
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
     assert capsys.readouterr().err == "lightning-unlearn: stopped.\n"
 
 

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import DIM, LATENT, TOKENS, toy_fields
 
-from lightning_unlearn.data.samples import Sample, SampleBatch, collate_samples, decode_sample
+from lightning_unlearn.data.batches import collate_samples
+from lightning_unlearn.data.samples import Sample, SampleBatch, decode_sample
 from lightning_unlearn.data.shards import encode_sample, npy_bytes
 from lightning_unlearn.errors import InputError
 
@@ -137,7 +138,7 @@ def test_other_dtype_is_an_error(dtype: Any) -> None:
     assert_one_sentence(error, "latent.npy", "float16 or float32")
 
 
-@pytest.mark.parametrize("shape", [(), (8,), (8, 8), (1, 3, 8, 8), (3, 0, 8)])
+@pytest.mark.parametrize("shape", [(), (8,), (8, 8), (1, 1, 3, 8, 8), (3, 0, 8)])
 def test_other_number_of_dimensions_or_nothing_is_an_error(shape: tuple[int, ...]) -> None:
     with pytest.raises(InputError) as error:
         sample(0, **{"latent.npy": npy_bytes(np.zeros(shape, np.float32))})

@@ -97,7 +97,7 @@ def test_drawn_has_the_gradient_of_a_drawn_target(network: nn.Module, batch: Vie
     assert batch.mask is not None
     shares = batch.mask[:, None].expand(-1, SHAPE[0], -1, -1)
     total = shares.flatten(1).sum(1)
-    sigmas = objective.sigmas[TIMESTEPS]
+    sigmas = objective.sigmas[TIMESTEPS].double()
     weight = sigmas**2 * (2 / (math.pi * (1 - 2 * sigmas + 2 * sigmas**2)) if weighting == "cosmap" else 1)
     noisy = torch.lerp(batch.latents, NOISE, sigmas[:, None, None, None])
     output = network(
@@ -163,8 +163,8 @@ def test_half_precision_gives_float32(batch: ViewBatch) -> None:
 def test_table_is_that_of_training(config: dict[str, Any], shift: float) -> None:
     objective = flow({"num_train_timesteps": 50, **config})
     t = torch.arange(1, 51, dtype=torch.float64) / 50
-    torch.testing.assert_close(objective.sigmas, shift * t / (1 + (shift - 1) * t), rtol=1e-6, atol=0)
-    torch.testing.assert_close(objective.times.double(), objective.sigmas * 50, rtol=1e-6, atol=0)
+    torch.testing.assert_close(objective.sigmas.double(), shift * t / (1 + (shift - 1) * t), rtol=1e-6, atol=0)
+    torch.testing.assert_close(objective.times, objective.sigmas * 50, rtol=1e-6, atol=0)
     assert objective.num_timesteps == 50
     assert objective.settings()["shift"] == shift
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import string
+import warnings
+from pathlib import Path
 from typing import Any
 
+import adapter_forms as forms
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,6 +25,7 @@ from lightning_unlearn.diffusion.adapters import (
 )
 from lightning_unlearn.diffusion.objective import DenoisingObjective
 from lightning_unlearn.errors import InputError
+from lightning_unlearn.unlearning.module import UnlearningModule
 
 # As sd-scripts' train_network.py writes it for one folder of pictures.
 PLAIN = {
@@ -94,8 +100,7 @@ def test_objective_is_the_trainings_or_says_where_it_is_not(recwarn: pytest.Warn
         ({"ss_loss_type": "huber"}, "loss_type = huber, which is not followed"),
         ({"ss_multires_noise_iterations": "6"}, "multires_noise_iterations = 6"),
         ({"ss_ip_noise_gamma": "0.1"}, "ip_noise_gamma = 0.1"),
-        ({"ss_timestep_sampling": "shift"}, "timestep_sampling = shift; the objective must be given the same"),
-        ({"ss_guidance_scale": "1.0"}, "guidance_scale = 1.0; the objective must be given the same"),
+        ({"ss_apply_t5_attn_mask": "True"}, "apply_t5_attn_mask = True, which is not followed"),
         ({"ss_reg_dataset_dirs": json.dumps({"1_dog": {"n_repeats": 1, "img_count": 9}})}, "regularisation pictures"),
         (
             {
@@ -156,3 +161,55 @@ def test_any_header_is_read_or_refused_in_a_sentence(said: dict[str, str]) -> No
     except InputError:
         return
     assert found is None or all(isinstance(sentence, str) for sentence in found.unfollowed())
+
+
+def bare(**said: str) -> TrainingRecord:
+    found = read_training_record("a.safetensors", {"ss_sd_model_name": "a.safetensors", **said})
+    assert found is not None
+    return found
+
+
+def base_file(folder: Path) -> Path:
+    """A file as large as the web UI's hash wants it, whose parts differ."""
+    path = folder / "base.safetensors"
+    path.write_bytes(bytes(0x100000) + bytes(range(256)) * 0x101 + b"end")
+    return path
+
+
+def test_the_base_model_is_compared_where_both_are_known(tmp_path: Path) -> None:
+    path = base_file(tmp_path)
+    content = path.read_bytes()
+    whole = hashlib.sha256(content).hexdigest()
+    short = hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8]
+    for same in ({"ss_new_sd_model_hash": whole}, {"ss_sd_model_hash": short}, {"ss_new_sd_model_hash": whole.upper()}):
+        assert bare(**same).unfollowed(str(path)) == ()
+    for other in ({"ss_new_sd_model_hash": "0" * 64, "ss_sd_model_hash": short}, {"ss_sd_model_hash": "0" * 8}):
+        (sentence,) = bare(**other).unfollowed(str(path))
+        assert sentence.startswith("it was trained on a.safetensors (hash 00000000")
+        assert str(path) in sentence
+        assert "another model" in sentence
+    # A folder, a network that was given, or a name alone can't be compared.
+    for base, known in (
+        (str(tmp_path), {"ss_new_sd_model_hash": whole}),
+        (None, {"ss_sd_model_hash": short}),
+        (str(path), {}),
+    ):
+        (sentence,) = bare(**known).unfollowed(base)
+        assert "it is not compared" in sentence
+
+
+def test_a_module_compares_its_weights_file(tmp_path: Path) -> None:
+    network = forms.stable_diffusion().float()
+    adapter = forms.random_adapter(network, ["conv_in"])
+    base = tmp_path / "base.pt"
+    torch.save(network.state_dict(), base)
+    for same in (True, False):
+        digest = hashlib.sha256(base.read_bytes()).hexdigest() if same else "0" * 64
+        header = {"ss_sd_model_name": "a.safetensors", "ss_new_sd_model_hash": digest}
+        path = forms.save(tmp_path / "lora.safetensors", forms.kohya_state(adapter), header)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            UnlearningModule(forms.stable_diffusion(), weights=str(base), adapter=path, parameters="adapter")
+        said = [str(warning.message) for warning in caught if "trained on" in str(warning.message)]
+        assert len(said) == (0 if same else 1)
+        assert all("another model" in sentence for sentence in said)

@@ -54,7 +54,7 @@ def test_the_nearest_key_is_suggested(key: str, near: str) -> None:
 def test_network_that_does_not_fit_is_refused_before_any_work() -> None:
     for change, what in (
         ({"out_channels": 2 * LATENT[0]}, "predicts a variance"),
-        ({"num_class_embeds": 10}, "class labels"),
+        ({"class_embed_type": "projection", "projection_class_embeddings_input_dim": 4}, "class embeddings"),
         ({"time_cond_proj_dim": 8}, "guidance"),
     ):
         with pytest.raises(InputError, match=what):

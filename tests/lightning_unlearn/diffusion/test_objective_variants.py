@@ -511,7 +511,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: conditional(
             addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=54
         ),
-        "addition_embed_type|text_time|added",
+        "'pooled'",
     ),
     "like Kandinsky": (
         lambda: conditional(addition_embed_type="image", encoder_hid_dim=DIM, encoder_hid_dim_type="image_proj"),

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import LATENT, toy_fields
 
-from lightning_unlearn.data.samples import SampleBatch, collate_samples
+from lightning_unlearn.data.batches import collate_samples
+from lightning_unlearn.data.samples import SampleBatch
 from lightning_unlearn.draws.unlearning_draws import draw_for_target
 from lightning_unlearn.draws.views import Views, place_timesteps
 from lightning_unlearn.errors import InputError

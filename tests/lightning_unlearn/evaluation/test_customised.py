@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from toys import DIM, TOKENS, tiny_unet
 
-from lightning_unlearn.data.samples import Sample, collate_samples
+from lightning_unlearn.data.batches import collate_samples
+from lightning_unlearn.data.samples import Sample
 from lightning_unlearn.diffusion.objective import DenoisingObjective
 from lightning_unlearn.diffusion.sampling import generate
 from lightning_unlearn.draws.views import Views

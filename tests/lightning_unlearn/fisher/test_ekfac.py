@@ -704,6 +704,16 @@ def test_command_splits_its_passes_and_its_file_unlearns(tmp_path: Path, capsys:
     assert len(read_scores(output).keys) == SAMPLES
 
 
+def test_a_squared_norm_is_never_below_zero() -> None:
+    """Two positions that cancel but for rounding, in a layer so wide that the gradient itself is not formed."""
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        inputs = torch.randn(1, 1, 64, generator=generator)
+        gradients = torch.randn(1, 1, 64, generator=generator)
+        layer = CapturedLayer(torch.cat([inputs, inputs], 1), torch.cat([gradients, -gradients * (1 + 1e-7)], 1))
+        assert float(kronecker.squared_norm(layer)) >= 0
+
+
 if __name__ == "__main__":
     run_rank(Path(sys.argv[1]))
 

@@ -331,7 +331,8 @@ def test_a_query_has_its_prompt_how_it_was_made_and_how_its_loss_rose(tmp_path: 
     assert "a fox on Mars" in text
     assert "All 2 prompts a fox on Mars another key query-0 seed 17 scheduler DDIM steps 40 guidance 7.5" in text
     assert "extra x [1, 2]" in text
-    assert "Query’s loss before 0.0200 Query’s loss after 0.0220 Rise +10.0 % Fisher penalty ½ δᵀFδ 3.20 × 10⁻⁵" in text
+    assert "Query’s loss before 0.0200 Query’s loss after 0.0220 Rise +10.0 % Fisher penalty of the change" in text
+    assert "the change, ½ δᵀFδ 3.20 × 10⁻⁵" in text
 
 
 def test_a_query_without_a_sample_or_a_result_is_shown_with_what_the_run_knows(tmp_path: Path) -> None:

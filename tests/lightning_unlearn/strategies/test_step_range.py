@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,10 +19,13 @@ from lightning_unlearn.diffusion.objective import Objective
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.scores.step_reasons import LENGTH, LINEAR, OTHERS
 from lightning_unlearn.strategies import Newton, StepRange
+from lightning_unlearn.strategies.others import hold_others
 from lightning_unlearn.strategies.scale import find_scales
+from lightning_unlearn.strategies.search import TOLERANCE
 from lightning_unlearn.strategies.step_range import longest_scales
+from lightning_unlearn.unlearning.fixed_draws import FixedDraws
 from lightning_unlearn.unlearning.module import UnlearningModule
-from lightning_unlearn.weights.parameters import layer_parameters
+from lightning_unlearn.weights.parameters import layer_parameters, select_layers
 
 OFF = StepRange(longest=math.inf, least_linear=0.0, most_others=math.inf)
 
@@ -169,6 +174,82 @@ def test_a_search_moves_by_no_more_than_its_losses_over_their_slope() -> None:
         found = find_scales(rises, torch.tensor([3.0], dtype=torch.float64), 1.0, ["query"])
         moved.append(float(found.scales))
     assert max(moved) - min(moved) <= 2 * eps / 2
+
+
+@pytest.mark.parametrize("bound", ["length", "loss"])
+def test_a_little_more_of_what_is_wanted_changes_little_at_the_boundary(bound: str) -> None:
+    """The rise is the scale, up to 1, where it is too long, or falls again.
+
+    Just above the boundary as much is kept back as is wanted too much, so both ends move by that; the search is off by
+    its tolerance.
+    """
+    ends = torch.tensor([1.0 if bound == "length" else math.inf], dtype=torch.float64)
+
+    def rises(scales: Tensor) -> Tensor:
+        return scales if bound == "length" else torch.where(scales < 1, scales, 2 - scales)
+
+    scales = []
+    for wanted in (0.999, 1.001):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = find_scales(rises, torch.ones(1).double(), wanted, ["query"], longest=ends, short=True)
+        scales.append(float(found.scales))
+    assert abs(scales[1] - scales[0]) <= 2 * 0.002 + 2 * TOLERANCE
+
+
+@pytest.mark.parametrize(("bend", "kept"), [(0.0105, 0.0105), (0.0099, 0.0109), (0.0075, 0.1), (0.0049, 1.0)])
+def test_steps_are_shortened_by_less_where_a_short_one_takes_everything_else_along(bend: float, kept: float) -> None:
+    """Everything else rises by a quarter of the query's rise where the scale is the bend, and by more behind it."""
+    one = torch.ones(1, dtype=torch.float64)
+    deltas = {"a": torch.zeros(1, 1, dtype=torch.float64)}
+    problem: Any = SimpleNamespace(
+        targets=["query"],
+        others=lambda stacks, mask: one if stacks is None else 1 + 0.25 * stacks["a"][:, 0] ** 2 / bend,
+    )
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        held = hold_others(problem, deltas, {"a": torch.ones(1, 1).double()}, lambda scales: scales, one, 0.25)
+    # From a hundredth down to half of it, 0.01^(2 share / 0.01 - 1) is kept.
+    assert float(held.scales) == pytest.approx(kept, rel=0.02)
+    assert held.limited == [None if kept == 1 else OTHERS]
+    if kept < 1:
+        (warned,) = said
+        assert str(warned.message).startswith("The step of 1 target is shortened, since the loss of everything else")
+    # The numbers are those of what is kept.
+    assert float(held.rises) == pytest.approx(float(held.scales))
+
+
+def test_what_is_decided_by_is_what_the_first_rank_has(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks on other devices may be off by rounding; here by far more, as the first rank would have it."""
+    longest = min(lengths(unlearned(folder, ToyObjective(), Newton(target_increase=1.0)))) / 2
+    strategy = Newton(target_increase=1.0, step_range=StepRange(longest=longest))
+    monkeypatch.setattr(FixedDraws, "agreed", lambda self, numbers: numbers.double().cpu() / 2)
+    with pytest.warns(UserWarning, match="as far as it goes"):
+        half = unlearned(folder, ToyObjective(), strategy)
+    assert all(0.25 * longest < length <= 0.501 * longest for length in lengths(half))
+    monkeypatch.undo()
+    plain = unlearned(folder, ToyObjective(), Newton(target_increase=0.01))
+    monkeypatch.setattr(FixedDraws, "agreed", lambda self, numbers: numbers.double().cpu() / 2)
+    half = unlearned(folder, ToyObjective(), Newton(target_increase=0.01))
+    for whole, other in zip(plain.results.values(), half.results.values(), strict=True):
+        assert other["linear"] == pytest.approx(2 * whole["linear"], rel=0.01)
+
+
+def test_weights_that_are_all_zero_have_no_length(folder: Path) -> None:
+    def zero(strategy: Newton) -> UnlearningModule:
+        network = ToyDenoiser().double()
+        for parameter in layer_parameters(select_layers(network, ["text"])).values():
+            torch.nn.init.zeros_(parameter)
+        module = UnlearningModule(
+            network, ToyObjective(), random_fisher(network, ["text"]), ["text"], strategy, damping=0.1, rise_draws=5
+        )
+        unlearn(module, toy_data(folder, draws=6, draw_batch_size=4))
+        return module
+
+    with pytest.raises(InputError, match=r"All chosen weights are zero.*longest"):
+        zero(Newton(target_increase=1e-3))
+    found = zero(Newton(target_increase=1e-3, step_range=OFF)).results
+    assert all("length" not in result and result["rise"] == pytest.approx(1e-3, rel=0.01) for result in found.values())
 
 
 def test_longest_scales_end_on_the_sphere() -> None:

@@ -436,7 +436,8 @@ def test_a_loss_that_falls_again_is_raised_nearly_as_far_as_it_was_seen_to_rise(
     slopes = torch.tensor([misjudged * top / at, 50 * top / at], dtype=torch.float64)
     with pytest.warns(UserWarning, match="as far as it goes"):
         scales = find_scales(hill, slopes[:1], 1.0, ["query"], short=True).scales
-    assert 0.95 * 0.5 * top <= float(hill(scales)) <= 0.951 * top
+    # Of what lies just below the wanted rise, a little more.
+    assert 0.95 * 0.5 * top <= float(hill(scales)) <= max(0.951 * top, 2.001 * top - 1)
     assert float(scales) <= at
     with pytest.warns(UserWarning, match="as far as it goes"):
         together = find_scales(hill, slopes, 1.0, ["query", "another"], short=True).scales

@@ -61,6 +61,13 @@ def test_a_sharded_folder_its_index_and_its_pipeline(tmp_path: Path) -> None:
         assert_weights(load_network(str(folder)).state_dict(), moved(1))
 
 
+def test_shards_of_pickle_are_read_as_tensors_where_their_index_is_named(tmp_path: Path) -> None:
+    unet(1).save_pretrained(tmp_path, max_shard_size="30KB", safe_serialization=False)
+    assert len(list(tmp_path.glob("*.bin"))) > 1
+    assert_weights(load_into(tmp_path / "diffusion_pytorch_model.bin.index.json")[0], moved(1))
+    assert "is pickle" in refused(tmp_path)
+
+
 def test_an_index_that_promises_what_is_not_there_is_refused(tmp_path: Path) -> None:
     unet(1).save_pretrained(tmp_path, max_shard_size="30KB")
     index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
@@ -73,7 +80,7 @@ def test_an_index_that_promises_what_is_not_there_is_refused(tmp_path: Path) -> 
     first.unlink()
     assert "is not there" in refused(index)
     index.write_text(json.dumps({"weight_map": {"conv_in.weight": "../elsewhere.safetensors"}}))
-    assert "no safetensors file beside it" in refused(index)
+    assert "no file of weights beside it" in refused(index)
     index.write_text("{")
     assert "no index" in refused(index)
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoint_forms import assert_weights, load_into, moved
+from checkpoint_forms import assert_weights, load_into, load_toy, toy_moved
 from lightning.pytorch import LightningModule, Trainer
 from omegaconf import OmegaConf
 
@@ -69,9 +69,12 @@ HYPER_PARAMETERS: dict[str, Any] = {
 
 @pytest.mark.parametrize("what", HYPER_PARAMETERS)
 def test_hyper_parameters_of_any_class_are_passed_over(tmp_path: Path, what: str) -> None:
-    content = {"state_dict": {f"unet.{n}": v for n, v in moved(1).items()}, "hyper_parameters": HYPER_PARAMETERS[what]}
+    content = {
+        "state_dict": {f"unet.{n}": v for n, v in toy_moved(1).items()},
+        "hyper_parameters": HYPER_PARAMETERS[what],
+    }
     torch.save(content, tmp_path / "a.ckpt")
-    assert_weights(load_into(tmp_path / "a.ckpt")[0], moved(1))
+    assert_weights(load_toy(tmp_path / "a.ckpt"), toy_moved(1))
 
 
 def test_a_checkpoint_of_lightning_with_all_of_them(tmp_path: Path) -> None:
@@ -86,11 +89,11 @@ def test_a_checkpoint_of_lightning_with_all_of_them(tmp_path: Path) -> None:
 
 def test_what_can_not_be_passed_over_says_how_to_convert(tmp_path: Path) -> None:
     # A container of another class is filled item by item, which PyTorch's unpickler does for its own alone.
-    torch.save({"state_dict": moved(1), "hyper_parameters": deque([1])}, tmp_path / "a.ckpt")
+    torch.save({"state_dict": toy_moved(1), "hyper_parameters": deque([1])}, tmp_path / "a.ckpt")
     with pytest.raises(
         InputError, match=r"torch\.save\(torch\.load\(path, weights_only=False\)\['state_dict'\], new\)"
     ):
-        load_into(tmp_path / "a.ckpt")
+        load_toy(tmp_path / "a.ckpt")
 
 
 class Evil:
@@ -133,13 +136,13 @@ def evils(made: Path) -> list[Any]:
 @pytest.mark.parametrize("where", ["hyper_parameters", "state_dict", "key"])
 def test_nothing_that_a_file_names_is_called_or_imported(tmp_path: Path, number: int, where: str) -> None:
     made, evil = tmp_path / "made", evils(tmp_path / "made")[number]
-    content: dict[Any, Any] = {"state_dict": {**moved(1), **({"evil": evil} if where == "state_dict" else {})}}
+    content: dict[Any, Any] = {"state_dict": {**toy_moved(1), **({"evil": evil} if where == "state_dict" else {})}}
     if where != "state_dict":
         content |= {evil: 1} if where == "key" else {"hyper_parameters": evil}
     torch.save(content, tmp_path / "a.ckpt")
     # PyTorch refuses some modules by name, whatever they stand for.
     with contextlib.suppress(InputError):
-        assert_weights(load_into(tmp_path / "a.ckpt")[0], moved(1))
+        assert_weights(load_toy(tmp_path / "a.ckpt"), toy_moved(1))
     assert not made.exists()
     with contextlib.suppress(Exception):
         torch.load(tmp_path / "a.ckpt", weights_only=False)
@@ -153,24 +156,24 @@ def test_a_module_that_a_file_names_is_not_imported(tmp_path: Path, monkeypatch:
     monkeypatch.syspath_prepend(tmp_path)
     import module_of_a_stranger  # type: ignore[import-not-found]
 
-    torch.save({"state_dict": moved(1), "hyper_parameters": module_of_a_stranger.Settings()}, tmp_path / "a.ckpt")
+    torch.save({"state_dict": toy_moved(1), "hyper_parameters": module_of_a_stranger.Settings()}, tmp_path / "a.ckpt")
     (tmp_path / "made").unlink()
     del sys.modules["module_of_a_stranger"]
-    assert_weights(load_into(tmp_path / "a.ckpt")[0], moved(1))
+    assert_weights(load_toy(tmp_path / "a.ckpt"), toy_moved(1))
     assert "module_of_a_stranger" not in sys.modules
     assert not (tmp_path / "made").exists()
 
 
 def test_a_placeholder_is_no_weight(tmp_path: Path) -> None:
-    state = OrderedDict(moved(1))
+    state = OrderedDict(toy_moved(1))
     state["conv_in.weight"] = Path("a")  # type: ignore[assignment]
     torch.save(state, tmp_path / "a.pt")
     with pytest.raises(InputError, match=r"lacks 1 of the network's .* \(e\.g\. conv_in\.weight\)"):
-        load_into(tmp_path / "a.pt")
+        load_toy(tmp_path / "a.pt")
 
 
 def test_placeholders_are_forgotten_afterwards(tmp_path: Path) -> None:
     before = set(torch.serialization.get_safe_globals())
-    torch.save({"state_dict": moved(1), "hyper_parameters": Settings(Path("a"))}, tmp_path / "a.ckpt")
-    load_into(tmp_path / "a.ckpt")
+    torch.save({"state_dict": toy_moved(1), "hyper_parameters": Settings(Path("a"))}, tmp_path / "a.ckpt")
+    load_toy(tmp_path / "a.ckpt")
     assert set(torch.serialization.get_safe_globals()) == before

@@ -99,6 +99,14 @@ def test_a_single_file_of_another_model_is_refused(tmp_path: Path) -> None:
         assert_weights(network.state_dict(), before)
 
 
+def test_a_single_file_of_a_larger_model_is_refused(tmp_path: Path) -> None:
+    # Each of the smaller network's weights is there, of the same shape.
+    larger = tiny_unet(layers_per_block=2, transformer_layers_per_block=2)
+    safetensors.torch.save_file(single_file(larger, averages=False), tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match="of a larger model"):
+        load_into(tmp_path / "a.safetensors", network=stable_diffusion_1())
+
+
 def test_a_single_file_that_lacks_a_weight_is_refused(tmp_path: Path) -> None:
     content = single_file(stable_diffusion_1(), averages=False)
     del content[f"{PREFIX}out.2.bias"]
