@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from lightning_unlearn.baselines.base import Subject
-from lightning_unlearn.baselines.per_sample import Gradients, Output, join, mean_gradients, mean_gradients_of
+from lightning_unlearn.baselines.per_sample import Gradients, Output, join, mean_gradients_of
 from lightning_unlearn.data.batches import collate_samples, form_of
 from lightning_unlearn.data.samples import Sample, SampleBatch
 from lightning_unlearn.draws.views import Views
@@ -72,8 +72,7 @@ def shared_gradients(subject: Subject, outputs: Sequence[Output]) -> Iterator[No
         parts: dict[Output, list[Gradients]] = {output: [] for output in lacking}
         for batch in subject.batches():
             if len(batch):
-                views = subject.views.of(batch, subject.loss.objective.num_timesteps)
-                for output, found in mean_gradients_of(subject, batch.keys, views, lacking).items():
+                for output, found in batch_gradients_of(subject, batch, lacking).items():
                     parts[output].append(found)
         for output, kept in parts.items():
             if not kept:
@@ -154,6 +153,23 @@ def batch_gradients(subject: Subject, batch: SampleBatch, output: Output, *, per
     Returns:
         Of these samples.
     """
+    return batch_gradients_of(subject, batch, [output], per_timestep=per_timestep)[output]
+
+
+def batch_gradients_of(
+    subject: Subject, batch: SampleBatch, outputs: Sequence[Output], *, per_timestep: bool = False
+) -> dict[Output, Gradients]:
+    """Gradients of a batch by several output functions; see :func:`batch_gradients`.
+
+    Args:
+        subject: The model.
+        batch: ``B`` samples.
+        outputs: Of which output functions.
+        per_timestep: Whether each view's gradient is brought to length 1 before the mean.
+
+    Returns:
+        Output function to the gradients of these samples.
+    """
     objective = subject.loss.objective
     views = subject.views.of(batch, objective.num_timesteps, objective.density())
-    return mean_gradients(subject, batch.keys, views, output, per_timestep=per_timestep)
+    return mean_gradients_of(subject, batch.keys, views, outputs, per_timestep=per_timestep)
