@@ -17,10 +17,14 @@ from dataclasses import dataclass
 import torch
 from benches import Bench
 from common import parser, show
-from method_settings import CONSENSUS, CONSENSUS_DEFAULT, CONSENSUS_PARTS
+from judged import evidence
+from method_settings import CONSENSUS_DEFAULT, CONSENSUS_PARTS
+from score_files import read
 from torch import Tensor
-from transfer import Asked, all_benches, ask
+from transfer import all_benches, is_ready
 
+from lightning_unlearn.baselines.consensus import combined
+from lightning_unlearn.evaluation.judging import scores_of
 from lightning_unlearn.metrics.ranks import rank_correlation
 from lightning_unlearn.scores.agreement import AGREE, UNSURE, Agreement, agreements
 
@@ -45,16 +49,17 @@ class Query:
     above: float
 
 
-def queries_of(asked: Asked) -> list[Query]:
+def queries_of(bench: Bench) -> list[Query]:
     """All queries of a bench, of both halves."""
-    parts = {method: asked.scores[method][setting] for method, setting in CONSENSUS_PARTS[CONSENSUS_DEFAULT]}
-    scores = asked.scores[CONSENSUS][CONSENSUS_DEFAULT]
-    bench: Bench = asked.bench
+    halves, keys = evidence(bench), bench.plan().keys
+    order = halves[0].order
+    asked = CONSENSUS_PARTS[CONSENSUS_DEFAULT]
+    parts = {method: scores_of(read(bench, method, "all")[setting], keys, order) for method, setting in asked}
+    scores = combined(parts, dict.fromkeys(parts, 1.0))
     captions = {sample.key: sample.captions[0] for sample in bench.samples("shards")}
-    found = agreements(parts, scores, [captions[key] for key in bench.plan().keys])
-    lds = {query: half.mean_of(scores, query) for half in (asked.choosing, asked.reporting) for query in half.queries}
+    found = agreements(parts, scores, [captions[key] for key in keys])
+    lds = {query: half.mean_of(scores, query) for half in halves for query in half.queries}
     mean = sum(lds.values()) / len(lds)
-    order = asked.choosing.order
     return [Query(bench.name, found[order.index(query)], value, value - mean) for query, value in lds.items()]
 
 
@@ -83,8 +88,7 @@ def foretells(queries: list[Query], measure: str) -> dict[str, object] | None:
 def main() -> None:
     """Measure, and print."""
     arguments = parser(__doc__).parse_args()
-    asked = [found for found in map(ask, all_benches()) if found is not None]
-    queries = [query for one in asked for query in queries_of(one)]
+    queries = [query for bench in all_benches() if is_ready(bench) for query in queries_of(bench)]
     lines, details = [], {}
     for measure in MEASURES:
         details[measure] = foretells(queries, measure)

@@ -141,7 +141,8 @@ def evidence(bench: Bench) -> tuple[Half, Half]:
 
 
 def half_of(study: Study, plan: Plan, order: list[str], queries: list[str], runs: Sequence[Run]) -> Half:
-    """Some queries, and the models that judge them."""
+    """Some queries, and the models that judge them: those that are trained by now."""
+    runs = [run for run in runs if study.is_finished(run)]
     return Half(order, queries, kept_samples(plan.keys, runs), torch.from_numpy(study.losses(runs, queries)))
 
 

@@ -20,6 +20,7 @@ from plots import plot
 from settings_page import against_recipe, defaults, swept
 from shown import difference, shown
 from transfer import all_benches, transfer
+from tried_page import tried
 
 from lightning_unlearn.evaluation.results import Removal
 
@@ -223,7 +224,7 @@ def main() -> None:
             parts.append(text(page))
             print(f"{bench.name}: {len(page.rows)} methods judged in {seconds:.0f} s of processor time")
     benches = all_benches()
-    first, why = "\n".join(transfer(benches)), "\n".join(defaults(benches))
+    first, why = "\n".join([*transfer(benches), *tried(benches)]), "\n".join(defaults(benches))
     arguments.output.write_text(INTRODUCTION + (first and first + "\n") + (why and why + "\n") + "\n".join(parts))
     print(f"Results: {arguments.output}")
 

@@ -71,32 +71,28 @@ class Row:
         method: Its name.
         settings: One a bench, chosen on the others.
         lds: On each bench.
-        regrets: What it lacks to the best tuned method of each bench, with intervals.
+        mean: Of its regrets, what it lacks to the best tuned method of each bench.
+        worst: The regret on the bench where it is largest, with its interval.
     """
 
     method: str
     settings: list[str]
     lds: list[float]
-    regrets: list[Value]
-
-    @property
-    def worst(self) -> Value:
-        """The regret on the bench where it is largest."""
-        return max(self.regrets, key=lambda value: value.mean)
-
-    @property
-    def mean(self) -> float:
-        """The mean regret over benches."""
-        return sum(value.mean for value in self.regrets) / len(self.regrets)
+    mean: float
+    worst: Value
 
 
-def ask(bench: Bench) -> Asked | None:
-    """All that methods say of a bench; ``None`` where too few models are trained or nothing is scored."""
+def is_ready(bench: Bench) -> bool:
+    """Whether enough models of a bench are trained, and its samples are scored."""
     if not (is_packed(bench) and is_scored(bench, DEFAULT_OF)):
-        return None
-    study, plan = open_study(bench), bench.plan()
-    if any(len([run for run in runs if study.is_finished(run)]) < LEAST_MODELS for runs in bench.subsets(plan)):
-        return None
+        return False
+    study, halves = open_study(bench), bench.subsets(bench.plan())
+    return all(len([run for run in runs if study.is_finished(run)]) >= LEAST_MODELS for runs in halves)
+
+
+def ask(bench: Bench) -> Asked:
+    """All that methods say of a bench."""
+    plan = bench.plan()
     choosing, reporting = evidence(bench)
     scores = {
         method: {setting: scores_of(table, plan.keys, choosing.order) for setting, table in read(bench, method).items()}
@@ -127,20 +123,23 @@ def chosen_elsewhere(method: str, others: Sequence[Asked]) -> str:
 
 def row_of(method: str, asked: Sequence[Asked]) -> Row:
     """A method, chosen on all benches but one and reported on that one, for each in turn."""
-    settings, lds, regrets = [], [], []
+    settings, lds, regrets = [], [], []  # of each bench
     for place, here in enumerate(asked):
         setting = chosen_elsewhere(method, [*asked[:place], *asked[place + 1 :]])
         mine, best = here.scores[method][setting], here.scores[here.best[0]][here.best[1]]
-        behind = here.reporting.compared(best, mine)
         settings.append(setting)
         lds.append(here.reporting.mean(mine))
-        regrets.append(Value(here.reporting.mean(best) - lds[-1], behind.low, behind.high))
-    return Row(method, settings, lds, regrets)
+        regrets.append(here.reporting.mean(best) - lds[-1])
+    worst = max(range(len(asked)), key=regrets.__getitem__)
+    here = asked[worst]
+    # Of the worst alone: a bootstrap takes some seconds.
+    behind = here.reporting.compared(here.scores[here.best[0]][here.best[1]], here.scores[method][settings[worst]])
+    return Row(method, settings, lds, sum(regrets) / len(regrets), Value(regrets[worst], behind.low, behind.high))
 
 
 def transfer(benches: Sequence[Bench]) -> list[str]:
     """The table of all benches, methods and worst cases as Markdown; nothing with fewer than two benches."""
-    asked = [found for found in map(ask, benches) if found is not None]
+    asked = [ask(bench) for bench in benches if is_ready(bench)]
     if len(asked) < 2:
         return []
     methods = [method for method in asked[0].chosen if all(method in one.chosen for one in asked)]

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from lightning_unlearn.baselines.base import Subject
-from lightning_unlearn.baselines.per_sample import Gradients, Output, join, mean_gradients, mean_gradients_of
+from lightning_unlearn.baselines.per_sample import Gradients, Output, join, mean_gradients_of
 from lightning_unlearn.data.batches import collate_samples, form_of
 from lightning_unlearn.data.samples import Sample, SampleBatch
-from lightning_unlearn.draws.views import View, Views
+from lightning_unlearn.draws.views import Views
 from lightning_unlearn.errors import InputError
 
 # Queries that are looked at together.
@@ -72,7 +72,7 @@ def shared_gradients(subject: Subject, outputs: Sequence[Output]) -> Iterator[No
         parts: dict[Output, list[Gradients]] = {output: [] for output in lacking}
         for batch in subject.batches():
             if len(batch):
-                for output, found in mean_gradients_of(subject, batch.keys, _views(subject, batch), lacking).items():
+                for output, found in batch_gradients_of(subject, batch, lacking).items():
                     parts[output].append(found)
         for output, kept in parts.items():
             if not kept:
@@ -153,9 +153,23 @@ def batch_gradients(subject: Subject, batch: SampleBatch, output: Output, *, per
     Returns:
         Of these samples.
     """
-    return mean_gradients(subject, batch.keys, _views(subject, batch), output, per_timestep=per_timestep)
+    return batch_gradients_of(subject, batch, [output], per_timestep=per_timestep)[output]
 
 
-def _views(subject: Subject, batch: SampleBatch) -> Iterator[View]:
+def batch_gradients_of(
+    subject: Subject, batch: SampleBatch, outputs: Sequence[Output], *, per_timestep: bool = False
+) -> dict[Output, Gradients]:
+    """Gradients of a batch by several output functions; see :func:`batch_gradients`.
+
+    Args:
+        subject: The model.
+        batch: ``B`` samples.
+        outputs: Of which output functions.
+        per_timestep: Whether each view's gradient is brought to length 1 before the mean.
+
+    Returns:
+        Output function to the gradients of these samples.
+    """
     objective = subject.loss.objective
-    return subject.views.of(batch, objective.num_timesteps, objective.density())
+    views = subject.views.of(batch, objective.num_timesteps, objective.density())
+    return mean_gradients_of(subject, batch.keys, views, outputs, per_timestep=per_timestep)

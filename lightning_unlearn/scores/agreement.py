@@ -15,8 +15,10 @@ from lightning_unlearn.metrics.ranks import rank_correlation
 
 FIRST = 10
 AGREE, CAPTION, UNSURE = "methods agree", "caption only", "not sure"
-# By the benches (benchmarks/how_sure.py): queries below the first have a lower linear datamodelling score.
-LEAST_CORRELATION = 0.3
+# By the benches (benchmarks/how_sure.py): queries below both of the first two have a lower linear datamodelling score.
+# Either alone is not enough: where one image stands out the next nine are anyone's, and all of them agree on it.
+LEAST_FIRST_TEN = 0.6
+LEAST_CORRELATION = 0.8
 MOST_CAPTION = 0.9
 
 
@@ -28,7 +30,7 @@ class Agreement:
         first_ten: Share of the first ten (or of all, if there are fewer) that two parts have in common, mean over
             pairs.
         rank_correlation: Of the parts' scores over all samples, mean over pairs. Low where most samples hardly matter,
-            whose order is anyone's: it is shown, and decides nothing.
+            whose order is anyone's: it decides nothing.
         correlation: Pearson's of the same scores, mean over pairs: it looks at those that stand out.
         caption_share: Share of the scores' variance that lies between captions, less what chance makes; ``None`` where
             no two samples, or all of them, have the same caption.
@@ -44,7 +46,8 @@ class Agreement:
         """What the numbers say: ``methods agree``, ``caption only`` or ``not sure``."""
         if self.caption_share is not None and self.caption_share > MOST_CAPTION:
             return CAPTION
-        return AGREE if self.correlation >= LEAST_CORRELATION else UNSURE
+        agree = self.first_ten >= LEAST_FIRST_TEN or self.correlation >= LEAST_CORRELATION
+        return AGREE if agree else UNSURE
 
     def record(self) -> dict[str, Any]:
         """The words and the numbers, as JSON.

@@ -9,6 +9,7 @@ import torch
 from baseline_toys import samples, subject, toy_look, views_of
 from reference_baselines import das, feature, residual, trak
 from torch import Tensor
+from toys import ToyObjective
 
 from lightning_unlearn.baselines import DAS, DTRAK, Consensus, Subject
 from lightning_unlearn.baselines.consensus import combined
@@ -74,6 +75,25 @@ def test_parts_are_what_each_method_says_alone() -> None:
     assert torch.equal(parts["unlearning"], unlearned)
 
 
+def test_both_kernels_see_the_views_that_each_sees_alone() -> None:
+    """Views are strata of the density with which training drew timesteps, for whichever method looks at them."""
+
+    class Early(ToyObjective):
+        """Drew the first third of the timesteps only."""
+
+        def density(self) -> Tensor:
+            weights = torch.zeros(self.num_timesteps, dtype=torch.float64)
+            weights[: self.num_timesteps // 3] = 1.0
+            return weights
+
+    unlearned = rises()
+    early = replace(subject(TRAINING, QUERIES, VIEWS, objective=Early()), unlearned=unlearned)
+    parts = Consensus(das_ridge=0.05, d_trak_ridge=0.2).parts(early)
+    alone = subject(TRAINING, QUERIES, VIEWS, objective=Early())
+    torch.testing.assert_close(parts["das"], DAS(0.05).scores(alone), rtol=1e-9, atol=0)
+    assert not torch.allclose(parts["das"], DAS(0.05).scores(toy()))
+
+
 @pytest.mark.parametrize("keep", [False, True])
 def test_one_pass_serves_both_kernels(keep: bool) -> None:
     """As many calls of the network as DAS alone takes, and no gradient left over unless they are to be kept."""
@@ -82,7 +102,7 @@ def test_one_pass_serves_both_kernels(keep: bool) -> None:
     alone.loss.network.register_forward_hook(lambda *_: calls.append(1))
     DAS().scores(alone)
     for_one, together = len(calls), toy(rises(), keep=keep)
-    queries = sum(1 for _ in VIEWS.of(next(iter(subject(QUERIES, [], VIEWS).batches())), 10))
+    queries = sum(1 for _ in VIEWS.of(next(iter(subject(QUERIES, [], VIEWS).batches())), ToyObjective.num_timesteps))
     calls.clear()
     together.loss.network.register_forward_hook(lambda *_: calls.append(1))
     Consensus().scores(together)
