@@ -335,6 +335,17 @@ def test_a_query_has_its_prompt_how_it_was_made_and_how_its_loss_rose(tmp_path: 
     assert "the change, ½ δᵀFδ 3.20 × 10⁻⁵" in text
 
 
+def test_a_query_whose_step_was_stopped_says_so_and_why(tmp_path: Path) -> None:
+    table = _table([[1.0, 2.0], [3.0, 4.0]])
+    table.run["targets"]["query-1"]["out_of_range"] = ["linear", "length", "a reason of another version"]
+    page = _page(tmp_path, table)
+    assert page.count('class="caution"') == 1
+    assert (
+        "reached the end of the range in which it means something: its loss rises far less than its slope says; its "
+        "delta gets far longer than the weights; a reason of another version. Look at its scores with doubt."
+    ) in _Page(page).text
+
+
 def test_a_query_without_a_sample_or_a_result_is_shown_with_what_the_run_knows(tmp_path: Path) -> None:
     text = _Page(_page(tmp_path, _table([[1.0, 2.0]], targets={"query-0": {"captions": ["only recorded"]}}))).text
     assert "only recorded" in text
