@@ -20,8 +20,7 @@ from lightning_unlearn.diffusion.checkpoints import (
     variant_of,
 )
 from lightning_unlearn.diffusion.checkpoints.files import first_line
-from lightning_unlearn.diffusion.checkpoints.model_folders import has_averages, network_parts
-from lightning_unlearn.diffusion.checkpoints.places import says_averaged
+from lightning_unlearn.diffusion.checkpoints.model_folders import AVERAGED_PARTS, has_variant, network_parts
 from lightning_unlearn.errors import InputError
 
 
@@ -154,7 +153,7 @@ def _network_folder(path: str, averaged: AveragedChoice) -> Path:
         )
     # The name of the place, as of a file's.
     named = [part for part in parts if isinstance(averaged, str) and part.name == averaged]
-    averages = [part for part in parts if says_averaged(part.name)]
+    averages = [part for part in parts if part.name in AVERAGED_PARTS]
     trained = [part for part in parts if part not in averages]
     if averaged is False and not trained:
         raise InputError(f"{folder} holds only averaged weights ({averages[0].name}), but `averaged` is false.")
@@ -223,7 +222,11 @@ def _from_diffusers(folder: Path, averaged: AveragedChoice) -> tuple[nn.Module, 
     if missing:
         raise InputError(f"{folder} lacks {len(missing)} weights of its network (e.g. {missing[0]}); save it again.")
     assert isinstance(network, nn.Module)
-    taken = says_averaged(folder.name) or variant == "ema" or (variant is None and has_averages(folder))
+    # Weights beside others that are said not to be averages are averages.
+    taken = folder.name in AVERAGED_PARTS or variant == "ema" or (variant is None and has_variant(folder, "non_ema"))
+    left = ("ema",) if not taken and has_variant(folder, "ema") else ()
+    if left and averaged is None:
+        warnings.warn(f"{folder} also holds averaged weights, as the variant ema; `averaged: true` takes them.")
     if averaged is True and not taken:
         warnings.warn(f"{folder} holds no averaged weights of its own; those that are there are taken.")
-    return network, WeightsOrigin(str(folder), variant or "", taken)
+    return network, WeightsOrigin(str(folder), variant or "", taken, left)

@@ -9,7 +9,8 @@ from pathlib import Path
 from lightning_unlearn.errors import InputError
 
 # The averaged ones beside the trained ones, as diffusers' training scripts and SimpleTuner save them.
-_PARTS = ("unet", "unet_ema", "transformer", "transformer_ema")
+AVERAGED_PARTS = ("unet_ema", "transformer_ema")
+_PARTS = ("unet", "transformer", *AVERAGED_PARTS)
 # What diffusers and transformers call their files; others lie beside them, such as adapters.
 _STEMS = ("diffusion_pytorch_model",)
 # SimpleTuner's, where it does not write safetensors.
@@ -85,16 +86,17 @@ def variant_of(folder: Path, averaged: bool | None = None) -> str | None:
     return next(iter(variants))
 
 
-def has_averages(folder: Path) -> bool:
-    """Whether a folder has averaged weights as a variant of their own, or others that are said not to be averaged.
+def has_variant(folder: Path, variant: str) -> bool:
+    """Whether a folder has a variant of its weights, whatever else it has.
 
     Args:
         folder: As ``save_pretrained`` made it.
+        variant: Its name, e.g. ``"non_ema"``.
 
     Returns:
         Whether it has.
     """
-    return not _variants(folder).isdisjoint({"ema", "non_ema"})
+    return variant in _variants(folder)
 
 
 def _variants(folder: Path) -> set[str | None]:

@@ -130,6 +130,23 @@ def test_weights_that_are_said_not_to_be_averaged_lie_beside_the_others(tmp_path
         assert origin.averaged is (by == 1)
 
 
+def test_averages_as_a_variant_are_named_and_can_be_asked_for(tmp_path: Path) -> None:
+    unet(1).save_pretrained(tmp_path)
+    unet(2).save_pretrained(tmp_path, variant="ema")
+    with pytest.warns(UserWarning, match="as the variant ema"):
+        network, origin = load_network_with_origin(str(tmp_path))
+    assert_weights(network.state_dict(), moved(1))
+    assert origin is not None
+    assert not origin.averaged
+    assert origin.left == ("ema",)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        network, origin = load_network_with_origin(str(tmp_path), averaged=True)
+    assert_weights(network.state_dict(), moved(2))
+    assert origin is not None
+    assert origin.averaged
+
+
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """As diffusers' training scripts save one with ``--use_ema``: through EMAModel."""
