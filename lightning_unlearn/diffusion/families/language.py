@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -27,8 +29,24 @@ def padded(text: Tensor, mask: Tensor | None, tokens: int) -> Conditions:
     """
     counted = torch.ones(text.shape[:2], device=text.device) if mask is None else mask.float()
     rest = tokens - text.shape[1]
+    if rest == 0:
+        warn_of_cut(counted)
     states = torch.nn.functional.pad(text.float() * counted[..., None], (0, 0, 0, rest))
     return {"text": states, "text_mask": torch.nn.functional.pad(counted, (0, rest))}
+
+
+def warn_of_cut(mask: Tensor) -> None:
+    """Say that captions fill all tokens that are kept of them: a pipeline cuts what lies beyond without a word.
+
+    Args:
+        mask: ``(n, tokens)``, which of them count.
+    """
+    full = int((mask > 0).all(1).sum())
+    if full:
+        warnings.warn(
+            f"{full} of {len(mask)} captions fill all {mask.shape[1]} tokens that are kept, so that what lies beyond "
+            "was cut."
+        )
 
 
 def without_padding(batch: ViewBatch) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_unlearn.data.conditions import Conditions
 from lightning_unlearn.data.samples import ViewBatch
 from lightning_unlearn.diffusion.families.base import Condition, Family, FlowTraining
+from lightning_unlearn.diffusion.families.language import warn_of_cut
 from lightning_unlearn.diffusion.families.patches import check_patches
 from lightning_unlearn.diffusion.families.settings import setting
 
@@ -51,4 +52,5 @@ class Lumina2Family(Family):
     def encode(self, pipeline: Any, captions: Sequence[str]) -> Conditions:
         """Gemma's states behind the pipeline's own system prompt; see :meth:`Family.encode`."""
         text, mask, _, _ = pipeline.encode_prompt(list(captions), do_classifier_free_guidance=False)
+        warn_of_cut(mask)
         return {"text": text.float(), "text_mask": mask.float()}

@@ -22,8 +22,7 @@ TOKENS = 512  # as diffusers' training script has it; the pipeline reads up to 1
 class QwenImageFamily(Family):
     """``diffusers.QwenImageTransformer2DModel`` (Wu et al., arXiv 2508.02324): latents come as patches of 2 × 2.
 
-    ``text_kv`` are the keys and values of the stream that the text enters by; from the second block on what passes
-    through them has seen the picture, too.
+    ``text_kv`` are the keys and values of the text's stream, which from the second block on has seen the picture.
     """
 
     title: ClassVar[str] = "Qwen-Image"
@@ -52,8 +51,7 @@ class QwenImageFamily(Family):
 
     def latent_channels(self, network: nn.Module) -> int | None:
         """Before packing; see :meth:`Family.latent_channels`."""
-        channels = setting(network, "in_channels")
-        return channels // 4 if isinstance(channels, int) else None
+        return None if (channels := setting(network, "in_channels")) is None else int(channels) // 4
 
     def call(self, network: nn.Module, noisy: Tensor, timesteps: Tensor, batch: ViewBatch) -> Tensor:
         """Call the transformer; see :meth:`Family.call`."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_unlearn.data.conditions import Conditions
 from lightning_unlearn.data.samples import ViewBatch
 from lightning_unlearn.diffusion.families.base import Condition, Family, FlowTraining
+from lightning_unlearn.diffusion.families.language import warn_of_cut
 from lightning_unlearn.diffusion.families.patches import check_patches
 from lightning_unlearn.diffusion.families.settings import setting
 
@@ -61,6 +62,7 @@ class SanaFamily(Family):
         text, mask, _, _ = pipeline.encode_prompt(
             list(captions), do_classifier_free_guidance=False, complex_human_instruction=instruction
         )
+        warn_of_cut(mask)
         return {"text": text.float(), "text_mask": mask.float()}
 
     def encode_pictures(self, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -52,6 +52,11 @@ def test_density_is_asked_for(model: Opened) -> None:
         objective_of(str(model.folder))
 
 
+def test_captions_that_fill_all_tokens_are_told(model: Opened) -> None:
+    with pytest.warns(UserWarning, match="1 of 2 captions fill all 256 tokens"):
+        model.encoded(["a", "a" * 316])
+
+
 def test_selections(model: Opened) -> None:
     network = model.network
     assert set(select_layers(network, "attention")) == chosen_of(lambda name: ".attn." in name, network)

@@ -89,6 +89,11 @@ def test_check_can_call_it_without_numbers(model: Opened) -> None:
     assert_needs_no_numbers(model, SHAPE)
 
 
+def test_captions_that_fill_all_tokens_are_told(model: Opened) -> None:
+    with pytest.warns(UserWarning, match="1 of 2 captions fill all 512 tokens"):
+        model.encoded(["a", "a" * 572])
+
+
 def test_selections(model: Opened) -> None:
     network = model.network
     streams = chosen_of(lambda name: name.endswith(("add_k_proj", "add_v_proj")), network)

@@ -86,6 +86,11 @@ def test_check_can_call_it_without_numbers(model: Opened) -> None:
     assert_needs_no_numbers(model, sana.SHAPE)
 
 
+def test_captions_that_fill_all_tokens_are_told(model: Opened) -> None:
+    with pytest.warns(UserWarning, match="1 of 2 captions fill all 300 tokens"):
+        model.encoded(["a", "a" * 360])
+
+
 def test_selections(model: Opened) -> None:
     network = model.network
     assert set(select_layers(network, "text_kv")) == {f"transformer_blocks.0.attn2.to_{which}" for which in "kv"}

@@ -66,6 +66,11 @@ def test_check_can_call_it_without_numbers(model: Opened) -> None:
     assert_needs_no_numbers(model, SHAPE)
 
 
+def test_captions_that_fill_all_tokens_are_told(model: Opened) -> None:
+    with pytest.warns(UserWarning, match="captions fill all 512 tokens"):
+        model.encoded(["a", "a" * 572])
+
+
 def test_selections(model: Opened) -> None:
     network = model.network
     assert set(select_layers(network, "attention")) == chosen_of(lambda name: ".attention." in name, network)
