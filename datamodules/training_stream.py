@@ -106,7 +106,7 @@ class TrainingStream(IterableDataset[SampleBatch]):
                     f"The samples {self._first.key!r} and {sample.key!r} differ in shape or weight "
                     f"({form_of(self._first)}, weight {self._first.weight:g}; {form_of(sample)}, weight "
                     f"{sample.weight:g}), which no manifest says; write the shards anew with `lightning-unlearn "
-                    "prepare` or write_shards, which make one."
+                    "prepare` or write_shards, which make one, and name their folder, which must be a local one."
                 )
         return samples
 
