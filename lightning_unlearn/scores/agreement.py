@@ -27,8 +27,8 @@ class Agreement:
     """How sure the answer for one query is.
 
     Attributes:
-        first_ten: Share of the first ten (or of all, if there are fewer) that two parts have in common, mean over
-            pairs.
+        first_ten: Share of the first ten (the first quarter, where that is fewer: most of a few images are shared by
+            chance) that two parts have in common, mean over pairs; a part without any difference has no first ones.
         rank_correlation: Of the parts' scores over all samples, mean over pairs. Low where most samples hardly matter,
             whose order is anyone's: it decides nothing.
         correlation: Pearson's of the same scores, mean over pairs: it looks at those that stand out.
@@ -74,12 +74,12 @@ def agreements(parts: Mapping[str, Tensor], scores: Tensor, captions: Sequence[H
     """
     if len(parts) < 2:
         raise InputError(f"Whether methods agree can't be said of {len(parts)} of them; ask two or more.")
-    first = min(FIRST, len(scores))
-    tops = {name: values.topk(first, 0).indices for name, values in parts.items()}  # (first, Q)
-    pairs = list(combinations(parts, 2))
-    shared = torch.stack([_shared(tops[one], tops[other]) for one, other in pairs]).mean(0)
-    order = torch.stack([rank_correlation(parts[one].mT, parts[other].mT) for one, other in pairs]).mean(0)
+    first = min(FIRST, -(-len(scores) // 4))
     standard = {name: standardised(values) for name, values in parts.items()}
+    tops = {name: _first(values, first) for name, values in standard.items()}
+    pairs = list(combinations(parts, 2))
+    shared = torch.stack([(tops[one] & tops[other]).sum(0) / first for one, other in pairs]).mean(0)
+    order = torch.stack([rank_correlation(parts[one].mT, parts[other].mT) for one, other in pairs]).mean(0)
     alike = torch.stack([(standard[one] * standard[other]).mean(0) for one, other in pairs]).mean(0)
     between = caption_shares(scores, captions)
     numbers = zip(shared.tolist(), order.tolist(), alike.tolist(), strict=True)
@@ -89,9 +89,10 @@ def agreements(parts: Mapping[str, Tensor], scores: Tensor, captions: Sequence[H
     ]
 
 
-def _shared(one: Tensor, other: Tensor) -> Tensor:
-    """``(Q,)`` shares of the rows ``(first, Q)`` that are in both."""
-    return (one[:, None] == other[None]).any(1).double().mean(0)
+def _first(standard: Tensor, first: int) -> Tensor:
+    """``(N, Q)`` which of the samples are a query's first ones; none where all of its scores are equal."""
+    found = torch.zeros(standard.shape, dtype=torch.bool).scatter_(0, standard.topk(first, 0).indices, True)
+    return found & standard.any(0)
 
 
 def caption_shares(scores: Tensor, captions: Sequence[Hashable]) -> Tensor | None:
