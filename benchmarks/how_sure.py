@@ -1,6 +1,7 @@
 """Whether the printed words on how sure an answer is foretell how good it is, query by query, over all benches.
 
     python benchmarks/how_sure.py
+    python benchmarks/how_sure.py --json > benchmarks/how_sure.json   # what the results page shows
 
 For each query of a bench: what lightning_unlearn.scores.agreement says of DAS, D-TRAK and unlearning asked together,
 and the linear datamodelling score of their mean. LDS is compared within a bench, as a difference from the bench's mean,
