@@ -22,7 +22,7 @@ SHARED = "shared"
 """The field of a sample's json that says what it shares."""
 
 # What is smaller saves nothing beside the headers of a tar and the words in the json.
-_LEAST_BYTES = 4096
+_LEAST_BYTES = 1024
 MOST_BYTES = 256 * 2**20
 """Of all that a shard's samples share, which whoever reads it holds in memory."""
 

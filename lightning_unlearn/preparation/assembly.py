@@ -75,7 +75,7 @@ class Assembly:
         Raises:
             InputError: If something is wrong with the samples, or the folder can't be written.
         """
-        samples, size = self.check()
+        samples, size = self.check(samples_per_shard)
         tqdm.write(say_size(samples, size, folder), file=sys.stderr)
         unfinished = folder / UNFINISHED
         try:
@@ -125,8 +125,11 @@ class Assembly:
             warnings.warn(f"Of {self.source}: {'; '.join(lines)}.")
         return written
 
-    def check(self) -> tuple[int, int]:
+    def check(self, samples_per_shard: int | None = None) -> tuple[int, int]:
         """Look at all samples without reading their pictures whole.
+
+        Args:
+            samples_per_shard: The largest number of samples in a shard; ``None`` if there is one shard.
 
         Returns:
             How many there are, bad ones included, and how many bytes they will take.
@@ -134,7 +137,7 @@ class Assembly:
         Raises:
             InputError: If there is none, one is bad and not to be skipped, or ready arrays don't fit.
         """
-        samples, captions = self.survey.take()
+        samples, captions = self.survey.take(samples_per_shard)
         sides = (self.latents.shape, self.text.shapes)
         return samples, size_on_disk(samples, captions, *sides, self.dtype, self.mirrored, self.picture_size)
 

@@ -30,7 +30,7 @@ def size_on_disk(
 
     Args:
         samples: How many there are.
-        captions: How many captions they have together.
+        captions: For how many captions of them there are states, of those that are shared one a shard.
         latent_shape: Of one sample.
         text_shapes: Of what is stored of each caption, by name; ``text`` is ``(tokens, dim)``.
         dtype: Of both.

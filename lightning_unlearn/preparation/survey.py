@@ -37,16 +37,21 @@ class Survey:
     skip: bool
     class_labels: str | None = None
 
-    def take(self) -> tuple[int, int]:
+    def take(self, samples_per_shard: int | None = None) -> tuple[int, int]:
         """Look at all samples without reading their pictures whole.
 
+        Args:
+            samples_per_shard: The largest number of samples in a shard; ``None`` if there is one shard.
+
         Returns:
-            How many there are, bad ones included, and how many captions the good ones have.
+            How many there are, bad ones included, and for how many captions of the good ones a shard holds states:
+            those that samples of a shard share are stored once.
 
         Raises:
             InputError: If there is none, one is bad and not to be skipped, or ready arrays don't fit.
         """
-        samples = captions = 0
+        samples = captions = good = 0
+        stored = set[tuple[str, ...]]()
         folder = layout_of(self.source) == "folder"  # whose numbers of repeats are told of where they are read
         first = last = ""
         for record, fault in self.records(self.reading.tally):
@@ -56,7 +61,14 @@ class Survey:
                 if not self.skip:
                     raise InputError(fault)
                 continue
-            captions += len(record.captions)
+            if samples_per_shard is not None and good % samples_per_shard == 0:
+                stored.clear()
+            good += 1
+            own = tuple(record.captions)
+            # Ready states of one caption need not be the same.
+            if self.text.rows is not None or own not in stored:
+                captions += len(own)
+            stored.add(own)
             if WEIGHT in record.metadata and not folder:
                 self.reading.tally.add(f"samples have the weight in training that {WEIGHT!r} says", record.key)
         if samples == 0:

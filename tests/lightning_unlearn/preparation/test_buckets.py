@@ -177,6 +177,20 @@ def test_a_column_that_is_no_weight_is_told_of_before_anything_is_encoded(made: 
         made()
 
 
+def test_what_a_set_will_take_knows_that_one_prompt_is_stored_once_a_shard(
+    made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of twenty pictures with one prompt, 77 tokens of 12 numbers in float32: 3.7 KB, else of each."""
+    for number in range(20):
+        put(tmp_path / "set", f"p{number}", np.full((8, 8, 3), number), None)
+    out = made(caption="a photo of sks dog", tokens=77, samples_per_shard=10)
+    said = next(line for line in capsys.readouterr().err.splitlines() if "will take about" in line)
+    promised = float(said.split("about ")[1].split(" KB")[0]) * 1000
+    held = sum(path.stat().st_size for path in out.glob("*.tar"))
+    # Tars end with padding to a record of twenty blocks, and the samples' json is not known before.
+    assert abs(promised - held) < 2 * 10240 + 20 * 1024
+
+
 # ---------------------------------------------------------------------------------- where the loss was
 
 
