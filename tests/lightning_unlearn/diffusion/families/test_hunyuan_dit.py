@@ -99,3 +99,11 @@ def test_another_number_of_tokens_is_named(pipeline: Any, conditions: Conditions
         family_of(pipeline.transformer).predict(
             pipeline.transformer, noisy, torch.zeros(3, dtype=torch.int64), ViewBatch(noisy, given)
         )
+
+
+def test_facts_of_a_picture_have_their_names(pipeline: Any) -> None:
+    assert family_of(pipeline.transformer).facts(64, 128, (30, 20), (3, 0)) == {
+        "original_size": [30, 20],
+        "target_size": [64, 128],
+        "crop_top_left": [3, 0],
+    }
