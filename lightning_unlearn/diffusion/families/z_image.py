@@ -39,10 +39,6 @@ class ZImageFamily(Family):
         "siglip_feat_dim": ((None,), "states of pictures beside those of the text")
     }
 
-    left_out: ClassVar[Mapping[str, str]] = {
-        r"all_x_embedder\..*|cap_embedder\.1": "The tokens of all pictures of a batch are its rows."
-    }
-
     def call(self, network: nn.Module, noisy: Tensor, timesteps: Tensor, batch: ViewBatch) -> Tensor:
         """Call the transformer, whose time is 1 − σ and whose direction is x₀ − ε; see :meth:`Family.call`."""
         check_patches(network, noisy, 2)
