@@ -34,6 +34,9 @@ class ZImageFamily(Family):
         "text": Condition(2, ("cap_feat_dim",)),
         "text_mask": Condition(1),
     }
+    left_out: ClassVar[Mapping[str, str]] = {
+        r"all_x_embedder\..*|cap_embedder\.1": "Patches, or tokens, of all pictures of a batch enter as rows.",
+    }
     flow: ClassVar[FlowTraining | None] = FlowTraining()
     plain: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {
         "siglip_feat_dim": ((None,), "states of pictures beside those of the text")
