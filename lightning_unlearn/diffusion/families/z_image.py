@@ -34,13 +34,12 @@ class ZImageFamily(Family):
         "text": Condition(2, ("cap_feat_dim",)),
         "text_mask": Condition(1),
     }
+    left_out: ClassVar[Mapping[str, str]] = {
+        r"all_x_embedder\..*|cap_embedder\.1": "Patches, or tokens, of all pictures of a batch enter as rows.",
+    }
     flow: ClassVar[FlowTraining | None] = FlowTraining()
     plain: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {
         "siglip_feat_dim": ((None,), "states of pictures beside those of the text")
-    }
-
-    left_out: ClassVar[Mapping[str, str]] = {
-        r"all_x_embedder\..*|cap_embedder\.1": "The tokens of all pictures of a batch are its rows."
     }
 
     def call(self, network: nn.Module, noisy: Tensor, timesteps: Tensor, batch: ViewBatch) -> Tensor:

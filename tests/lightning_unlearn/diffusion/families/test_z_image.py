@@ -102,7 +102,7 @@ def test_variant_that_takes_pictures_is_refused(model: Opened) -> None:
 
 
 def test_layers_that_see_all_pictures_in_one_row_are_left_out(model: Opened) -> None:
-    with pytest.warns(UserWarning, match=r"leaves out 2 layers .*all_x_embedder\.2-1, cap_embedder\.1.* are its rows"):
+    with pytest.warns(UserWarning, match=r"leaves out 2 layers .*all_x_embedder\.2-1, cap_embedder\.1.* enter as rows"):
         chosen = select_layers(model.network, "all")
     rest = chosen_of(lambda name: not name.startswith(("all_x_embedder", "cap_embedder")), model.network)
     assert set(chosen) == rest
