@@ -1,7 +1,8 @@
-"""Which shape a trainer brings a picture to, where it trains in buckets: the rule of each, from its public behaviour.
+"""Which shape a trainer brings a picture to, where it trains in buckets: the rules of two, and one of our own.
 
-All keep about the area of the square that a network is trained on, and sides that are multiples of a step. They differ
-in which shapes there are, and in which of these is nearest.
+Ours brings each side to the nearest multiple of the step, at the picture's own proportion. All keep about the area of the
+square that a network is trained on, and sides that are multiples of a step. They differ in which shapes there are, and
+in which of these is nearest.
 """
 
 from __future__ import annotations
@@ -11,10 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-BucketRule = Literal["kohya", "simpletuner", "onetrainer", "ai-toolkit"]
+BucketRule = Literal["kohya", "nearest", "ai-toolkit"]
 
-# Proportions of OneTrainer's buckets, of the longer side to the shorter.
-_ONETRAINER = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0)
 # Height to widths of the shapes on which Stable Diffusion XL was trained (Podell et al., arXiv 2307.01952, Appendix I),
 # which ai-toolkit scales; wide ones, the others are these turned.
 _SDXL = {
@@ -78,23 +77,12 @@ def _kohya(of: Buckets, height: int, width: int) -> tuple[int, int]:
     )
 
 
-def _simpletuner(of: Buckets, height: int, width: int) -> tuple[int, int]:
-    ratio = round(width / height, 2) or 0.01
+def _nearest(of: Buckets, height: int, width: int) -> tuple[int, int]:
+    def multiple(side: float) -> int:
+        return max(of.step, round(side / of.step) * of.step)
 
-    def nearest(side: float) -> int:
-        return max(of.step, round(round(side) / of.step) * of.step)
-
-    return nearest(of.side / math.sqrt(ratio)), nearest(of.side * math.sqrt(ratio))
-
-
-def _onetrainer(of: Buckets, height: int, width: int) -> tuple[int, int]:
-    shapes = set()
-    for ratio in _ONETRAINER:
-        short, long = (
-            max(1, round(side / of.step)) * of.step for side in (of.side / math.sqrt(ratio), of.side * math.sqrt(ratio))
-        )
-        shapes |= {(short, long), (long, short)}
-    return min(sorted(shapes), key=lambda shape: abs(shape[0] / shape[1] - height / width))
+    ratio = math.sqrt(width / height)
+    return multiple(of.side / ratio), multiple(of.side * ratio)
 
 
 def _ai_toolkit(of: Buckets, height: int, width: int) -> tuple[int, int]:
@@ -117,7 +105,6 @@ def _ai_toolkit(of: Buckets, height: int, width: int) -> tuple[int, int]:
 
 _SHAPES: dict[BucketRule, Callable[[Buckets, int, int], tuple[int, int]]] = {
     "kohya": _kohya,
-    "simpletuner": _simpletuner,
-    "onetrainer": _onetrainer,
+    "nearest": _nearest,
     "ai-toolkit": _ai_toolkit,
 }

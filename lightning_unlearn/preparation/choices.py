@@ -106,14 +106,14 @@ _RULES: dict[str, dict[str, Any]] = {
     "simpletuner": {
         "caption_for": "missing",
         "crop": "bucket",
-        "buckets": "simpletuner",
+        "buckets": "nearest",
         "masks": "picture",
         "repeats": "none",
     },
     "onetrainer": {
         "caption_for": "missing",
         "crop": "bucket",
-        "buckets": "onetrainer",
+        "buckets": "nearest",
         "repeats": "none",
         "caption_suffix": ".txt",
     },
@@ -140,11 +140,12 @@ _NOT_FOLLOWED: dict[str, tuple[str, ...]] = {
     "simpletuner": (
         "of several lines one was drawn at a time, and all are scored",
         "what it made of transparency is not known here, and is white",
-        "its versions round buckets differently, and each side is brought to the nearest multiple here",
+        "its buckets are not known here, and each side is brought to the nearest multiple of the step",
     ),
     "onetrainer": (
         "of several lines one was drawn at a time, and all are scored",
         "what it made of transparency is not known here, and is white",
+        "its buckets are not known here, and each side is brought to the nearest multiple of the step",
         "a loss on masks is followed with masks=loss alone, and then nothing of what lies outside counts",
     ),
     "ai-toolkit": ("a trigger word, caption dropout and shuffled tags are not followed (but see caption_dropout)",),

@@ -147,7 +147,7 @@ def prepare(
         exif: Turn pictures as their EXIF orientation says (by default), or keep them.
         alpha: Lay transparent pictures over white (by default), or drop transparency and show the colours beneath.
         crop: Take the middle of pictures (by default), or bring each to the shape of its bucket.
-        buckets: Whose rule says which bucket that is; by default kohya's, or that of `like`.
+        buckets: Whose rule says which bucket that is; by default kohya's, or that of `like`; nearest is our own.
         bucket_step: Sides of buckets are multiples of it; by default 64, or the network's side where that is smaller.
         bucket_shortest: Shortest side of buckets in kohya's trainer (min_bucket_reso); by default 256.
         bucket_longest: Longest side likewise (max_bucket_reso); by default 1024.

@@ -53,11 +53,10 @@ def put(folder: Path, name: str, pixels: Any, caption: str | None = "words") -> 
         ("kohya", 512, (640, 384), (640, 384)),  # there is just this one
         ("kohya", 512, (100, 1000), (256, 1024)),  # no longer than the longest
         ("kohya", 1024, (1024, 1024), (1024, 1024)),
-        ("simpletuner", 1024, (1000, 1500), (832, 1280)),  # 836.1 and 1254.1
-        ("simpletuner", 512, (512, 512), (512, 512)),
-        ("onetrainer", 512, (768, 1024), (448, 576)),  # 457.9 and 572.4 of 4:5
-        ("onetrainer", 512, (2000, 500), (1024, 256)),
-        ("onetrainer", 512, (5000, 500), (1024, 256)),  # no longer than four to one
+        ("nearest", 1024, (1000, 1500), (832, 1280)),  # 836.1 and 1254.1
+        ("nearest", 512, (512, 512), (512, 512)),
+        ("nearest", 512, (768, 1024), (448, 576)),  # 443.4 and 591.2
+        ("nearest", 512, (2000, 500), (1024, 256)),
         ("ai-toolkit", 1024, (1664, 2432), (832, 1216)),
         ("ai-toolkit", 1024, (832, 1216), (768, 1152)),  # its own area is that of 1005 squared, and steps are cut off
         ("ai-toolkit", 1024, (512, 512), (512, 512)),  # nothing is enlarged
@@ -77,10 +76,10 @@ def test_every_picture_has_a_bucket_of_whole_steps(rule: BucketRule, height: int
     shape = of.shape_of(height, width)
     assert all(length > 0 and length % 64 == 0 for length in shape)
     turned = of.shape_of(width, height)[::-1]
-    if rule in ("kohya", "onetrainer"):
+    if rule == "kohya":
         # Nearest in one of the two ratios, which is not always nearest in the other.
         assert shape[0] * shape[1] <= 1.2 * side**2
-    if rule == "simpletuner" and round(width / height, 2) * round(height / width, 2) == 1:
+    if rule == "nearest":
         assert turned == shape
 
 
@@ -101,7 +100,7 @@ def test_ai_toolkit_cuts_off_as_little_as_can_be(height: int, width: int) -> Non
 
 
 def test_pixels_of_a_bucket_are_the_middle_of_the_picture_resized(made: Any, tmp_path: Path) -> None:
-    """A wide picture that SimpleTuner brings to three to one: it is cut, and nothing is distorted."""
+    """A wide picture that our own rule brings to three to one: it is cut, and nothing is distorted."""
     stripes = np.zeros((8, 20, 3))
     stripes[:, 2:18] = 255  # what is left of it
     put(tmp_path / "set", "wide", stripes)
@@ -115,7 +114,7 @@ def test_pixels_of_a_bucket_are_the_middle_of_the_picture_resized(made: Any, tmp
     assert row[0] < 0 < row[2]
     forms = {group.form for shard in list_shards(str(out)) for group in shard.groups}
     assert {form.split(",")[0] for form in forms} == {"latent 3x4x12", "latent 3x8x8"}
-    assert manifest(out)["reading"]["choices"]["buckets"] == "simpletuner"
+    assert manifest(out)["reading"]["choices"]["buckets"] == "nearest"
 
 
 def test_kohyas_buckets_go_through_its_resizing(made: Any, tmp_path: Path) -> None:
