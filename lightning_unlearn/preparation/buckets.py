@@ -1,8 +1,8 @@
 """Which shape a trainer brings a picture to, where it trains in buckets: the rules of two, and one of our own.
 
 Ours brings each side to the nearest multiple of the step, at the picture's own proportion. All keep about the area of
-the square that a network is trained on, and sides that are multiples of a step. They differ in which shapes there are, and
-in which of these is nearest.
+the square that a network is trained on, and sides that are multiples of a step. They differ in which shapes there are,
+and in which of these is nearest.
 """
 
 from __future__ import annotations
