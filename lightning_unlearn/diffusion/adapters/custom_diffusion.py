@@ -49,9 +49,7 @@ def custom_diffusion_weights(path: str) -> dict[str, Tensor] | None:
     if any(_PROCESSOR.fullmatch(str(name)) for name in content):
         return {_standard(str(name)): value for name, value in content.items() if isinstance(value, Tensor)}
     if place.name in _FILES or (content and all(_STANDARD.fullmatch(str(name)) for name in content)):
-        return {
-            str(name).removeprefix("unet."): value for name, value in content.items() if isinstance(value, Tensor)
-        }
+        return {str(name).removeprefix("unet."): value for name, value in content.items() if isinstance(value, Tensor)}
     return None
 
 
@@ -80,7 +78,11 @@ def apply_custom_diffusion(network: nn.Module, path: str, weights: Mapping[str, 
         )
     if not all(bool(tensor.isfinite().all()) for tensor in weights.values()):
         raise InputError(f"{path} has infinite or missing numbers; its training failed.")
-    if all(torch.equal(own[name].detach().cpu(), tensor.to(own[name].dtype)) for name, tensor in weights.items()):
+    # A network without weights, of which only shapes are asked, has nothing to compare with.
+    known = not any(own[name].is_meta for name in weights)
+    if known and all(
+        torch.equal(own[name].detach().cpu(), tensor.to(own[name].dtype)) for name, tensor in weights.items()
+    ):
         raise InputError(f"{path} does nothing: its weights are those that the network has; give the base model.")
     for name, tensor in weights.items():
         own[name].data.copy_(tensor)
