@@ -30,7 +30,10 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> dict[
 
 
 def test_these_are_all_the_configs_that_there_are() -> None:
-    assert {path.name for path in CONFIGS.glob("*.yaml")} == {"sample.yaml", "train_sample.yaml"}
+    assert {path.name for path in CONFIGS.glob("*.yaml")} == {
+        *("sample.yaml", "train_sample.yaml"),
+        *("mscoco.yaml", "train_mscoco.yaml", "custom_diffusion.yaml"),  # tests/test_papers.py runs them
+    }
     assert {path.name for path in CONFIGS.glob("*.sh")} == {"slurm.sh", "torchrun.sh"}
 
 
@@ -64,12 +67,17 @@ def test_training_config_trains_from_any_folder(
     assert "step=2" in saved.name
 
 
-def test_both_configs_train_and_attribute_one_and_the_same_network(capsys: pytest.CaptureFixture[str]) -> None:
-    attributed = printed(capsys, "attribute", "--config", "sample.yaml")["model"]["init_args"]
-    trained = printed(capsys, "fit", "--config", "train_sample.yaml")["model"]["init_args"]
+@pytest.mark.parametrize(
+    ("name", "weights"), [("sample", str(SAMPLE / "model.safetensors")), ("mscoco", "data/mscoco/model.bin")]
+)
+def test_both_configs_train_and_attribute_one_and_the_same_network(
+    name: str, weights: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    attributed = printed(capsys, "attribute", "--config", f"{name}.yaml")["model"]["init_args"]
+    trained = printed(capsys, "fit", "--config", f"train_{name}.yaml")["model"]["init_args"]
     assert attributed["network"] == trained["network"]
     assert attributed["objective"] == trained["objective"]
-    assert attributed["weights"] == str(SAMPLE / "model.safetensors")
+    assert attributed["weights"] == weights
 
 
 def test_config_of_ones_own_comes_before_a_ready_one_of_its_name(

@@ -241,7 +241,7 @@ class Assembly:
             stored = np.ascontiguousarray(array, dtype=self.dtype)
         place = item.record.place
         largest = LARGEST_LATENT if "latent" in what else LARGEST_TEXT
-        if np.isfinite(array).all() and np.abs(array).max() > largest:
+        if np.isfinite(array).all() and float(np.abs(array).max()) > largest:  # of float16, NumPy would cast the bound
             raise InputError(
                 f"The {what} of {place} holds numbers larger than {largest:.0e}, which no shard is read with; scale "
                 "it, or leave the sample out."

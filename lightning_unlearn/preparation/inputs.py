@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -151,15 +152,23 @@ class ReadyLatents:
 
     Args:
         path: An ``.npy`` file ``(N, C, H, W)``, or ``(N, C, F, H, W)`` of videos.
-        path_flip: Those of the mirrored pictures.
+        path_flip: Those of the mirrored pictures; the same file if it has ``2 N`` rows, theirs behind the others.
 
     Raises:
-        InputError: If a file can't be read, or they differ in shape.
+        InputError: If a file can't be read, they differ in shape, or one file of both has no two halves.
     """
 
     def __init__(self, path: str, path_flip: str | None) -> None:
         self.sides = {False: open_array(path, (4, 5), _LATENTS)}
-        if path_flip is not None:
+        if path_flip is not None and Path(path_flip).resolve() == Path(path).resolve():
+            both = self.sides[False]
+            if len(both) % 2:
+                raise InputError(
+                    f"{path} is named for pictures and for mirrored ones, but its {len(both)} rows are not twice as "
+                    "many as the pictures; leave `latents_flip` out, or name another array."
+                )
+            self.sides = {False: both[: len(both) // 2], True: both[len(both) // 2 :]}
+        elif path_flip is not None:
             self.sides[True] = open_array(path_flip, (4, 5), _LATENTS)
             if self.sides[True].shape != self.sides[False].shape:
                 raise InputError(

@@ -120,7 +120,8 @@ def prepare(
         latents: Ready latents, an .npy file (N, C, H, W) or (N, C, F, H, W), shifted and scaled as the network was
             trained on them, a row for each sample in their order (see text); or a folder with *_sd.npz or *_sdxl.npz
             that kohya's trainer cached, which are scaled as it does.
-        latents_flip: Ready latents of the mirrored pictures.
+        latents_flip: Ready latents of the mirrored pictures; or the same file as latents, if it has 2 N rows, of which
+            the second half are theirs.
         text: Ready text states, an .npy file (N, captions, tokens, dim), or (N, tokens, dim) for one caption each. Row
             by row they go with the samples: of a folder in the order of sorted(paths) within it (a10.png before
             a2.png), of a table in that of its rows, of captions in theirs. Which sample has the first row and which the

@@ -2,7 +2,8 @@
 
 Kumari et al. (arXiv 2212.04488). diffusers' training script saves them under the names of attention processors, which
 diffusers itself no longer puts back (its issue 9320); they compute what the layers of standard names do, so that is
-where they go. The paper's own code saves them under standard names beside the learned tokens.
+where they go. The paper's own code saves them under standard names beside the learned tokens, and the customised models
+that attribution is judged by (Wang et al., arXiv 2306.09345) have standard names and nothing else.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from lightning_unlearn.errors import InputError, some_of
 
 _FILES = tuple(f"pytorch_custom_diffusion_weights.{suffix}" for suffix in ("safetensors", "bin", "pt"))
 _PROCESSOR = re.compile(r"(?:unet\.)?(.+)\.processor\.to_([kvq]|out)_custom_diffusion\.(.+)")
+# A state dict of a network's attention to the text, whole matrices, is of nothing else.
+_STANDARD = re.compile(r".+\.attn2\.to_(?:[kvq]|out\.0)\.(?:weight|bias)")
 _OTHER_NAMES = ("modifier_token", "modifier_tokens", "text_encoder")
 
 
@@ -43,14 +46,16 @@ def custom_diffusion_weights(path: str) -> dict[str, Tensor] | None:
     inner = content.get("unet")
     if isinstance(inner, Mapping) and any(name in content for name in _OTHER_NAMES):
         return {str(name): value for name, value in inner.items() if isinstance(value, Tensor)}
-    if not any(_PROCESSOR.fullmatch(str(name)) for name in content):
-        return None
-    state = {}
-    for name, value in content.items():
-        if isinstance(value, Tensor):
-            parsed = _PROCESSOR.fullmatch(str(name))
-            state[f"{parsed[1]}.to_{parsed[2]}.{parsed[3]}" if parsed else str(name)] = value
-    return state
+    if any(_PROCESSOR.fullmatch(str(name)) for name in content):
+        return {_standard(str(name)): value for name, value in content.items() if isinstance(value, Tensor)}
+    if place.name in _FILES or (content and all(_STANDARD.fullmatch(str(name)) for name in content)):
+        return {str(name).removeprefix("unet."): value for name, value in content.items() if isinstance(value, Tensor)}
+    return None
+
+
+def _standard(name: str) -> str:
+    parsed = _PROCESSOR.fullmatch(name)
+    return f"{parsed[1]}.to_{parsed[2]}.{parsed[3]}" if parsed else name
 
 
 def apply_custom_diffusion(network: nn.Module, path: str, weights: Mapping[str, Tensor]) -> None:
@@ -73,7 +78,11 @@ def apply_custom_diffusion(network: nn.Module, path: str, weights: Mapping[str, 
         )
     if not all(bool(tensor.isfinite().all()) for tensor in weights.values()):
         raise InputError(f"{path} has infinite or missing numbers; its training failed.")
-    if all(torch.equal(own[name].detach().cpu(), tensor.to(own[name].dtype)) for name, tensor in weights.items()):
+    # A network without weights, of which only shapes are asked, has nothing to compare with.
+    known = not any(own[name].is_meta for name in weights)
+    if known and all(
+        torch.equal(own[name].detach().cpu(), tensor.to(own[name].dtype)) for name, tensor in weights.items()
+    ):
         raise InputError(f"{path} does nothing: its weights are those that the network has; give the base model.")
     for name, tensor in weights.items():
         own[name].data.copy_(tensor)
