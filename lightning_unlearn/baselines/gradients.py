@@ -142,7 +142,7 @@ def check_query_views(queries: Sequence[Sample], views: Views) -> None:
 
 
 def batch_gradients(subject: Subject, batch: SampleBatch, output: Output, *, per_timestep: bool = False) -> Gradients:
-    """Gradients of a batch of samples, averaged over the views that each of them has.
+    """Gradients of a batch of samples, averaged over the views that each of them has, captions by their shares.
 
     Args:
         subject: The model.
@@ -172,4 +172,6 @@ def batch_gradients_of(
     """
     objective = subject.loss.objective
     views = subject.views.of(batch, objective.num_timesteps, objective.density())
-    return mean_gradients_of(subject, batch.keys, views, outputs, per_timestep=per_timestep)
+    return mean_gradients_of(
+        subject, batch.keys, views, outputs, per_timestep=per_timestep, shares=batch.caption_weights
+    )

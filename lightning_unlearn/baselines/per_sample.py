@@ -135,6 +135,7 @@ def mean_gradients_of(
     outputs: Sequence[Output],
     *,
     per_timestep: bool = False,
+    shares: Sequence[Sequence[float]] | None = None,
 ) -> dict[Output, Gradients]:
     """Mean gradients of several output functions over given views: one forward pass a view, one backward pass each.
 
@@ -144,6 +145,7 @@ def mean_gradients_of(
         views: Views whose rows count in ``keys``.
         outputs: Of which output functions; each once.
         per_timestep: Whether each view's gradient is brought to length 1 before the mean.
+        shares: Of each sample, those of its captions in training; ``None`` if all are alike.
 
     Returns:
         Output function to the gradients of the ``B`` samples.
@@ -173,7 +175,7 @@ def mean_gradients_of(
         for view in views:
             view = cast_view(view, device, dtype)
             losses = subject.loss(view.batch, view.timesteps, view.noise)
-            rows = view.rows.to(device)
+            rows, counted = view.rows.to(device), _counted(view, shares)
             for number, output in enumerate(outputs, 1):
                 values = OUTPUTS[output](losses, seen[-1].to(losses.dtype))
                 # So that hooks see what passes; the sum of a batch's gradients is only for comparison.
@@ -187,11 +189,24 @@ def mean_gradients_of(
                     norms = torch.stack([gradient.square().sum(1) for gradient in found.values()]).sum(0).sqrt()
                     found = {name: gradient / norms.clamp(min=TINY)[:, None] for name, gradient in found.items()}
                 for name, gradient in found.items():
-                    sums[output][name].index_add_(0, rows, gradient)
-            errors.index_add_(0, view.rows.cpu(), losses.detach().sqrt().cpu().double())
-            counts.index_add_(0, view.rows.cpu(), torch.ones(len(view.rows), dtype=torch.float64))
+                    sums[output][name].index_add_(0, rows, _weighted(gradient, counted))
+            errors.index_add_(0, view.rows.cpu(), _weighted(losses.detach().sqrt().cpu().double(), counted))
+            counts.index_add_(0, view.rows.cpu(), counted)
             seen.clear()
     return {output: _means(keys, totals, errors, counts) for output, totals in sums.items()}
+
+
+def _counted(view: View, shares: Sequence[Sequence[float]] | None) -> Tensor:
+    """``(b,)`` float64: what a view counts in the mean of each of its samples."""
+    if shares is None:
+        return torch.ones(len(view.rows), dtype=torch.float64)
+    return torch.tensor([shares[row][view.caption] for row in view.rows.tolist()], dtype=torch.float64)
+
+
+def _weighted(values: Tensor, counted: Tensor) -> Tensor:
+    """Rows multiplied; one that counts nothing is 0, even where it is no number."""
+    factors = counted.to(values).reshape(-1, *[1] * (values.ndim - 1))
+    return torch.where(factors > 0, factors * values, 0.0)
 
 
 def _means(keys: Sequence[str], sums: Mapping[str, Tensor], errors: Tensor, counts: Tensor) -> Gradients:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -10,18 +11,29 @@ from torch.nn.functional import normalize
 
 from lightning_unlearn.baselines.base import Baseline, Subject
 from lightning_unlearn.data.batches import collate_samples
+from lightning_unlearn.data.conditions import MASK
+from lightning_unlearn.data.samples import SampleBatch
 from lightning_unlearn.errors import InputError
 
 POOLINGS = ("mean", "max", "max_token")
+TEXT_MASK = f"text{MASK}"
+
+
+@dataclass(frozen=True)
+class _Captions:
+    """Token states of a sample's captions without padding, ``(t, dim)`` each, and their shares."""
+
+    states: list[Tensor]
+    shares: Tensor
 
 
 class TextSimilarity(Baseline):
-    """Cosine of text states, averaged over all pairs of a sample's and a query's captions.
+    """Cosine of text states, averaged over all pairs of a sample's and a query's captions, by their shares in training.
 
     The "text" row of Wang et al. (arXiv 2406.09408, Table 1). ``mean`` and ``max`` pool a caption's token states, each
     dimension by its mean or its largest value. ``max_token`` looks for each token of the query at the most similar
     token of the sample and averages these cosines, as in Khattab and Zaharia's late interaction (arXiv 2004.12832,
-    Eq. 3). Token states of zero are padding and are left out.
+    Eq. 3). Padding is left out: what the text's mask says, and token states of zero.
 
     Args:
         pooling: ``"mean"``, ``"max"`` or ``"max_token"``.
@@ -47,20 +59,19 @@ class TextSimilarity(Baseline):
             ``(N, Q)``.
         """
         # One by one, since queries may have different numbers of captions.
-        queries = [collate_samples("queries", [query]) for query in subject.queries]
-        targets = [query.text[0, : subject.views.caption_slots(query)] for query in queries]
+        queries = [caption for query in subject.queries for caption in _captions(collate_samples("", [query]), subject)]
         rows = []
         for batch in subject.batches():
-            slots = subject.views.caption_slots(batch) if len(batch) else 0
-            for text, count in zip(batch.text, batch.caption_counts.tolist(), strict=True):
-                captions = text[: min(count, slots)].cpu()
-                rows.append(torch.stack([self._compare(captions, target) for target in targets]))
+            for sample in _captions(batch, subject) if len(batch) else ():
+                rows.append(torch.stack([self._compare(sample, query) for query in queries]))
         return torch.stack(rows)
 
-    def _compare(self, sample: Tensor, query: Tensor) -> Tensor:
-        """Captions ``(c, tokens, dim)`` of a sample with those of a query: a scalar."""
-        pairs = [self._pair(ours, theirs) for ours in _tokens(sample) for theirs in _tokens(query)]
-        return torch.stack(pairs).mean()
+    def _compare(self, sample: _Captions, query: _Captions) -> Tensor:
+        """All pairs of captions: a scalar."""
+        pairs = torch.stack(
+            [torch.stack([self._pair(ours, theirs) for theirs in query.states]) for ours in sample.states]
+        )
+        return sample.shares @ pairs @ query.shares
 
     def _pair(self, sample: Tensor, query: Tensor) -> Tensor:
         if self.pooling == "max_token":
@@ -71,8 +82,23 @@ class TextSimilarity(Baseline):
         return torch.cosine_similarity(ours, theirs, dim=0)
 
 
-def _tokens(captions: Tensor) -> list[Tensor]:
-    """Each caption's token states without padding: ``(t, dim)``; a caption of nothing but padding keeps it."""
-    captions = captions.double()
-    kept = [caption[caption.abs().amax(1) > 0] for caption in captions]
-    return [tokens if len(tokens) else caption for tokens, caption in zip(kept, captions, strict=True)]
+def _captions(batch: SampleBatch, subject: Subject) -> list[_Captions]:
+    """The captions of each sample that are looked at."""
+    slots, mask = subject.views.caption_slots(batch), batch.conditions.get(TEXT_MASK)
+    found = []
+    for row, count in enumerate(batch.caption_counts.tolist()):
+        states = batch.text[row, : min(count, slots)].cpu().double()
+        used = len(states)
+        if mask is not None:
+            # A single mask holds for all captions.
+            states = states * mask[row, : used if mask.shape[1] > 1 else 1].cpu().double()[..., None]
+        given = [1.0] * used if batch.caption_weights is None else batch.caption_weights[row][:used]
+        shares = torch.tensor(given, dtype=torch.float64)
+        found.append(_Captions([_tokens(caption) for caption in states], shares / shares.sum()))
+    return found
+
+
+def _tokens(caption: Tensor) -> Tensor:
+    """A caption's token states without padding: ``(t, dim)``; one of nothing but padding keeps it."""
+    tokens = caption[caption.abs().amax(1) > 0]
+    return tokens if len(tokens) else caption

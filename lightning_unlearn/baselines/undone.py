@@ -59,7 +59,10 @@ class Undone(Baseline):
         after = self._losses(subject)
         with self._undone(subject.loss.network):
             before = self._losses(subject)
-        parts = [score(self.rule, now, then[None], "mean") for now, then in zip(after, before, strict=True)]
+        parts = [
+            score(self.rule, now, then[None], "mean", shares)
+            for (now, shares), (then, _) in zip(after, before, strict=True)
+        ]
         found = torch.cat(parts) if parts else torch.zeros(0, 1, dtype=torch.float64)
         if len(found) and not found.any():
             raise InputError(
@@ -68,12 +71,16 @@ class Undone(Baseline):
             )
         return found
 
-    def _losses(self, subject: Subject) -> list[Tensor]:
+    def _losses(self, subject: Subject) -> list[tuple[Tensor, list[list[float]] | None]]:
+        """Of each batch its losses ``(B, flips, captions, draws)``, and the shares of its samples' captions."""
         device = next(subject.loss.network.parameters()).device
         nothing = DeltaStore({}, [])
         with torch.no_grad():
             return [
-                measure_losses(subject.loss, subject.layers, nothing, subject.views, batch, device)[0]
+                (
+                    measure_losses(subject.loss, subject.layers, nothing, subject.views, batch, device)[0],
+                    batch.caption_weights,
+                )
                 for batch in subject.batches()
             ]
 

@@ -21,7 +21,7 @@ from lightning_unlearn.data.shards import shard_id
 from lightning_unlearn.datamodules import AttributionDataModule
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import digest, settings_digest, tensors_digest
-from lightning_unlearn.scores.agreement import agreements
+from lightning_unlearn.scores.agreement import agreements, caption_digests
 from lightning_unlearn.scores.files import run_digest, shard_path, write_shard_scores
 from lightning_unlearn.scores.rules import Reduced, mean_losses
 from lightning_unlearn.scores.run_record import earlier_run, record_run, scored_shards, write_run
@@ -260,7 +260,7 @@ class MethodRun:
                         "model."
                     )
                 self._keys.extend(batch.keys)
-                self._captions.extend(_caption_digests(batch))
+                self._captions.extend(caption_digests(batch))
                 self._base_losses.append(mean_losses(losses[0], batch.caption_weights))
             self.skipped += batch.skipped
         if not where:
@@ -275,14 +275,6 @@ class MethodRun:
             said = {method: values[rows] for method, values in parts.items()}
             reduced = Reduced(losses[rows], scores[rows], parts=said)
             write_shard_scores(self.folder, name, keys, reduced, queries, run, version)
-
-
-def _caption_digests(batch: SampleBatch) -> list[str]:
-    """What tells the first captions of a batch apart: all that the network is given besides latents and timestep."""
-    return [
-        tensors_digest({name: values[row, :1] for name, values in batch.conditions.items()})
-        for row in range(len(batch))
-    ]
 
 
 def _queries_digest(queries: list[Sample]) -> str:

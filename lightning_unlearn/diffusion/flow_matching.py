@@ -18,6 +18,7 @@ from lightning_unlearn.diffusion.families.base import FlowTraining
 from lightning_unlearn.diffusion.families.settings import setting
 from lightning_unlearn.diffusion.flow_schedule import load_flow_scheduler
 from lightning_unlearn.diffusion.mean_errors import drawn_error, mean_error
+from lightning_unlearn.diffusion.noise_schedule import scheduler_config
 from lightning_unlearn.diffusion.timestep_density import DENSITIES, Density, timestep_probabilities
 from lightning_unlearn.errors import InputError
 
@@ -36,7 +37,8 @@ class FlowMatchingObjective(Objective):
     The scheduler does not say with what density training drew its timesteps, nor whether outputs were preconditioned.
     Where these are left out and ``scheduler`` is a pipeline's folder, they are what diffusers' training script of the
     family has as its default (``logit_normal`` and preconditioned for Stable Diffusion 3, ``uniform`` and not for the
-    others); :meth:`settings` says which.
+    others); :meth:`settings` says which. Where the scheduler is a solver with a ``flow_shift``, as Sana's is, these
+    scripts train without it, so that the density must be said.
 
     Args:
         scheduler: Settings of ``diffusers.FlowMatchEulerDiscreteScheduler``, or the folder of a saved scheduler or
@@ -73,6 +75,8 @@ class FlowMatchingObjective(Objective):
         self.scheduler = load_flow_scheduler(scheduler, shift)
         self.num_timesteps = int(self.scheduler.config.num_train_timesteps)
         usual = _usual_training(scheduler) if isinstance(scheduler, str) else FlowTraining(None)
+        if density is None and shift is None and usual.density is not None:
+            _refuse_shift_of_a_solver(scheduler)
         found = density if density is not None else usual.density
         if found is None:
             raise InputError(
@@ -209,6 +213,17 @@ class FlowMatchingObjective(Objective):
         numbers = {name: float(self._density_numbers[name]) for name in used.get(self.timestep_density, ())}
         shift = 1.0 if config.use_dynamic_shifting else float(config.shift)
         return {**super().settings(), "shift": shift, "density_numbers": numbers}
+
+
+def _refuse_shift_of_a_solver(scheduler: str | dict[str, Any] | None) -> None:
+    """Refuse to join the density of a training script to a shift that the script does not look at."""
+    config, where = scheduler_config(scheduler)
+    if config.get("use_flow_sigmas") and config.get("flow_shift", 1.0) != 1.0:
+        raise InputError(
+            f"{where} are of {config.get('_class_name')}, whose flow_shift of {config['flow_shift']} diffusers' "
+            "training script does not look at: an adapter of it was trained with a shift of 1.0, a model from scratch "
+            "perhaps not; give FlowMatchingObjective its density and its shift."
+        )
 
 
 def _usual_training(folder: str) -> FlowTraining:

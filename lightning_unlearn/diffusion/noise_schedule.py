@@ -44,6 +44,11 @@ SCHEDULERS: dict[str, tuple[float, float, str]] = {
     "TCDScheduler": SCALED_BETAS,
     "UniPCMultistepScheduler": PLAIN_BETAS,
 }
+# Those that clip what the network predicts as the image to [-1, 1] where their settings don't say. None of the others
+# does, and to latents it would be wrong.
+CLIPPING = frozenset(
+    {"DDPMScheduler", "DDPMParallelScheduler", "DDIMScheduler", "DDIMParallelScheduler", "DDIMInverseScheduler"}
+)
 # What says how a model was trained.
 TRAINING_KEYS = frozenset(
     {
@@ -134,6 +139,8 @@ def load_scheduler(scheduler: str | dict[str, Any] | None, prediction_type: str 
     if prediction_type is not None:
         config["prediction_type"] = prediction_type
     config |= _own_betas(config, where)
+    if config.get("_class_name", "DDPMScheduler") not in CLIPPING:
+        config.setdefault("clip_sample", False)
     _check_keys(config, where)
     _check_betas(config, where)
     try:

@@ -108,7 +108,8 @@ class DenoisingObjective(Objective):
         return product if self.snr_gamma is None else product * self._weight(timesteps).sqrt().to(product)
 
     def _predict(self, network: nn.Module, batch: ViewBatch, timesteps: Tensor, noise: Tensor) -> Tensor:
-        noisy = self.scheduler.add_noise(batch.latents, noise, timesteps)
+        # In half precision a schedule that begins near 1 would be 1 there, and the first steps would have no noise.
+        noisy = self.scheduler.add_noise(_wide(batch.latents), _wide(noise), timesteps).to(batch.latents)
         prediction = family_of(network).predict(network, noisy, timesteps, batch)
         # Errors are taken in float32 even where the network runs in half precision.
         return prediction.to(torch.promote_types(prediction.dtype, torch.float32))
@@ -117,7 +118,7 @@ class DenoisingObjective(Objective):
         if self.prediction_type == "epsilon":
             return noise
         if self.prediction_type == "v_prediction":
-            return cast(Tensor, self.scheduler.get_velocity(latents, noise, timesteps))
+            return cast(Tensor, self.scheduler.get_velocity(_wide(latents), _wide(noise), timesteps))
         return latents
 
     def _weight(self, timesteps: Tensor) -> Tensor:
@@ -138,3 +139,8 @@ class DenoisingObjective(Objective):
         """
         config = {name: value for name, value in self.scheduler.config.items() if not name.startswith("_")}
         return {**super().settings(), "scheduler": config, "snr_gamma": self.snr_gamma}
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In float32 or wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

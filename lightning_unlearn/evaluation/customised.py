@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_unlearn.data.batches import collate_samples
+from lightning_unlearn.data.conditions import MASK, Conditions
 from lightning_unlearn.data.samples import Sample, SampleBatch, ViewBatch
 from lightning_unlearn.diffusion.sampling import Samplable, generate, how_generated
 from lightning_unlearn.errors import InputError
@@ -24,6 +25,8 @@ from lightning_unlearn.fingerprints import seed_of
 from lightning_unlearn.training import DiffusionModule
 from lightning_unlearn.weights.deltas import DeltaStore
 from lightning_unlearn.weights.parameters import layer_parameters, select_layers
+
+TEXT_MASK = f"text{MASK}"
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Customisation(DiffusionModule):
     """Fine-tunes chosen weights and one new token on exemplars.
 
     Text comes as token states, so the new token is a state of its own: a learned vector in the first place that a
-    caption leaves empty.
+    caption leaves empty, which counts as text where a mask tells that from padding.
 
     Args:
         network: The base model, which is changed.
@@ -80,8 +83,10 @@ class Customisation(DiffusionModule):
             layer.requires_grad_(True)
         self.exemplars = frozenset(sample.key for sample in exemplars)
         states = exemplars[0].text[0]  # (tokens, dim)
-        self.place = empty_place(states)
-        written = states[states.abs().sum(1) > 0]
+        mask = exemplars[0].conditions.get(TEXT_MASK)
+        counted = states if mask is None else states * mask[0, :, None]
+        self.place = empty_place(counted)
+        written = states[counted.abs().sum(1) > 0]
         if len(written) == 0:
             raise InputError("The exemplars' caption has no token; give a neutral one, such as 'a picture'.")
         self.token = nn.Parameter(written.mean(0))
@@ -101,24 +106,31 @@ class Customisation(DiffusionModule):
         self.losses.append(float(loss.detach()))
         return loss
 
-    def prompt(self, states: Tensor) -> Tensor:
+    def prompt(self, conditions: Conditions) -> Conditions:
         """Put the new token into token states.
 
         Args:
-            states: ``(*, tokens, dim)``.
+            conditions: With ``text`` ``(B, tokens, dim)``, and perhaps its mask.
 
         Returns:
-            The same shape.
+            The same names and shapes.
         """
-        prompted = states.clone()
-        prompted[..., self.place, :] = self.token.to(states)
-        return prompted
+        text = conditions["text"].clone()
+        text[:, self.place] = self.token.to(text)
+        if TEXT_MASK not in conditions:
+            return {**conditions, "text": text}
+        mask = conditions[TEXT_MASK].clone()
+        mask[:, self.place] = 1
+        return {**conditions, "text": text, TEXT_MASK: mask}
 
     def _draw(self, batch: SampleBatch) -> tuple[ViewBatch, Tensor, Tensor]:
         views, timesteps, noise = super()._draw(batch)
         new = torch.tensor([key in self.exemplars for key in batch.keys], device=views.text.device)
-        text = torch.where(new[:, None, None], self.prompt(views.text), views.text)
-        return replace(views, conditions={**views.conditions, "text": text}), timesteps, noise
+        conditions = {
+            name: torch.where(new.view(-1, *[1] * (array.ndim - 1)), array, views.conditions[name])
+            for name, array in self.prompt(views.conditions).items()
+        }
+        return replace(views, conditions=conditions), timesteps, noise
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over the chosen weights and the token.
@@ -212,8 +224,7 @@ def customise(
         raise KeyboardInterrupt
     module.network.eval()
     with torch.no_grad():
-        own = {name: array[:1] for name, array in exemplars[0].conditions.items()}
-        own["text"] = module.prompt(exemplars[0].text[:1])  # (1, tokens, dim)
+        own = module.prompt({name: array[:1] for name, array in exemplars[0].conditions.items()})
         given = {name: array.expand(settings.queries, *array.shape[1:]) for name, array in own.items()}
         shape, seeds = exemplars[0].latent.shape, range(settings.queries)
         latents = generate(module.network, objective, given, shape, seeds, settings.sampling_steps)

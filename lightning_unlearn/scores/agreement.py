@@ -10,7 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_unlearn.data.conditions import MASK
+from lightning_unlearn.data.samples import SampleBatch
+from lightning_unlearn.diffusion.families import FAMILIES
 from lightning_unlearn.errors import InputError
+from lightning_unlearn.fingerprints import tensors_digest
 from lightning_unlearn.metrics.ranks import rank_correlation
 
 FIRST = 10
@@ -20,6 +24,8 @@ AGREE, CAPTION, UNSURE = "methods agree", "caption only", "not sure"
 LEAST_FIRST_TEN = 0.6
 LEAST_CORRELATION = 0.8
 MOST_CAPTION = 0.9
+# Numbers about a picture itself, that some networks are given.
+_OF_PICTURES = frozenset(name for family in FAMILIES for name in family.facts(1, 1, (1, 1), (0, 0)))
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,28 @@ def caption_shares(scores: Tensor, captions: Sequence[Hashable]) -> Tensor | Non
     within = (values - means[of]).square().sum(0) / (count - groups)
     total = (values - values.mean(0)).square().sum(0) / (count - 1)
     return torch.where(total > 0, 1 - within / total, 0.0).clamp(min=0.0)
+
+
+def caption_digests(batch: SampleBatch) -> list[str]:
+    """What tells the first captions of a batch apart: all that the network is given of them, or of a class.
+
+    Sizes are a picture's own, and how far text is padded is its batch's.
+
+    Args:
+        batch: ``B`` samples.
+
+    Returns:
+        ``B`` strings, alike where the captions are.
+    """
+    of_captions = {name: values[:, 0] for name, values in batch.conditions.items() if name not in _OF_PICTURES}
+    digests = []
+    for row in range(len(batch)):
+        found = {}
+        for name, values in of_captions.items():
+            mask = of_captions.get(name if name.endswith(MASK) else name + MASK)
+            found[name] = values[row] if mask is None else values[row][mask[row] > 0]
+        digests.append(tensors_digest(found))
+    return digests
 
 
 def standardised(scores: Tensor) -> Tensor:

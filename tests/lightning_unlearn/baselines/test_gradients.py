@@ -62,6 +62,25 @@ def test_gradients_are_means_over_the_views_that_a_sample_has(views: Views, outp
     close(found.errors, torch.tensor([residual(look, views_of(views, z)) for z in TRAINING], dtype=torch.float64))
 
 
+def test_captions_count_by_their_shares_in_training() -> None:
+    whole = samples(1, (3,))[0]
+    shares = [0.9, 0.0, 0.1]
+    shared = replace(whole, metadata={**whole.metadata, "caption_weights": shares})
+    toy = subject([samples(1, (2,))[0], shared], [shared], Views(timesteps=2), batch_size=2)
+    parameters, look = toy_look(toy)
+    of_each = [views_of(toy.views, whole)[2 * caption : 2 * caption + 2] for caption in range(3)]
+    gradients = torch.stack([feature(look, views, parameters, "square") for views in of_each])
+    weights = torch.tensor(shares, dtype=torch.float64)
+    expected = (weights[:, None] * gradients).sum(0)
+    found = join(list(training_gradients(toy, "square")))
+    close(flat(found)[1], expected)
+    close(flat(query_gradients(toy, "square"))[0], expected)
+    residuals = torch.tensor([residual(look, views) for views in of_each], dtype=torch.float64)
+    close(found.errors[1], (weights * residuals).sum())
+    # Samples that say nothing are as they were.
+    close(flat(found)[:1], slow(toy, [samples(1, (2,))[0]], "square"))
+
+
 @pytest.mark.parametrize("output", ["square", "mean"])
 def test_output_is_the_prediction_without_the_variance_beside_it(
     output: Output, monkeypatch: pytest.MonkeyPatch

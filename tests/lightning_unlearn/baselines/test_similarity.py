@@ -109,6 +109,37 @@ def test_padding_is_no_token() -> None:
         torch.testing.assert_close(method.scores(longer), method.scores(toy), rtol=1e-12, atol=1e-12)
 
 
+def test_what_a_mask_calls_padding_is_no_token_whatever_its_state() -> None:
+    def padded(sample: Sample, captions: int) -> Sample:
+        text = torch.cat([sample.text, torch.ones_like(sample.text)], 1)
+        mask = (torch.arange(text.shape[1]) < sample.text.shape[1]).float().expand(captions, -1)
+        return replace(sample, conditions={"text": text, "text_mask": mask})
+
+    toy = subject(TRAINING, QUERIES)
+    for each in (True, False):  # a mask a caption, or one for all
+        groups = [[padded(one, len(one.text) if each else 1) for one in group] for group in (TRAINING, QUERIES)]
+        for method in ALL[4:7]:
+            torch.testing.assert_close(method.scores(subject(*groups)), method.scores(toy), rtol=1e-12, atol=1e-12)
+
+
+def test_captions_count_by_their_shares_in_training() -> None:
+    def caption(sample: Sample, number: int) -> Sample:
+        metadata = {"captions": sample.captions[number : number + 1]}
+        return replace(sample, conditions={"text": sample.text[number : number + 1]}, metadata=metadata)
+
+    sample, query = samples(2, (3,))[1], samples(2, (2,), prefix="query")[1]
+    shares, of_query = torch.tensor([0.9, 0.0, 0.1]), torch.tensor([0.2, 0.8])
+    pairs = TextSimilarity().scores(
+        subject([caption(sample, number) for number in range(3)], [caption(query, number) for number in range(2)])
+    )
+    shared = [
+        replace(one, metadata={**one.metadata, "caption_weights": weights.tolist()})
+        for one, weights in ((sample, shares), (query, of_query))
+    ]
+    found = TextSimilarity().scores(subject(shared[:1], shared[1:]))
+    assert float(found) == pytest.approx(float(shares.double() @ pairs @ of_query.double()), rel=1e-6)
+
+
 def test_encoder_similarity_is_the_cosine_of_codes() -> None:
     expected = table(lambda z, q: cosine(codes(z.latent[None]), codes(q.latent[None])))
     torch.testing.assert_close(

@@ -90,6 +90,21 @@ def test_weights_before_are_those_without_an_adapter(tmp_path: Path, rule: Any) 
     assert all(torch.equal(value, now[name]) for name, value in network.state_dict().items())
 
 
+def test_captions_count_by_their_shares_in_training(tmp_path: Path) -> None:
+    sample = samples(2, (3,))[1]
+    shared = replace(sample, metadata={**sample.metadata, "caption_weights": [0.9, 0.0, 0.1]})
+    views = Views(timesteps=2)
+
+    def losses(network: nn.Module) -> Tensor:
+        _, look = toy_look(subject([sample], [], views, network=network))
+        with torch.no_grad():
+            return torch.tensor([float(look(view)[0]) for view in views_of(views, sample)]).reshape(3, 2).mean(1)
+
+    rises = losses(base()) - losses(forms.applied(base(), ADAPTER))
+    found = Undone().scores(subject([shared], [], views, network=adapted(tmp_path), parameters="adapter"))
+    assert float(found) == pytest.approx(float(rises @ torch.tensor([0.9, 0.0, 0.1])), rel=1e-4)
+
+
 def test_what_can_not_be_undone_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no adapter to switch off"):
         Undone().scores(toy(base()))

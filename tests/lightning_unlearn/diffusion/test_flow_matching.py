@@ -278,8 +278,23 @@ def test_scheduler_says_which_objective(tmp_path: Path) -> None:
     assert isinstance(found, DenoisingObjective)
     assert found.prediction_type == "v_prediction"
     solver = {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-    flowing = pipeline_folder(tmp_path / "flow", {**solver, "flow_shift": 3.0}, "SD3Transformer2DModel")
+    flowing = pipeline_folder(tmp_path / "flow", {**solver, "flow_shift": 1.0}, "SD3Transformer2DModel")
     assert isinstance(objective_of(flowing), FlowMatchingObjective)
+
+
+def test_shift_of_a_solver_is_not_joined_to_the_density_of_a_script_that_has_none(tmp_path: Path) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    solver = {"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True, "flow_shift": 3.0}
+    folder = pipeline_folder(tmp_path, {**solver, "prediction_type": "flow_prediction"}, "SanaTransformer2DModel")
+    with pytest.raises(InputError, match="flow_shift of 3.0 .* give FlowMatchingObjective its density and its shift"):
+        objective_of(folder)
+    # As train_dreambooth_lora_sana.py reads it, and as the solver does.
+    script = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
+    trained = FlowMatchingObjective(folder, shift=1.0)
+    assert trained.density() is None
+    torch.testing.assert_close(trained.sigmas, script.sigmas.flip(0), rtol=1e-6, atol=0)
+    assert FlowMatchingObjective(folder, density="logit_normal").settings()["shift"] == 3.0
 
 
 def test_network_of_a_flow_without_a_folder_is_asked_for_its_objective(network: nn.Module) -> None:

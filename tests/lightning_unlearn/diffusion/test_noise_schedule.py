@@ -43,6 +43,8 @@ def test_betas_and_keys_of_each_class_are_those_of_diffusers(name: str) -> None:
     built = load_scheduler({"_class_name": name}, None)
     betas = (built.config.beta_start, built.config.beta_end, built.config.beta_schedule)
     assert betas == SCHEDULERS[name]
+    # What is sampled again is clipped only where the class itself would.
+    assert built.config.clip_sample == known.get("clip_sample", False)
 
 
 @pytest.mark.parametrize(("key", "near"), [("beta_shedule", "beta_schedule"), ("num_timesteps", "num_train_timesteps")])

@@ -167,3 +167,20 @@ def test_family_is_found_by_class_name_also_of_derived_classes() -> None:
 def test_network_of_no_family_is_an_input_error_that_names_it() -> None:
     with pytest.raises(InputError, match=r"ToyDenoiser.*UNet2DConditionModel"):
         family_of(ToyDenoiser())
+
+
+def test_half_precision_has_the_noise_of_the_schedule() -> None:
+    seen: list[Tensor] = []
+    network = tiny_unet().bfloat16()
+    network.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    objective = DenoisingObjective(prediction_type="v_prediction")
+    timesteps = torch.tensor([0, 1, 5, 20])
+    latents = torch.zeros(4, *LATENT, dtype=torch.bfloat16)
+    batch = ViewBatch(latents, {"text": torch.zeros(4, TOKENS, DIM, dtype=torch.bfloat16)})
+    with torch.no_grad():
+        objective(network, batch, timesteps, torch.ones_like(latents))
+    expected = (1 - objective.scheduler.alphas_cumprod.double()[timesteps]).sqrt()
+    assert seen[0].dtype == torch.bfloat16
+    torch.testing.assert_close(seen[0].double().flatten(1).mean(1), expected, rtol=2**-8, atol=0)
+    target = objective._target(latents + 1, torch.zeros_like(latents), timesteps)
+    torch.testing.assert_close(target.double().flatten(1).mean(1), -expected, rtol=2**-8, atol=0)

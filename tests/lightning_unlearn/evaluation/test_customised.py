@@ -272,3 +272,17 @@ def test_customising_is_undone_as_a_whole_or_not_at_all(found: Customised) -> No
     for wrong in ({}, {**before, next(iter(before)): torch.zeros(1)}):
         with pytest.raises(InputError, match=r"^The weights before customising have no .* of shape "):
             undone(network, layers, wrong)
+
+
+def test_the_token_counts_as_text_where_a_mask_tells_it_from_padding() -> None:
+    # Padding that is not zero, as many encoders leave it.
+    text = torch.randn(1, TOKENS, DIM, generator=torch.Generator().manual_seed(3))
+    mask = (torch.arange(TOKENS) < 2).float()[None]
+    chosen = [replace(sample, conditions={"text": text, "text_mask": mask}) for sample in exemplars()]
+    module = Customisation(base(), DenoisingObjective(), chosen, SETTINGS)
+    torch.testing.assert_close(module.token.detach(), text[0, :2].mean(0))
+    other = replace(training()[2], conditions=chosen[0].conditions, metadata=chosen[0].metadata)
+    views, _, _ = module._draw(collate_samples("shard", [chosen[0], other]))
+    assert views.conditions["text_mask"].tolist() == [[1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0]]
+    torch.testing.assert_close(views.text[0, 2].detach(), module.token.detach())
+    assert torch.equal(views.text[1], text[0])

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lightning_unlearn.data.batches import collate_samples
+from lightning_unlearn.data.samples import Sample
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.scores.agreement import AGREE, CAPTION, UNSURE, agreements, caption_shares
+from lightning_unlearn.scores.agreement import AGREE, CAPTION, UNSURE, agreements, caption_digests, caption_shares
 
 
 def noise(samples: int, seed: int, queries: int = 1) -> torch.Tensor:
@@ -68,3 +70,24 @@ def test_a_part_without_any_difference_agrees_with_nobody() -> None:
 def test_one_method_can_not_agree() -> None:
     with pytest.raises(InputError, match="ask two or more"):
         agreements({"one": noise(3, 0)}, noise(3, 0), ["a", "b", "c"])
+
+
+def test_a_caption_is_the_same_whatever_its_pictures_sizes_and_its_batch() -> None:
+    def sample(key: str, caption: int, size: int, tokens: int) -> Sample:
+        states = torch.full((1, 2, 3), float(caption))
+        padded = torch.nn.functional.pad(states, (0, 0, 0, tokens - 2))
+        mask = (torch.arange(tokens) < 2).float()[None]
+        conditions = {"text": padded, "text_mask": mask, "original_size": torch.tensor([[size, size]])}
+        return Sample(key, torch.zeros(1, 2, 2), conditions, {"captions": [""]})
+
+    first = caption_digests(collate_samples("shard", [sample("a", 1, 64, 4), sample("b", 1, 32, 4)]))
+    other = caption_digests(collate_samples("shard", [sample("c", 1, 16, 2), sample("d", 2, 64, 5)]))
+    assert len({*first, other[0]}) == 1
+    assert other[1] != other[0]
+    # Classes have no captions of their own.
+    classes = [
+        Sample(str(row), torch.zeros(1, 2, 2), {"class_label": torch.tensor([[row]])}, {"captions": [""]})
+        for row in (0, 0, 1)
+    ]
+    one, same, another = caption_digests(collate_samples("shard", classes))
+    assert one == same != another
