@@ -72,7 +72,9 @@ def follow(page: str, smaller: dict[str, dict[str, Any]], monkeypatch: pytest.Mo
         else:
             assert words[0] == "lightning-unlearn"
             more = ("--config", f"smaller_{words[1]}.yaml") if words[1] in smaller else ()
-            run(*words[1:], *more)
+            # A strategy of the page's own takes one step.
+            steps = words[1] == "attribute" and "--model.init_args.strategy" not in words
+            run(*words[1:], *more, *(("--model.init_args.strategy.init_args.steps", "2") if steps else ()))
     return scripts
 
 
@@ -163,7 +165,6 @@ def test_the_mscoco_page_runs_from_the_published_files_to_the_table(
     assert sample.latent_flip is not None
     assert np.array_equal(sample.latent_flip, latents[2 + PICTURES].astype(np.float16))
     assert np.array_equal(sample.text, text[2])
-    assert sample.image is not None
     for name in ("attribution", "plus", "cheap"):
         table = read_scores(name)
         assert sorted(table.keys) == sorted(samples)
