@@ -165,6 +165,7 @@ def test_the_mscoco_page_runs_from_the_published_files_to_the_table(
     assert sample.latent_flip is not None
     assert np.array_equal(sample.latent_flip, latents[2 + PICTURES].astype(np.float16))
     assert np.array_equal(sample.text, text[2])
+    assert sample.picture is not None
     for name in ("attribution", "plus", "cheap"):
         table = read_scores(name)
         assert sorted(table.keys) == sorted(samples)
