@@ -74,7 +74,7 @@ def follow(page: str, smaller: dict[str, dict[str, Any]], monkeypatch: pytest.Mo
             more = ("--config", f"smaller_{words[1]}.yaml") if words[1] in smaller else ()
             # A strategy of the page's own takes one step.
             steps = words[1] == "attribute" and "--model.init_args.strategy" not in words
-            run(*words[1:], *more, *(("--model.init_args.strategy.init_args.steps", "2") if steps else ()))
+            run(*words[1:], *more, *(("--model.init_args.strategy.init_args.steps", "1") if steps else ()))
     return scripts
 
 
