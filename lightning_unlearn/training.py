@@ -99,7 +99,10 @@ class DiffusionModule(LightningModule):
         else:
             places = torch.rand(len(batch), dtype=torch.float64)
             timesteps = place_timesteps(places, (0.0, 1.0), length, density).to(self.device)
-        return replace(batch.views(rows, captions, latents), mask=masks), timesteps, torch.randn_like(latents)
+        # Drawn in the samples' type, whatever the network's is.
+        noise, own = torch.randn_like(latents), next(self.network.parameters())
+        views = replace(batch.views(rows, captions, latents), mask=masks).to(own.device, own.dtype)
+        return views, timesteps, noise.to(own)
 
     def configure_optimizers(self) -> torch.optim.Optimizer | OptimizerLRSchedulerConfig:
         """The optimizer over all weights, and the schedule.

@@ -155,9 +155,10 @@ def mean_gradients_of(
             not its gradient.
     """
     parameters = layer_parameters(subject.layers)
-    some = next(iter(parameters.values()))
-    device, dtype = some.device, some.dtype
-    wide = torch.promote_types(dtype, torch.float32)
+    # The chosen weights may be an adapter's, wider than the base that sees the views.
+    own, some = next(subject.loss.network.parameters()), next(iter(parameters.values()))
+    device, dtype = own.device, own.dtype
+    wide = torch.promote_types(some.dtype, torch.float32)
     sums = {
         output: {
             name: torch.zeros(len(keys), weight.numel(), device=device, dtype=wide)

@@ -45,11 +45,19 @@ class PixelSimilarity(Baseline):
 
         Returns:
             ``(N, Q)``.
+
+        Raises:
+            InputError: If latents differ in their shapes.
         """
-        queries = _rows(torch.stack([query.latent for query in subject.queries]))  # (Q, C H W)
-        mean = _mean(subject) if self.similarity == "centred_cosine" else torch.zeros(queries.shape[1])
+        shape = subject.queries[0].latent.shape
+        queries = torch.cat([_rows(query.latent[None], shape, query.key) for query in subject.queries])  # (Q, C H W)
+        mean = _mean(subject, shape) if self.similarity == "centred_cosine" else torch.zeros(queries.shape[1])
         return torch.cat(
-            [self._compare(_rows(batch.latents) - mean, queries - mean) for batch in subject.batches() if len(batch)]
+            [
+                self._compare(_rows(batch.latents, shape, batch.keys[0]) - mean, queries - mean)
+                for batch in subject.batches()
+                if len(batch)
+            ]
         )
 
     def _compare(self, samples: Tensor, queries: Tensor) -> Tensor:
@@ -59,14 +67,20 @@ class PixelSimilarity(Baseline):
         return normalize(samples, dim=1) @ normalize(queries, dim=1).mT
 
 
-def _rows(latents: Tensor) -> Tensor:
+def _rows(latents: Tensor, shape: torch.Size, key: str) -> Tensor:
+    # Of latents of another shape with as many numbers, other places would be compared.
+    if latents.shape[1:] != shape:
+        raise InputError(
+            f"PixelSimilarity compares latents place by place, but that of {key!r} is {tuple(latents.shape[1:])} and "
+            f"that of the first query {tuple(shape)}; take another method for pictures of several shapes."
+        )
     return latents.cpu().double().flatten(1)
 
 
-def _mean(subject: Subject) -> Tensor:
+def _mean(subject: Subject, shape: torch.Size) -> Tensor:
     sums, count = [], 0
     for batch in subject.batches():
         if len(batch):
-            sums.append(_rows(batch.latents).sum(0))
+            sums.append(_rows(batch.latents, shape, batch.keys[0]).sum(0))
             count += len(batch)
     return torch.stack(sums).sum(0) / count

@@ -109,6 +109,15 @@ def test_padding_is_no_token() -> None:
         torch.testing.assert_close(method.scores(longer), method.scores(toy), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("similarity", ["cosine", "l2", "centred_cosine"])
+def test_pixels_of_pictures_of_other_shapes_are_not_compared(similarity: str) -> None:
+    wide, tall = torch.ones(1, 2, 8), torch.ones(1, 8, 2)
+    sample, other = (replace(TRAINING[0], key=key, latent=latent) for key, latent in (("a", wide), ("b", tall)))
+    for training, queries in (([sample], [other]), ([sample], [sample, other])):
+        with pytest.raises(InputError, match=r"but that of '[ab]' is \(1, [28], [28]\) and that of the first query"):
+            PixelSimilarity(similarity).scores(subject(training, queries))  # type: ignore[arg-type]
+
+
 def test_what_a_mask_calls_padding_is_no_token_whatever_its_state() -> None:
     def padded(sample: Sample, captions: int) -> Sample:
         text = torch.cat([sample.text, torch.ones_like(sample.text)], 1)

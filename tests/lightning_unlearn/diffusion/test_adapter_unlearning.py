@@ -9,14 +9,17 @@ from typing import Any
 import adapter_forms as forms
 import pytest
 import torch
-from attribution_runs import random_fisher, score, toy_data, unlearn
+from attribution_runs import decoded, ragged_fields, random_fisher, score, toy_data, unlearn
 from lightning.pytorch import LightningModule, Trainer
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from toys import tiny_unet, toy_shards
 
+from lightning_unlearn.baselines import Subject
+from lightning_unlearn.baselines.gradients import batch_gradients
 from lightning_unlearn.callbacks.fisher_accumulator import FisherAccumulator
+from lightning_unlearn.data.batches import collate_samples
 from lightning_unlearn.diffusion.adapters import load_adapter
 from lightning_unlearn.diffusion.objective import DenoisingObjective
 from lightning_unlearn.draws.views import Views
@@ -24,7 +27,9 @@ from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher import load_fisher
 from lightning_unlearn.scores.files import read_scores
 from lightning_unlearn.strategies import Newton
+from lightning_unlearn.training import DiffusionModule
 from lightning_unlearn.unlearning.module import UnlearningModule
+from lightning_unlearn.weights.deltas import NetworkLoss
 from lightning_unlearn.weights.parameters import layer_parameters, select_layers
 
 ATTENTION = "mid_block.attentions.0.transformer_blocks.0.attn2"
@@ -159,3 +164,26 @@ def test_fisher_of_a_peft_training_takes_the_adapter_without_a_pattern(tmp_path:
     assert layer_parameters(select_layers(again, "adapter")).keys() == layer_parameters(chosen).keys()
     module(str(tmp_path / "trained.safetensors"), fisher=str(path))
     assert copy.deepcopy(again).state_dict().keys() == training.unet.state_dict().keys()
+
+
+def test_base_in_half_precision_is_shown_what_it_takes(tmp_path: Path) -> None:
+    adapter = forms.random_adapter(tiny_unet(), LAYERS)
+    path = forms.save(tmp_path / "lora.safetensors", forms.kohya_state(adapter))
+    batch = collate_samples("shard", [decoded(fields) for fields in ragged_fields(range(3))])
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        network = nn.Module.to(tiny_unet(), dtype)
+        load_adapter(network, path)
+        network.eval().requires_grad_(False)
+        loss, layers = NetworkLoss(network, DenoisingObjective()), select_layers(network, "adapter")
+        subject = Subject(loss, layers, Views(timesteps=2), [], lambda: [batch])
+        gradients = batch_gradients(subject, batch, "loss")
+        assert {values.dtype for values in gradients.parameters.values()} == {torch.float32}
+        found.append(torch.cat(list(gradients.parameters.values()), 1))
+        torch.manual_seed(0)
+        module = DiffusionModule(network, loss.objective)
+        module.log = lambda *_, **__: None  # type: ignore[assignment]
+        found.append(module.training_step(batch, 0).detach().reshape(1, 1))
+    exact, exact_loss, half, half_loss = found
+    assert float(torch.cosine_similarity(exact.flatten(), half.flatten(), 0)) > 0.99
+    torch.testing.assert_close(half_loss, exact_loss, rtol=0.02, atol=0)

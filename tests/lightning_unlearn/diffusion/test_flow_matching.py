@@ -287,7 +287,7 @@ def test_shift_of_a_solver_is_not_joined_to_the_density_of_a_script_that_has_non
 
     solver = {"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True, "flow_shift": 3.0}
     folder = pipeline_folder(tmp_path, {**solver, "prediction_type": "flow_prediction"}, "SanaTransformer2DModel")
-    with pytest.raises(InputError, match="flow_shift of 3.0 .* give FlowMatchingObjective its density and its shift"):
+    with pytest.raises(InputError, match=r"flow_shift of 3\.0 .* give FlowMatchingObjective its density and its shift"):
         objective_of(folder)
     # As train_dreambooth_lora_sana.py reads it, and as the solver does.
     script = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
