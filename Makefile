@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile
 COVERAGE :=
 SEED ?= 0
 
-.PHONY: demo test check style stage types imports docs suite coverage drills install install-test clean
+.PHONY: demo test check style stage types imports docs suite coverage families drills install install-test clean
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -65,6 +65,10 @@ suite: $(VENV)/.test
 # The tests, a quarter slower, with the lines that none of them reaches.
 coverage: COVERAGE := --cov --cov-report=term-missing:skip-covered --cov-fail-under=85
 coverage: suite
+
+# Each family from pictures to scores by the commands; the tests take some of them.
+families: $(VENV)/.test
+	EVERY_FAMILY=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/lightning_unlearn/diffusion/families -k end_to_end
 
 test: check suite
 

@@ -286,7 +286,7 @@ def test_scores_that_are_not_finite_are_refused(
         (["--method", "TRAK", "--method.ridge", "0"], "ridge must be finite and above 0"),
         (["--method", "Influence", "--model.init_args.fisher", "null"], "A Fisher is needed"),
         (["--method", "JourneyTRAK"], "'query-00000' can't be made again for JourneyTRAK"),
-        (["--method", "EAK"], "There is no class EAK; take DAS, DTRAK, EncoderSimilarity, "),
+        (["--method", "EAK"], "There is no class EAK; take Consensus, DAS, DTRAK, EncoderSimilarity, "),
         (["--method", "DTRAK", "--rule", "difference"], "--rule is for unlearning, and DTRAK has nothing of the kind"),
     ],
     ids=str,
