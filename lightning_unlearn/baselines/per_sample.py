@@ -156,8 +156,8 @@ def mean_gradients_of(
     """
     parameters = layer_parameters(subject.layers)
     # The chosen weights may be an adapter's, wider than the base that sees the views.
-    own, some = next(subject.loss.network.parameters()), next(iter(parameters.values()))
-    device, dtype = own.device, own.dtype
+    first, some = next(subject.loss.network.parameters()), next(iter(parameters.values()))
+    device, dtype = first.device, first.dtype
     wide = torch.promote_types(some.dtype, torch.float32)
     sums = {
         output: {
