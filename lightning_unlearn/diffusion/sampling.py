@@ -130,7 +130,8 @@ def _euler(network: nn.Module, objective: FlowMatchingObjective, views: ViewBatc
 
     latents, config = views.latents, objective.scheduler.config
     scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(config)  # type: ignore[no-untyped-call]
-    shift = _size_shift(config, latents) if config.use_dynamic_shifting else None
+    family, dynamic = family_of(network), config.use_dynamic_shifting
+    shift = family.size_shift(network, config, latents, steps) if dynamic else None
     scheduler.set_timesteps(steps, device=latents.device, mu=shift)
     for number, timestep in enumerate(scheduler.timesteps):
         sigma, following = scheduler.sigmas[number], scheduler.sigmas[number + 1]
@@ -139,13 +140,6 @@ def _euler(network: nn.Module, objective: FlowMatchingObjective, views: ViewBatc
         predicted = latents - sigma.to(latents) * prediction
         latents = latents + (following - sigma).to(latents) * prediction
         yield Step(nearest, predicted, latents)
-
-
-def _size_shift(config: Any, latents: Tensor) -> float:
-    """The logarithm of the shift for a picture's size, on the scheduler's line through two sizes."""
-    tokens = latents.shape[-2] * latents.shape[-1] / 4  # patches of 2 × 2 latents
-    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
-    return float(config.base_shift + slope * (tokens - config.base_image_seq_len))
 
 
 def _predict(network: nn.Module, latents: Tensor, timestep: Tensor, views: ViewBatch) -> Tensor:

@@ -204,6 +204,22 @@ class Family(ABC):
             What the network gives, in the sign and order of the training's target.
         """
 
+    def size_shift(self, network: nn.Module, config: Any, latents: Tensor, steps: int) -> float:
+        """The μ by which a sampler shifts a flow's table for a picture's size: on the scheduler's line between two.
+
+        Args:
+            network: A network of this family.
+            config: The scheduler's.
+            latents: ``(B, C, H, W)``.
+            steps: Of the sampler.
+
+        Returns:
+            As the pipeline hands it to its scheduler.
+        """
+        tokens = latents.shape[-2] * latents.shape[-1] / 4  # patches of 2 × 2 latents
+        slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+        return float(config.base_shift + slope * (tokens - config.base_image_seq_len))
+
     def encode(self, pipeline: Any, captions: Sequence[str]) -> Conditions:
         """Conditions of captions, by the pipeline's own ``encode_prompt``, as training used them.
 

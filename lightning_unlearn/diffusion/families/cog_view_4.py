@@ -44,7 +44,7 @@ class CogView4Family(Family):
         """Call the transformer; see :meth:`Family.call`."""
         side = setting(network, "patch_size")
         check_patches(network, noisy, side)
-        shift = 0.25 + 0.75 * math.sqrt(noisy.shape[-2] * noisy.shape[-1] / side**2 / 256)
+        shift = _shift(noisy, side)
         sigmas = timesteps / 1000
         original, target, crop = (batch.conditions[name].to(noisy) for name in SIZES)  # (B, 2) each
         prediction: Tensor = network(
@@ -57,6 +57,10 @@ class CogView4Family(Family):
             return_dict=False,
         )[0]
         return prediction
+
+    def size_shift(self, network: nn.Module, config: Any, latents: Tensor, steps: int) -> float:
+        """The μ that :meth:`call` undoes; see :meth:`Family.size_shift`."""
+        return _shift(latents, setting(network, "patch_size"))
 
     @torch.no_grad()
     def encode(self, pipeline: Any, captions: Sequence[str]) -> Conditions:
@@ -71,3 +75,7 @@ class CogView4Family(Family):
     def facts(self, height: int, width: int, original: tuple[int, int], crop: tuple[int, int]) -> dict[str, list[int]]:
         """The sizes, height before width; see :meth:`Family.facts`."""
         return {"original_size": list(original), "target_size": [height, width], "crop_top_left": list(crop)}
+
+
+def _shift(latents: Tensor, side: int) -> float:
+    return 0.25 + 0.75 * math.sqrt(latents.shape[-2] * latents.shape[-1] / side**2 / 256)

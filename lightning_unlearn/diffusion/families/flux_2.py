@@ -58,6 +58,12 @@ class Flux2Family(Family):
         )[0]
         return prediction.transpose(1, 2).reshape(noisy.shape)
 
+    def size_shift(self, network: nn.Module, config: Any, latents: Tensor, steps: int) -> float:
+        """By the pipeline's fit, to the number of steps, too; see :meth:`Family.size_shift`."""
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+        return float(compute_empirical_mu(latents.shape[-2] * latents.shape[-1], steps))
+
     @torch.no_grad()
     def encode(self, pipeline: Any, captions: Sequence[str]) -> Conditions:
         """States of three layers of the language model side by side; see :meth:`Family.encode`.

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import wraps
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from baseline_toys import subject
-from flow_pipelines import HEIGHT, PROMPTS, WIDTH, Opened, opened
-from tiny_pipelines import flux, stable_diffusion_3
+from flow_pipelines import HEIGHT, PROMPTS, WIDTH, Opened, generated, opened
+from tiny_pipelines import cog_view_4, flux, flux_2, stable_diffusion_3
 from torch import Tensor
 
 from lightning_unlearn.baselines.journey_trak import JourneyTRAK
@@ -153,3 +155,25 @@ def test_journey_of_a_flow(model: Opened) -> None:
         JourneyTRAK().scores(
             subject(queries, wrong, Views(2), network=network, objective=objective, parameters="text_kv")
         )
+
+
+@pytest.mark.parametrize("kind", [flux, flux_2, cog_view_4], ids=["flux", "flux_2", "cog_view_4"])
+def test_shift_for_a_size_is_what_the_pipeline_hands_its_scheduler(
+    kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = opened(kind.make(tmp_path))
+    scheduler, seen = made.pipeline.scheduler, []
+    real = scheduler.set_timesteps
+
+    @wraps(real)
+    def noted(*arguments: Any, **keywords: Any) -> Any:
+        seen.append((len(keywords["sigmas"]), keywords["mu"]))
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(scheduler, "set_timesteps", noted)
+    generated(made, 2 if kind is cog_view_4 else 1)  # with and without the prompt
+    ((steps, shift),) = seen
+    scale = made.pipeline.vae_scale_factor
+    side = 2 * scale if kind is flux_2 else scale  # pixels a latent, as the network is given it
+    latents = torch.zeros(1, 4, HEIGHT // side, WIDTH // side)
+    assert made.family.size_shift(made.network, scheduler.config, latents, steps) == pytest.approx(shift, rel=1e-6)
