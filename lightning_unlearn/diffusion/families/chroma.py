@@ -1,4 +1,4 @@
-"""Chroma: FLUX.1 without guidance and without CLIP, whose attention leaves padding out."""
+"""Chroma: FLUX.1 without guidance and without CLIP, whose attention adds a mask of the text, as diffusers has it."""
 
 from __future__ import annotations
 
