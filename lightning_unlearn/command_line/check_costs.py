@@ -15,6 +15,7 @@ from lightning_unlearn.command_line.check_plan import Plan
 from lightning_unlearn.data.conditions import chosen_caption
 from lightning_unlearn.data.samples import Sample, ViewBatch
 from lightning_unlearn.diffusion.contract import Objective
+from lightning_unlearn.diffusion.families import family_of
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher.kronecker import matrix_shape
 from lightning_unlearn.unlearning.problem import DATA_DRAWS
@@ -150,7 +151,7 @@ def calls_memory(
     Returns:
         Of a forward pass, and of both; ``None`` where the network's code can't be run without numbers.
     """
-    loss = NetworkLoss(network, objective)
+    losses_of = {"loss": NetworkLoss(network, objective), "prediction": NetworkLoss(network, _Prediction())}
     chosen = {
         name: parameter
         for layer in layers
@@ -158,30 +159,40 @@ def calls_memory(
         if name.rpartition(".")[0] == layer
     }
 
-    def call(views: int, *, learns: bool, place: str) -> Any:
+    def call(views: int, *, learns: bool, what: str, place: str) -> Any:
         batch, noise = _views(network, sample, views)
         timesteps = torch.zeros(views, dtype=torch.int64, device=place)
         weights: dict[str, Tensor] = {}
         if learns:
             weights = {name: torch.empty_like(weight).requires_grad_() for name, weight in chosen.items()}
         with torch.set_grad_enabled(learns):
-            losses = loss.under(weights, batch, timesteps, noise)
+            losses = losses_of[what].under(weights, batch, timesteps, noise)
             if learns:
                 losses.sum().backward()  # type: ignore[no-untyped-call]
         return losses
 
     def measured(learns: bool) -> CallMemory | None:
-        # Some losses look their timesteps up on the CPU, and some networks want them where they are themselves.
-        for place in ("meta", "cpu"):
+        # Some losses look their timesteps up on the CPU, and some networks want them where they are themselves. A loss
+        # adds next to nothing to what its network takes.
+        for what, place in (("loss", "meta"), ("loss", "cpu"), ("prediction", "meta")):
             try:
-                return call_memory(partial(call, learns=learns, place=place))
-            except InputError:
-                raise
-            except (RuntimeError, NotImplementedError, TypeError, ValueError):
-                continue
+                return call_memory(partial(call, learns=learns, what=what, place=place))
+            except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+                if isinstance(error, InputError) and what == "loss":
+                    raise
         return None
 
     return measured(False), measured(True)
+
+
+class _Prediction(Objective):
+    """A loss that looks at no number."""
+
+    num_timesteps = 1
+
+    def __call__(self, network: nn.Module, batch: ViewBatch, timesteps: Tensor, noise: Tensor) -> Tensor:
+        prediction = family_of(network).predict(network, batch.latents, timesteps, batch)
+        return prediction.float().square().flatten(1).mean(1)
 
 
 def inputs_of(network: nn.Module, objective: Objective, sample: Sample, layers: list[str]) -> dict[str, int]:

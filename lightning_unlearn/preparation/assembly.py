@@ -76,6 +76,10 @@ class Assembly:
             InputError: If something is wrong with the samples, or the folder can't be written.
         """
         samples, size = self.check(samples_per_shard)
+        if self.latents.crop is not None:
+            height, width = self.latents.crop
+            shape = "buckets of about the area of " if self.reading.choices.crop == "bucket" else ""
+            tqdm.write(f"Pictures are brought to {shape}{width} x {height} pixels.", file=sys.stderr)
         tqdm.write(say_size(samples, size, folder), file=sys.stderr)
         unfinished = folder / UNFINISHED
         try:

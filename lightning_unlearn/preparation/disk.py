@@ -72,7 +72,7 @@ def say_size(samples: int, size: int, folder: Path) -> str:
             f"{samples} samples take about {in_words(size)}, but {folder} has {in_words(free)} left; "
             "choose another output, or dtype=float16, picture_size=0, fewer samples."
         )
-    return f"{samples} samples will take about {in_words(size)} in {folder}."
+    return f"{samples} sample{'s' * (samples != 1)} will take about {in_words(size)} in {folder}."
 
 
 def in_words(size: float) -> str:

@@ -206,8 +206,10 @@ def _inject(network: nn.Module, path: str, layers: Mapping[str, LowRank]) -> Non
         if layer.magnitude is not None:
             shape = (1, -1, 1, 1) if layer.down.ndim == 4 else (-1,)
             state[f"{name}.lora_magnitude_vector"] = layer.magnitude.reshape(shape)
+    # A network without weights, of which only shapes are asked, gets an adapter without weights.
+    without_weights = all(parameter.is_meta for parameter in network.parameters())
     try:
-        inject_adapter_in_model(config, network, ADAPTER)
+        inject_adapter_in_model(config, network, ADAPTER, low_cpu_mem_usage=without_weights)
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0][:200]
         raise InputError(
@@ -223,7 +225,8 @@ def _inject(network: nn.Module, path: str, layers: Mapping[str, LowRank]) -> Non
         ):
             dtype = next(module.get_submodule(kept).parameters()).dtype
             module.get_submodule(kept).to(torch.promote_types(dtype, torch.float32))
-    set_peft_model_state_dict(network, state, ADAPTER)
+    if not without_weights:
+        set_peft_model_state_dict(network, state, ADAPTER)
     network.eval()
 
 
@@ -234,6 +237,8 @@ def _check(network: nn.Module, path: str, layers: Mapping[str, LowRank]) -> None
         down = module.get_submodule(f"lora_A.{ADAPTER}").get_parameter("weight")
         up = module.get_submodule(f"lora_B.{ADAPTER}").get_parameter("weight")
         scaling: dict[str, float] = module.scaling  # type: ignore[assignment]
+        if down.is_meta:
+            continue
         same = torch.equal(down.cpu(), layer.down.to(down.dtype)) and torch.equal(up.cpu(), layer.up.to(up.dtype))
         if layer.magnitude is not None:
             magnitude = module.get_submodule(f"lora_magnitude_vector.{ADAPTER}").get_parameter("weight")

@@ -79,7 +79,7 @@ class TrainingRecord:
             Those that differ from its defaults.
         """
         found: dict[str, Any] = {"flips": True} if self.flips else {}
-        if self.resolution is not None and self.resolution[0] == self.resolution[1] and not self.buckets:
+        if self.resolution is not None and self.resolution[0] == self.resolution[1]:
             found["size"] = self.resolution[0]
         return found
 

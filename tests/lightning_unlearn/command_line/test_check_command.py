@@ -7,19 +7,22 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors
+import safetensors.torch
 import torch
 import yaml
 from attribution_runs import decoded
 from command_toys import SAMPLES, run, toy_config, write_config
 from flow_pipelines import opened, write_samples
-from tiny_pipelines import flux, stable_diffusion_3
+from tiny_pipelines import flux, stable_diffusion_3, stable_diffusion_xl
 from torch import nn
 from toys import DIM, toy_fields
 
 from lightning_unlearn.command_line.check_costs import inputs_of, sizes_of
 from lightning_unlearn.command_line.cli import main
+from lightning_unlearn.data.shards import encode_sample, write_shards
 from lightning_unlearn.diffusion.families import family_of
 from lightning_unlearn.diffusion.loading import network_without_weights
 from lightning_unlearn.diffusion.objective import DenoisingObjective
@@ -245,3 +248,41 @@ def test_fisher_file_holds_what_is_promised(tmp_path: Path) -> None:
     assert held == sizes.fisher + sizes.delta
     # All of them are fed the text, whose basis is kept once.
     assert sizes_of(network, specs).fisher - sizes.fisher == (len(specs) - 1) * 4 * DIM**2
+
+
+def test_an_adapter_s_network_is_checked_without_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = stable_diffusion_xl.make(tmp_path / "pipeline")
+    model = opened(folder)
+    saved_adapter(model.network, tmp_path / "lora.safetensors")
+    facts = model.family.facts(16, 16, (16, 16), (0, 0))
+    conditions = {name: array.numpy() for name, array in model.encoded(["a cat"]).items()}
+    latent = np.zeros((stable_diffusion_xl.CHANNELS, 8, 8), np.float32)
+    fields = [encode_sample("sample-0", latent, conditions, {"captions": ["a cat"], "conditions": facts})]
+    write_shards(fields, tmp_path / "shards")
+    data = {"shards": str(tmp_path / "shards"), "queries": str(tmp_path / "shards")}
+    said = {"network": str(folder), "adapter": str(tmp_path / "lora.safetensors"), "parameters": "adapter"}
+    # A loss that looks its timesteps up, and so can't be called without numbers.
+    snr = {"class_path": "DenoisingObjective", "init_args": {"scheduler": str(folder), "snr_gamma": 5.0}}
+    config = {
+        "model": {"class_path": "UnlearningModule", "init_args": {**said, "objective": snr}},
+        "data": {"class_path": "AttributionDataModule", "init_args": data},
+    }
+    (tmp_path / "lora.yaml").write_text(yaml.safe_dump(config))
+    page = checked(capsys, "--config", tmp_path / "lora.yaml")
+    assert "adapter: 4 layers" in line(page, "weights")
+    assert "memory unknown" not in page
+
+
+def saved_adapter(network: nn.Module, path: Path) -> None:
+    """A LoRA of two layers, as kohya writes it."""
+    layers = [name for name, _ in network.named_modules() if name.endswith("attn2.to_k")][:2]
+    assert len(layers) == 2
+    state = {}
+    for name in layers:
+        layer = network.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        key = f"lora_unet_{name.replace('.', '_')}"
+        state[f"{key}.lora_down.weight"] = torch.ones(2, layer.in_features)
+        state[f"{key}.lora_up.weight"] = torch.ones(layer.out_features, 2)
+        state[f"{key}.alpha"] = torch.tensor(2.0)
+    safetensors.torch.save_file(state, path)

@@ -128,8 +128,8 @@ def test_data_sets_of_a_config_file_are_read() -> None:
     assert found.folders == (TrainingFolder("dog", 3, 7), TrainingFolder("dogs", 1, 70, True))
     assert found.resolution == (1024, 1024)
     assert found.buckets
-    # Buckets are not squares of one size.
-    assert found.preparation() == {"flips": True}
+    # Buckets keep the area of the square.
+    assert found.preparation() == {"flips": True, "size": 1024}
     assert found.weights() == {"dog": 3.0}
 
 
