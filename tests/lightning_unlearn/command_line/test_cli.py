@@ -108,7 +108,7 @@ def test_help_names_every_command_and_every_ready_config(ends: Ends) -> None:
     status, out, _ = ends("--help")
     assert status == 0
     assert all(f"\n  {command} " in out for command in COMMANDS)
-    assert "sample.yaml, train_sample.yaml" in out
+    assert "mscoco.yaml, sample.yaml, train_mscoco.yaml, train_sample.yaml" in out
     assert ends()[1] == out
 
 
