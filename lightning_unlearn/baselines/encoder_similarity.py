@@ -45,7 +45,11 @@ class EncoderSimilarity(Baseline):
         Returns:
             ``(N, Q)``.
         """
-        queries = self._codes(torch.stack([query.latent for query in subject.queries]))
+        latents = [query.latent for query in subject.queries]
+        # Pictures of several shapes have codes of one length.
+        one_shape = len({latent.shape for latent in latents}) == 1
+        stacks = [torch.stack(latents)] if one_shape else [latent[None] for latent in latents]
+        queries = torch.cat([self._codes(stack) for stack in stacks])
         samples = [self._codes(batch.latents) for batch in subject.batches() if len(batch)]
         return torch.cat(samples) @ queries.mT
 

@@ -14,6 +14,7 @@ from lightning_unlearn.baselines.base import Subject
 from lightning_unlearn.baselines.gradients import QUERIES_AT_ONCE
 from lightning_unlearn.baselines.per_sample import Gradients, join, mean_gradients
 from lightning_unlearn.baselines.trak import TRAK
+from lightning_unlearn.data.batches import form_of
 from lightning_unlearn.data.conditions import first_captions
 from lightning_unlearn.data.samples import Sample, ViewBatch
 from lightning_unlearn.diffusion.sampling import Samplable, has_sampler, how_generated, trajectory
@@ -80,10 +81,11 @@ class JourneyTRAK(TRAK):
                 f"objective is a {type(objective).__name__}; choose another method."
             )
         facts = [_how(objective, query) for query in subject.queries]
-        # Those that are made in as many steps go together.
-        order = sorted(range(len(facts)), key=lambda row: facts[row][1])
+        # Those that are made in as many steps, and have one form, go together.
+        alike = [(steps, form_of(query)) for query, (_, steps) in zip(subject.queries, facts, strict=True)]
+        order = sorted(range(len(facts)), key=alike.__getitem__)
         parts = []
-        for steps, group in groupby(order, key=lambda row: facts[row][1]):
+        for (steps, _), group in groupby(order, key=alike.__getitem__):
             rows = list(group)
             for start in range(0, len(rows), QUERIES_AT_ONCE):
                 some = rows[start : start + QUERIES_AT_ONCE]

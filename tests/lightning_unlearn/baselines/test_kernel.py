@@ -236,6 +236,18 @@ def test_a_trajectory_is_not_taken_for_views_where_both_are_kept() -> None:
     assert not torch.allclose(apart[1], apart[2])
 
 
+def test_queries_of_several_shapes_have_journeys_of_their_own() -> None:
+    toy, (first, *_) = generated(1)
+    objective = toy.loss.objective
+    assert isinstance(objective, DenoisingObjective)
+    shape = (LATENT[0], LATENT[1], 2 * LATENT[2])
+    latent = generate(toy.loss.network, objective, {"text": first.text}, shape, [5], STEPS)[0].float().clamp(-1, 1)
+    wide = Sample("wide", latent, first.conditions, {"captions": ["made"], **how_generated(objective, 5, STEPS)})
+    together = JourneyTRAK().scores(replace(toy, queries=[wide, first]))
+    for column, query in enumerate((wide, first)):
+        close(JourneyTRAK().scores(replace(toy, queries=[query]))[:, 0], together[:, column], 1e-6)
+
+
 def test_journey_of_a_query_does_not_depend_on_the_others() -> None:
     toy, queries = generated(4)
     together = JourneyTRAK().scores(toy)

@@ -149,6 +149,14 @@ def test_captions_count_by_their_shares_in_training() -> None:
     assert float(found) == pytest.approx(float(shares.double() @ pairs @ of_query.double()), rel=1e-6)
 
 
+def test_encoder_similarity_takes_pictures_of_several_shapes() -> None:
+    wide = replace(QUERIES[0], latent=torch.cat([QUERIES[0].latent, QUERIES[1].latent], -1))
+    queries = [wide, QUERIES[2]]
+    expected = table(lambda z, q: cosine(codes(z.latent[None]), codes(q.latent[None])), queries=queries)
+    found = EncoderSimilarity(codes).scores(subject(TRAINING, queries))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+
 def test_encoder_similarity_is_the_cosine_of_codes() -> None:
     expected = table(lambda z, q: cosine(codes(z.latent[None]), codes(q.latent[None])))
     torch.testing.assert_close(
