@@ -48,7 +48,7 @@ def check(arguments: list[str]) -> None:
         "Say what the config of an attribution describes, what each stage takes in calls, memory and disk, and what is "
         "missing. No weights are loaded."
     )
-    with quiet(), one_sentence():
+    with quiet(steps=True), one_sentence():
         cli = _CheckCLI("check", arguments, description, options, **BARE)
         config = cli.config
         names = {part: str(config[part] and config[part].class_path) for part in ("model", "data")}

@@ -25,9 +25,14 @@ _STEPS = re.compile(
 )
 
 
+def _said(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    # Where in the code it was said helps nobody who typed a command.
+    return f"Warning: {message}\n"
+
+
 @contextmanager
 def quiet(*warned: str, steps: bool = False) -> Iterator[None]:
-    """While it lasts, known hints are not printed; all other warnings and messages are.
+    """While it lasts, known hints are not printed; all other warnings and messages are, without lines of code.
 
     Args:
         *warned: How other warnings that don't apply begin, as regular expressions.
@@ -46,11 +51,14 @@ def quiet(*warned: str, steps: bool = False) -> Iterator[None]:
     loggers = [logging.getLogger(f"{tree}.utilities.{name}") for tree in trees for name in ("rank_zero", "seed")]
     for logger in loggers:
         logger.addFilter(wanted)
+    usual = warnings.formatwarning
     try:
         with warnings.catch_warnings():
+            warnings.formatwarning = _said
             for message in (*_WARNINGS, *warned):
                 warnings.filterwarnings("ignore", message=message)
             yield
     finally:
+        warnings.formatwarning = usual
         for logger in loggers:
             logger.removeFilter(wanted)
