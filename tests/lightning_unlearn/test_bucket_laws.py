@@ -25,6 +25,7 @@ from lightning_unlearn.errors import InputError
 from lightning_unlearn.scores.files import read_scores
 from lightning_unlearn.scores.rules import reduce_losses
 from lightning_unlearn.scores.table import ScoreTable
+from lightning_unlearn.strategies import Newton
 from lightning_unlearn.unlearning.fixed_draws import draw_losses
 from lightning_unlearn.weights.deltas import NetworkLoss
 
@@ -190,7 +191,8 @@ def test_real_draws_of_several_forms_are_the_same_on_any_number_of_ranks(world_s
 
 def test_queries_of_several_shapes_are_unlearned_in_one_run(shards: Path, tmp_path: Path) -> None:
     write_shards([fields(number, prefix="query") for number in range(3)], tmp_path / "queries")
-    module = toy_module(toy_model(), views=VIEWS)
+    # A step of a given size, since a search measures many losses.
+    module = toy_module(toy_model(), Newton(alpha=0.01, N=SAMPLES), VIEWS)
     data = AttributionDataModule(str(shards / "train"), str(tmp_path / "queries"), draws=8, draw_batch_size=4)
     run = trainer(tmp_path)
     run.fit(module, data)

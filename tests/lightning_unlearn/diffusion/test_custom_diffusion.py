@@ -89,7 +89,7 @@ def test_the_papers_own_files_hold_weights_and_words(tmp_path: Path) -> None:
 
 
 def test_weights_of_another_model_are_refused_and_change_nothing(tmp_path: Path) -> None:
-    state = trained(customised(False))
+    state, own = trained(customised(False)), base().state_dict()
     last = list(state)[-1]
 
     def refusal(content: dict[str, Tensor]) -> str:
@@ -97,12 +97,11 @@ def test_weights_of_another_model_are_refused_and_change_nothing(tmp_path: Path)
         network = base()
         with pytest.raises(InputError) as error:
             load_adapter(network, str(tmp_path))
-        assert all(torch.equal(value, base().state_dict()[name]) for name, value in network.state_dict().items())
+        assert all(torch.equal(value, own[name]) for name, value in network.state_dict().items())
         return str(error.value)
 
     assert "fit no layer" in refusal({**state, last: torch.ones(3, 3)})
     assert "fit no layer" in refusal({**state, "strange.weight": torch.ones(3)})
     assert "training failed" in refusal({**state, last: state[last] * torch.nan})
-    own = base().state_dict()
     same = {name: own[name.replace(".processor", "").replace("_custom_diffusion", "")] for name in state}
     assert "does nothing" in refusal(same)
