@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_unlearn.command_line.check_memory import CallMemory, bytes_of, call_memory, fused_attention
+from lightning_unlearn.command_line.check_memory import CallMemory, FusedAttention, bytes_of, call_memory
 from lightning_unlearn.command_line.check_plan import Plan
 from lightning_unlearn.data.conditions import chosen_caption
 from lightning_unlearn.data.samples import Sample, ViewBatch
@@ -20,7 +20,7 @@ from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher.kronecker import matrix_shape
 from lightning_unlearn.unlearning.problem import DATA_DRAWS
 from lightning_unlearn.weights.deltas import NetworkLoss
-from lightning_unlearn.weights.parameters import LayerSpec
+from lightning_unlearn.weights.parameters import LayerSpec, layer_parameters
 
 FLOAT32 = 4
 # How often the search of a step measures a target's losses: the median of both benches (benchmarks/RESULTS.md).
@@ -80,9 +80,9 @@ def sizes_of(network: nn.Module, layers: dict[str, LayerSpec], inputs: dict[str,
     """
     numbers = sum(torch.Size(shape).numel() for spec in layers.values() for shape in spec.parameter_shapes.values())
     width = next(network.parameters()).element_size()
-    matrices = [matrix_shape(spec) for spec in layers.values()]
-    fed = {inputs.get(name, name) if inputs else name: matrix_shape(spec)[1] ** 2 for name, spec in layers.items()}
-    fisher = (sum(o * o + o * i for o, i in matrices) + sum(fed.values())) * FLOAT32
+    matrices = {name: matrix_shape(spec) for name, spec in layers.items()}
+    fed = {inputs.get(name, name) if inputs else name: i * i for name, (_, i) in matrices.items()}
+    fisher = (sum(o * o + o * i for o, i in matrices.values()) + sum(fed.values())) * FLOAT32
     return Sizes(bytes_of([*network.parameters(), *network.buffers()]), numbers * width, numbers * FLOAT32, fisher)
 
 
@@ -124,12 +124,10 @@ def _unlearning(plan: Plan, sizes: Sizes, backward: CallMemory | None) -> Stage:
     strategy = plan.strategy
     taken = (plan.queries * plan.draws + plan.targets * strategy.real_draws) * strategy.steps
     # Before the first step, and after each as often as its size is tried.
-    tried = SEARCHED if getattr(strategy, "searches", False) else 1
+    tried = SEARCHED if strategy.searches else 1
     measured = plan.queries * plan.rise_draws * (1 + tried * strategy.steps)
     if strategy.needs_samples:
-        measured += plan.targets * DATA_DRAWS * tried * strategy.steps
-    if strategy.needs_samples:
-        measured += DATA_DRAWS
+        measured += DATA_DRAWS * (1 + plan.targets * tried * strategy.steps)
     deltas = plan.targets * sizes.delta
     # The deltas and their gradients, the Fisher and its inverse eigenvalues, and the weights that one target has.
     held = sizes.network + 2 * deltas + sizes.fisher + sizes.delta + sizes.chosen
@@ -152,12 +150,7 @@ def calls_memory(
         Of a forward pass, and of both; ``None`` where the network's code can't be run without numbers.
     """
     losses_of = {"loss": NetworkLoss(network, objective), "prediction": NetworkLoss(network, _Prediction())}
-    chosen = {
-        name: parameter
-        for layer in layers
-        for name, parameter in network.named_parameters()
-        if name.rpartition(".")[0] == layer
-    }
+    chosen = layer_parameters({name: network.get_submodule(name) for name in layers})
 
     def call(views: int, *, learns: bool, what: str, place: str) -> Any:
         batch, noise = _views(network, sample, views)
@@ -218,7 +211,7 @@ def inputs_of(network: nn.Module, objective: Objective, sample: Sample, layers: 
     batch, noise = _views(network, sample, 1)
     try:
         for place in ("meta", "cpu"):
-            with torch.no_grad(), fused_attention(), suppress(RuntimeError, NotImplementedError, TypeError, ValueError):
+            with torch.no_grad(), FusedAttention(), suppress(RuntimeError, NotImplementedError, TypeError, ValueError):
                 objective(network, batch, torch.zeros(1, dtype=torch.int64, device=place), noise)
                 return fed
     finally:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -68,7 +67,7 @@ def peak_bytes(call: Callable[[], Any]) -> int:
         Bytes, of storages that were made while it ran.
     """
     living = _Living()
-    with fused_attention(), living:
+    with FusedAttention(), living:
         kept = call()
     del kept
     return living.peak
@@ -114,7 +113,7 @@ def _storage_key(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-class _FusedAttention(torch.autograd.Function):
+class _Attention(torch.autograd.Function):
     """The shapes of attention, and what a fused kernel keeps for its backward pass."""
 
     @staticmethod
@@ -129,7 +128,9 @@ class _FusedAttention(torch.autograd.Function):
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
-class _Fused(TorchFunctionMode):
+class FusedAttention(TorchFunctionMode):
+    """While it is on, attention on the meta device holds what a fused kernel holds, not all its products."""
+
     def __torch_function__(
         self, function: Any, types: Any, arguments: Any = (), keywords: dict[str, Any] | None = None
     ) -> Any:
@@ -137,19 +138,8 @@ class _Fused(TorchFunctionMode):
         if function is nn.functional.scaled_dot_product_attention:
             tensors = [*arguments[:3], *(named[name] for name in ("query", "key", "value") if name in named)]
             if all(tensor.is_meta for tensor in tensors):
-                return _FusedAttention.apply(*tensors)  # type: ignore[no-untyped-call]
+                return _Attention.apply(*tensors)  # type: ignore[no-untyped-call]
         return function(*arguments, **named)
-
-
-@contextmanager
-def fused_attention() -> Iterator[None]:
-    """While it lasts, attention on the meta device holds what a fused kernel holds, not all its products.
-
-    Yields:
-        Nothing.
-    """
-    with _Fused():
-        yield
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:

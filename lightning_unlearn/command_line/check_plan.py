@@ -13,7 +13,6 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import instantiate_class
 from torch import nn
 
-from lightning_unlearn.data.addresses import is_address
 from lightning_unlearn.data.samples import Sample, decode_sample
 from lightning_unlearn.data.shards import ShardInfo
 from lightning_unlearn.data.targets import targets_of
@@ -212,15 +211,3 @@ def _queries(theirs: Namespace) -> list[Sample]:
     if not chosen:
         raise InputError(f"There is no query in {theirs.queries}; make some with `lightning-unlearn prepare`.")
     return chosen
-
-
-def is_local(shard: ShardInfo) -> bool:
-    """Whether a shard lies on this machine.
-
-    Args:
-        shard: Any.
-
-    Returns:
-        Whether it does.
-    """
-    return not is_address(shard.url)

@@ -115,7 +115,7 @@ def text_source(
         found = family_text(place, tokens, device, batch_size, changes, folder)
         if found is None and tokens is not None:
             raise InputError("`tokens` is for a `text_encoder`, or encoders that may read more or less; leave it out.")
-        return found or pipeline_text(Path(pipeline).expanduser(), device, batch_size, changes, folder)
+        return found or pipeline_text(place, device, batch_size, changes, folder)
     assert folder is not None
     return folder_text(folder, tokens, device, batch_size, changes)
 

@@ -54,9 +54,10 @@ class VaeLatents:
             raise InputError(f"{folder}'s VAE can't take pictures of {self.sides}; set size to a multiple of {scale}.")
         self.mode = "L" if config.get("in_channels") == 1 else "RGB"
         self.kept, self.seed, self.device = kept, seed, device
-        if kept == "sample" and self._encoded(self._blank())[1] is None:
+        latents, spread = self._encoded(self._blank())
+        if kept == "sample" and spread is None:
             raise InputError(f"{folder / part} gives one code a picture and no distribution; leave `vae_sample` out.")
-        self.shape: tuple[int, ...] = tuple(self._encoded(self._blank())[0].shape[1:])
+        self.shape: tuple[int, ...] = tuple(latents.shape[1:])
         self.about: dict[str, Any] = {
             "space": "latent",
             "vae": f"{folder.resolve().name}/{part}",
