@@ -116,13 +116,13 @@ def load_network_with_origin(
             origin_folder = weights if weights is not None else str(part)
             network = _from_config(Path(network), part)
             origin = load_weights(network, origin_folder, prefix, averaged)
-            return _rounded(network, dtype).eval(), origin
+            return rounded(network, dtype).eval(), origin
         network, origin = _from_diffusers(part, averaged, dtype)
     elif weights is None and averaged:
         warnings.warn("The network was given with its weights, so `averaged` chooses nothing; leave it out.")
     if weights is not None:
         origin = load_weights(network, weights, prefix, averaged)
-    return _rounded(network, dtype).eval(), origin
+    return rounded(network, dtype).eval(), origin
 
 
 def network_without_weights(path: str, averaged: AveragedChoice = None) -> nn.Module:
@@ -206,7 +206,16 @@ def _unusable(folder: Path, error: Exception) -> InputError:
     return InputError(f"{folder} holds no network that diffusers can load ({reason}); save it again.")
 
 
-def _rounded(network: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+def rounded(network: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """A network with its weights in another type.
+
+    Args:
+        network: It is cast in place.
+        dtype: The type; ``None`` for the one that it has.
+
+    Returns:
+        The network.
+    """
     # Not diffusers' own `to`, which warns of any type.
     return network if dtype is None else nn.Module.to(network, dtype)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 
@@ -14,11 +15,12 @@ WeightsType = Literal["float32", "bfloat16"]
 DTYPES: dict[WeightsType, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
 
 
-def checkpoint(loss: NetworkLoss) -> None:
+def checkpoint(loss: NetworkLoss, by: Callable[..., Any] | None = None) -> None:
     """Let a network compute its blocks again in the backward pass, in place of keeping what they gave.
 
     Args:
         loss: Of the network.
+        by: What computes a block, now and again in the backward pass; torch's checkpointing by default.
 
     Raises:
         InputError: If it can't.
@@ -30,7 +32,7 @@ def checkpoint(loss: NetworkLoss) -> None:
             f"{name} has no enable_gradient_checkpointing, as diffusers' networks have; leave checkpointing out."
         )
     try:
-        enable()
+        enable() if by is None else enable(by)
     except ValueError as error:  # diffusers
         raise InputError(f"{name} can't be checkpointed; leave checkpointing out.") from error
     loss.checkpointed = True

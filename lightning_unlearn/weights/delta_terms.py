@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_unlearn.weights.precision import without_autocast
+
 
 class DeltaTerms:
     """While it holds something, each chosen layer gives ``W₀ a + δ a`` with the second term in float32.
@@ -58,7 +60,7 @@ class DeltaTerms:
             if weight is None:
                 return output.to(wide)
             inputs = (arguments[0] if arguments else named["input"]).to(wide)
-            with torch.autocast(inputs.device.type, enabled=False):
+            with without_autocast(inputs.device):
                 if isinstance(layer, nn.Conv2d):
                     assert not isinstance(layer.padding, str)
                     term = nn.functional.conv2d(

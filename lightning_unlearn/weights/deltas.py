@@ -13,6 +13,7 @@ from torch.func import functional_call
 from lightning_unlearn.data.samples import ViewBatch
 from lightning_unlearn.diffusion.objective import Objective
 from lightning_unlearn.weights.delta_terms import DeltaTerms
+from lightning_unlearn.weights.precision import autocasts, without_autocast
 from lightning_unlearn.weights.widened import WidenedWeights, half_type
 
 # What a checkpoint says of its deltas.
@@ -104,7 +105,7 @@ class NetworkLoss(nn.Module):
     @property
     def rounds(self) -> bool:
         """Whether layers are computed in lower precision than deltas need."""
-        return torch.is_autocast_enabled(self.device.type)
+        return autocasts(self.device)
 
     def forward(self, batch: ViewBatch, timesteps: Tensor, noise: Tensor) -> Tensor:
         """The loss of each view: ``(B,)``; see :meth:`Objective.__call__`."""
@@ -163,7 +164,7 @@ class NetworkLoss(nn.Module):
         """
         compiled, self.network._compiled_call_impl = self.network._compiled_call_impl, None
         try:
-            with torch.autocast(self.device.type, enabled=False):
+            with without_autocast(self.device):
                 yield
         finally:
             self.network._compiled_call_impl = compiled

@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from operator import attrgetter
 
 import torch
 
 # Where torch may compute float32 products in TF32 or bfloat16, as `torch.set_float32_matmul_precision` lets it.
 BACKENDS = ("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn")
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on.
+
+    Args:
+        device: Where; it is never on the meta device, which torch does not ask.
+
+    Returns:
+        Whether it is.
+    """
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """While it lasts, autocast is off.
+
+    Args:
+        device: Where.
+
+    Returns:
+        What switches it off.
+    """
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
 
 
 class ExactFloat32:
