@@ -102,10 +102,7 @@ def undo(module: UnlearningModule, before: dict[str, torch.Tensor], subject: Sub
     deltas = undone(module.network, module.layers, before)
     with torch.inference_mode():
         losses = torch.cat(
-            [
-                measure_losses(subject.loss, subject.layers, deltas, subject.views, batch, module.device)
-                for batch in subject.batches()
-            ],
+            [measure_losses(subject.loss, deltas, subject.views, batch, module.device) for batch in subject.batches()],
             1,
         )
     return {

@@ -12,10 +12,9 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
-from torchmetrics.functional import spearman_corrcoef
 from typing_extensions import override
 
+from lightning_unlearn.callbacks.lower_precision import agreement
 from lightning_unlearn.data.files import check_folder, write_atomically
 from lightning_unlearn.data.samples import Sample
 from lightning_unlearn.data.shards import ShardInfo, shard_id
@@ -120,7 +119,7 @@ class ScoreWriter(Callback):
             "rule": self.rule,
             "flips": self.flips,
             "columns": self._columns(pl_module),
-            "precision": str(trainer.precision),
+            "precision": pl_module.computed_in(str(trainer.precision)),
         }
         keys = getattr(getattr(trainer, "datamodule", None), "keys", None)
         if keys is not None:  # a shard of another selection is another table
@@ -159,7 +158,7 @@ class ScoreWriter(Callback):
             "timesteps": pl_module.views.draw_timesteps(objective.num_timesteps, objective.density()).tolist(),
             "network": pl_module.origin,
             "unlearning": pl_module.settings,
-            "precision": str(trainer.precision),
+            "precision": pl_module.computed_in(str(trainer.precision)),
             "targets": {
                 name: _about_target(pl_module.members.get(name), queries.get(name)) | pl_module.results.get(name, {})
                 for name in pl_module.targets
@@ -207,7 +206,7 @@ class ScoreWriter(Callback):
         )
         if outputs.exact is not None and len(found.scores) > 2:
             exact = score(self.rule, outputs.exact[0], outputs.exact[1:], self.flips, shares)
-            self.agreement = _agreement(found.scores, exact)
+            self.agreement = agreement(found.scores, exact, outputs.computed_in)
         keys = outputs.batch.keys
         shard.places |= zip(keys, outputs.batch.places, strict=False)
         losses = torch.cat([outputs.base[None], outputs.unlearned])  # (1 + Q, B, flips, captions, draws)
@@ -266,7 +265,7 @@ class ScoreWriter(Callback):
             if self.agreement is not None:
                 run["rank_correlation_with_float32"] = self.agreement
                 rank_zero_info(
-                    f"Scores in {trainer.precision} rank the first batch as float32 does with a correlation of "
+                    f"Scores in {run['precision']} rank the first batch as float32 does with a correlation of "
                     f"{self.agreement:.3f}."
                 )
             with contextlib.suppress(OSError):  # a full disk: the earlier run.json is as good but for the seconds
@@ -291,10 +290,3 @@ def _about_target(members: list[str] | None, query: Sample | None) -> dict[str, 
     if query is not None and query.mask is not None:
         about["region"] = float(query.mask.mean())
     return about
-
-
-def _agreement(scores: Tensor, exact: Tensor) -> float:
-    """Mean over queries of the Spearman correlation over samples, both ``(B, Q)``."""
-    good = (scores.isfinite() & exact.isfinite()).all(1)
-    correlations = spearman_corrcoef(scores[good].double(), exact[good].double())  # (Q,) or a scalar
-    return float(correlations.mean())

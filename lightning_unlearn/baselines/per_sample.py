@@ -157,7 +157,7 @@ def mean_gradients_of(
     parameters = layer_parameters(subject.layers)
     # The chosen weights may be an adapter's, wider than the base that sees the views.
     first, some = next(subject.loss.network.parameters()), next(iter(parameters.values()))
-    device, dtype = first.device, first.dtype
+    device = first.device
     wide = torch.promote_types(some.dtype, torch.float32)
     sums = {
         output: {
@@ -174,7 +174,7 @@ def mean_gradients_of(
         GradientCapture(subject.layers) as capture,
     ):
         for view in views:
-            view = cast_view(view, device, dtype)
+            view = cast_view(view, device, subject.loss.dtype)
             losses = subject.loss(view.batch, view.timesteps, view.noise)
             rows, counted = view.rows.to(device), _counted(view, shares)
             for number, output in enumerate(outputs, 1):

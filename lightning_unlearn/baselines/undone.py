@@ -78,7 +78,7 @@ class Undone(Baseline):
         with torch.no_grad():
             return [
                 (
-                    measure_losses(subject.loss, subject.layers, nothing, subject.views, batch, device)[0],
+                    measure_losses(subject.loss, nothing, subject.views, batch, device)[0],
                     batch.caption_weights,
                 )
                 for batch in subject.batches()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_unlearn.command_line.check_memory import CallMemory, FusedAttention, bytes_of, call_memory
+from lightning_unlearn.command_line.check_memory import CallMemory, FusedAttention, bytes_of, call_memory, recomputed
 from lightning_unlearn.command_line.check_plan import Plan
 from lightning_unlearn.data.conditions import chosen_caption
 from lightning_unlearn.data.samples import Sample, ViewBatch
@@ -19,6 +19,7 @@ from lightning_unlearn.diffusion.families import family_of
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher.kronecker import matrix_shape
 from lightning_unlearn.unlearning.problem import DATA_DRAWS
+from lightning_unlearn.unlearning.saving_memory import checkpoint
 from lightning_unlearn.weights.deltas import NetworkLoss
 from lightning_unlearn.weights.parameters import LayerSpec, layer_parameters
 
@@ -79,7 +80,8 @@ def sizes_of(network: nn.Module, layers: dict[str, LayerSpec], inputs: dict[str,
         Bytes.
     """
     numbers = sum(torch.Size(shape).numel() for spec in layers.values() for shape in spec.parameter_shapes.values())
-    width = next(network.parameters()).element_size()
+    # Widened for the sum with a delta.
+    width = max(next(network.parameters()).element_size(), FLOAT32)
     matrices = {name: matrix_shape(spec) for name, spec in layers.items()}
     fed = {inputs.get(name, name) if inputs else name: i * i for name, (_, i) in matrices.items()}
     fisher = (sum(o * o + o * i for o, i in matrices.values()) + sum(fed.values())) * FLOAT32
@@ -102,7 +104,8 @@ def stages_of(plan: Plan, passes: int = 5) -> list[Stage]:
     fed = inputs_of(plan.network, plan.objective, plan.sample, list(plan.layers))
     sizes = sizes_of(plan.network, plan.layers, fed)
     samples = plan.samples or 0
-    forward, backward = calls_memory(plan.network, plan.objective, plan.sample, list(plan.layers))
+    calls = (plan.network, plan.objective, plan.sample, list(plan.layers))
+    forward, backward = calls_memory(*calls, checkpointing=plan.checkpointing)
     stages = []
     if plan.fisher is None:
         held = sizes.network + STATES_OF_FISHER * sizes.fisher
@@ -136,7 +139,7 @@ def _unlearning(plan: Plan, sizes: Sizes, backward: CallMemory | None) -> Stage:
 
 
 def calls_memory(
-    network: nn.Module, objective: Objective, sample: Sample, layers: list[str]
+    network: nn.Module, objective: Objective, sample: Sample, layers: list[str], *, checkpointing: bool = False
 ) -> tuple[CallMemory | None, CallMemory | None]:
     """What a call of the loss takes, without and with its backward pass.
 
@@ -145,19 +148,25 @@ def calls_memory(
         objective: Its loss.
         sample: Whose shapes the calls have.
         layers: Names of the layers whose weights have gradients.
+        checkpointing: Whether the backward pass computes layers again.
 
     Returns:
         Of a forward pass, and of both; ``None`` where the network's code can't be run without numbers.
     """
-    losses_of = {"loss": NetworkLoss(network, objective), "prediction": NetworkLoss(network, _Prediction())}
-    chosen = layer_parameters({name: network.get_submodule(name) for name in layers})
+    modules = {name: network.get_submodule(name) for name in layers}
+    loss = NetworkLoss(network, objective, modules)
+    losses_of = {"loss": loss, "prediction": NetworkLoss(network, _Prediction(), modules)}
+    if checkpointing:
+        for one in losses_of.values():
+            checkpoint(one, recomputed)
+    chosen = layer_parameters(modules)
 
     def call(views: int, *, learns: bool, what: str, place: str) -> Any:
-        batch, noise = _views(network, sample, views)
+        batch, noise = _views(loss.dtype, sample, views)
         timesteps = torch.zeros(views, dtype=torch.int64, device=place)
         weights: dict[str, Tensor] = {}
         if learns:
-            weights = {name: torch.empty_like(weight).requires_grad_() for name, weight in chosen.items()}
+            weights = {name: torch.empty_like(weight).float().requires_grad_() for name, weight in chosen.items()}
         with torch.set_grad_enabled(learns):
             losses = losses_of[what].under(weights, batch, timesteps, noise)
             if learns:
@@ -208,7 +217,7 @@ def inputs_of(network: nn.Module, objective: Objective, sample: Sample, layers: 
         fed[name] = arguments[0].untyped_storage()._cdata
 
     handles = [network.get_submodule(name).register_forward_pre_hook(partial(note, name)) for name in layers]
-    batch, noise = _views(network, sample, 1)
+    batch, noise = _views(NetworkLoss(network, objective).dtype, sample, 1)
     try:
         for place in ("meta", "cpu"):
             with torch.no_grad(), FusedAttention(), suppress(RuntimeError, NotImplementedError, TypeError, ValueError):
@@ -220,8 +229,7 @@ def inputs_of(network: nn.Module, objective: Objective, sample: Sample, layers: 
     return {}
 
 
-def _views(network: nn.Module, sample: Sample, views: int) -> tuple[ViewBatch, Tensor]:
-    dtype = next(network.parameters()).dtype
+def _views(dtype: torch.dtype, sample: Sample, views: int) -> tuple[ViewBatch, Tensor]:
     meta = torch.device("meta")
     latents = sample.latent.expand(views, *sample.latent.shape)
     conditions = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,19 @@ class FusedAttention(TorchFunctionMode):
             if all(tensor.is_meta for tensor in tensors):
                 return _Attention.apply(*tensors)  # type: ignore[no-untyped-call]
         return function(*arguments, **named)
+
+
+def recomputed(block: Callable[..., Any], *inputs: Any) -> Any:
+    """A block of a network that the backward pass computes once more, in which attention must be counted alike.
+
+    Args:
+        block: What is computed.
+        *inputs: Of it.
+
+    Returns:
+        What it gives.
+    """
+    return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), FusedAttention()))
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:

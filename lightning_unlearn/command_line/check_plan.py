@@ -21,12 +21,13 @@ from lightning_unlearn.datamodules.sources import list_shards, with_facts
 from lightning_unlearn.diffusion.adapters import TrainingRecord, load_adapter, objective_of_training
 from lightning_unlearn.diffusion.contract import Objective
 from lightning_unlearn.diffusion.families import Family, family_of
-from lightning_unlearn.diffusion.loading import network_without_weights
+from lightning_unlearn.diffusion.loading import network_without_weights, rounded
 from lightning_unlearn.diffusion.objective_choice import objective_of
 from lightning_unlearn.draws.views import Views
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher.files import read_about
 from lightning_unlearn.strategies import Newton, Strategy
+from lightning_unlearn.unlearning.saving_memory import DTYPES
 from lightning_unlearn.weights.parameters import LayerSpec, layer_specs, select_layers
 
 Found = TypeVar("Found")
@@ -53,6 +54,7 @@ class Plan:
         draw_batch_size: Draws a forward pass.
         batch_size: Samples a forward pass of scoring.
         rise_draws: Over which a query's loss is measured.
+        checkpointing: Whether unlearning computes layers twice.
         fisher: The header of its file; ``None`` if there is none yet.
         missing: One sentence for each thing that stands in the way.
     """
@@ -73,6 +75,7 @@ class Plan:
     draw_batch_size: int = 32
     batch_size: int = 64
     rise_draws: int = 64
+    checkpointing: bool = False
     fisher: dict[str, Any] | None = None
     missing: list[str] = field(default_factory=list)
 
@@ -116,6 +119,7 @@ def plan_of(model: Namespace, data: Namespace) -> Plan:
         draw_batch_size=theirs.draw_batch_size,
         batch_size=theirs.batch_size,
         rise_draws=ours.rise_draws,
+        checkpointing=ours.checkpointing,
     )
     if ours.views is not None:
         plan.views = plan.try_to(partial(_made, ours.views, Views)) or plan.views
@@ -133,7 +137,7 @@ def plan_of(model: Namespace, data: Namespace) -> Plan:
 
 def _add_network(plan: Plan, ours: Namespace) -> None:
     folder = ours.network if isinstance(ours.network, str) else None
-    plan.network = plan.try_to(partial(_network, ours.network))
+    plan.network = plan.try_to(partial(_network, ours.network, DTYPES[ours.dtype]))
     if plan.network is None:
         return
     if ours.adapter is not None and Path(ours.adapter).exists():
@@ -152,14 +156,15 @@ def _add_network(plan: Plan, ours: Namespace) -> None:
     plan.layers = layer_specs(chosen) if chosen is not None else {}
 
 
-def _network(said: str | Namespace) -> nn.Module:
+def _network(said: str | Namespace, dtype: torch.dtype | None) -> nn.Module:
     if isinstance(said, str):
-        return network_without_weights(said)
-    with torch.device("meta"):
-        network = _made(said)
-    if not isinstance(network, nn.Module):
-        raise InputError(f"{said.class_path} makes no network.")
-    return network.eval().requires_grad_(False)
+        network = network_without_weights(said)
+    else:
+        with torch.device("meta"):
+            network = _made(said)
+        if not isinstance(network, nn.Module):
+            raise InputError(f"{said.class_path} makes no network.")
+    return rounded(network.eval().requires_grad_(False), dtype)
 
 
 def _made(said: Namespace, kind: type | None = None) -> Any:

@@ -251,7 +251,7 @@ class MethodRun:
                         "shards."
                     )
             if len(batch):
-                losses = measure_losses(module.loss, module.layers, nothing, module.views, batch, self.device)
+                losses = measure_losses(module.loss, nothing, module.views, batch, self.device)
                 good = measured(losses, batch.caption_counts)
                 if not good.all():
                     bad = batch.keys[int((~good).nonzero()[0])]

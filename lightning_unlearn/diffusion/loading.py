@@ -88,7 +88,11 @@ def load_network(
 
 
 def load_network_with_origin(
-    network: nn.Module | str, weights: str | None = None, prefix: str = "", averaged: AveragedChoice = None
+    network: nn.Module | str,
+    weights: str | None = None,
+    prefix: str = "",
+    averaged: AveragedChoice = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[nn.Module, WeightsOrigin | None]:
     """The denoiser that a config names, and where its weights came from.
 
@@ -97,6 +101,7 @@ def load_network_with_origin(
         weights: See :func:`load_weights`.
         prefix: See :func:`load_weights`.
         averaged: See :func:`load_weights`.
+        dtype: To which its weights are rounded; by default they stay as they are loaded, in float32.
 
     Returns:
         The network, in eval mode; and the origin of its weights, ``None`` for a network that was given with them.
@@ -110,13 +115,14 @@ def load_network_with_origin(
         if weights is not None or not (part / "config.json").is_file():
             origin_folder = weights if weights is not None else str(part)
             network = _from_config(Path(network), part)
-            return network.eval(), load_weights(network, origin_folder, prefix, averaged)
-        network, origin = _from_diffusers(part, averaged)
+            origin = load_weights(network, origin_folder, prefix, averaged)
+            return rounded(network, dtype).eval(), origin
+        network, origin = _from_diffusers(part, averaged, dtype)
     elif weights is None and averaged:
         warnings.warn("The network was given with its weights, so `averaged` chooses nothing; leave it out.")
     if weights is not None:
         origin = load_weights(network, weights, prefix, averaged)
-    return network.eval(), origin
+    return rounded(network, dtype).eval(), origin
 
 
 def network_without_weights(path: str, averaged: AveragedChoice = None) -> nn.Module:
@@ -200,7 +206,23 @@ def _unusable(folder: Path, error: Exception) -> InputError:
     return InputError(f"{folder} holds no network that diffusers can load ({reason}); save it again.")
 
 
-def _from_diffusers(folder: Path, averaged: AveragedChoice) -> tuple[nn.Module, WeightsOrigin]:
+def rounded(network: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """A network with its weights in another type.
+
+    Args:
+        network: It is cast in place.
+        dtype: The type; ``None`` for the one that it has.
+
+    Returns:
+        The network.
+    """
+    # Not diffusers' own `to`, which warns of any type.
+    return network if dtype is None else nn.Module.to(network, dtype)
+
+
+def _from_diffusers(
+    folder: Path, averaged: AveragedChoice, dtype: torch.dtype | None = None
+) -> tuple[nn.Module, WeightsOrigin]:
     check_safetensors(folder)
     variant = variant_of(folder, averaged if isinstance(averaged, bool) else None)
     network_class = _network_class(folder)
@@ -210,6 +232,7 @@ def _from_diffusers(folder: Path, averaged: AveragedChoice) -> tuple[nn.Module, 
             local_files_only=True,
             output_loading_info=True,
             variant=variant,
+            torch_dtype=dtype,
             # Without it diffusers falls back on .bin, which is pickle.
             use_safetensors=True,
             # By default it warns where accelerate is not installed.

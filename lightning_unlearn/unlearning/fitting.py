@@ -23,7 +23,7 @@ from lightning_unlearn.unlearning.guards import check_needs, check_precision, ch
 from lightning_unlearn.unlearning.outcome import outcomes, tell_of_range
 from lightning_unlearn.unlearning.problem import fixed_draws, problem_of
 from lightning_unlearn.unlearning.provenance import fisher_digest, unlearning_digest
-from lightning_unlearn.weights.deltas import DeltaStore, target_weights
+from lightning_unlearn.weights.deltas import DeltaStore
 from lightning_unlearn.weights.parameters import layer_parameters
 
 
@@ -141,8 +141,8 @@ class Unlearning(FrozenModule):
             self.settings["targets_by"] = self._datamodule.targets_by
         assert self.deltas is not None
         targets = self._targets()
-        about = (self.strategy, self.loss, self.layers, targets, self._datamodule)
-        fixed = fixed_draws(*about, self.seed, self.rise_draws, self.trainer)
+        about = (self.loss, targets, self._datamodule, self.seed, self.rise_draws, self.trainer)
+        fixed = fixed_draws(self.strategy, *about)
         self._problem = problem_of(self.strategy, self.deltas, self.layers, fisher, targets, fixed)
 
     def _given_fisher(self) -> Fisher | None:
@@ -193,7 +193,7 @@ class Unlearning(FrozenModule):
             mean divide by; with real draws, plus that of their mean.
         """
         assert self.deltas is not None
-        weights = target_weights(layer_parameters(self.layers), self.deltas.named(), batch.target)
+        weights = self.loss.target_weights(self.deltas.named(), batch.target)
         parts = batch.parts()
         stream: Stream = "real" if batch.real else "unlearning"
         losses = torch.cat([draw_losses(self.loss, part, weights, stream, self.seed) for part in parts])

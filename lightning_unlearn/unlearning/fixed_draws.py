@@ -13,7 +13,7 @@ from lightning_unlearn.data.targets import Target
 from lightning_unlearn.draws.unlearning_draws import DrawBatch, Stream, draw_batches, draw_for_target
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import seed_of
-from lightning_unlearn.weights.deltas import NetworkLoss, target_weights
+from lightning_unlearn.weights.deltas import NetworkLoss
 
 
 def draw_losses(
@@ -31,12 +31,11 @@ def draw_losses(
     Returns:
         ``(b,)``.
     """
-    own = next(loss.network.parameters())
     shape = batch.latents.shape[1:]
     length, density = loss.objective.num_timesteps, loss.objective.density()
     timesteps, noise = draw_for_target(stream, seed, batch.key, batch.numbers, batch.total, length, shape, density)
-    views = ViewBatch(batch.latents, batch.conditions, batch.mask).to(own.device, own.dtype)
-    return loss.under(weights, views, timesteps.to(own.device), noise.to(views.latents))
+    views = ViewBatch(batch.latents, batch.conditions, batch.mask).to(loss.device, loss.dtype)
+    return loss.under(weights, views, timesteps.to(loss.device), noise.to(views.latents))
 
 
 class FixedDraws:
@@ -44,7 +43,6 @@ class FixedDraws:
 
     Args:
         loss: The network with its objective.
-        parameters: The chosen weights by name.
         targets: ``Q`` targets, measured over the stream "rise".
         others: This rank's batches of real samples, measured over the stream "others"; empty if nobody asks for them.
         seed: Of the draws.
@@ -56,7 +54,6 @@ class FixedDraws:
     def __init__(
         self,
         loss: NetworkLoss,
-        parameters: Mapping[str, Tensor],
         targets: Sequence[Target],
         others: Sequence[DrawBatch],
         seed: int,
@@ -65,7 +62,6 @@ class FixedDraws:
         trainer: Trainer,
     ) -> None:
         self.loss = loss
-        self.parameters = parameters
         self.targets = targets
         self.others = others
         self.seed = seed
@@ -129,7 +125,7 @@ class FixedDraws:
         asked = torch.ones(len(self.targets), dtype=torch.bool) if chosen is None else chosen.cpu()
         sums = torch.zeros(len(self.targets), dtype=torch.float64)
         for number in torch.nonzero(asked).flatten().tolist():
-            sums[number] = loss_of(number, target_weights(self.parameters, deltas, number))
+            sums[number] = loss_of(number, self.loss.target_weights(deltas, number))
         return self._reduced(sums).where(asked, torch.nan)
 
     def data_loss(self) -> float:

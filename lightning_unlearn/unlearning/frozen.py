@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from lightning_unlearn.data.samples import ViewBatch
 from lightning_unlearn.diffusion.adapters import adapter_scales
 from lightning_unlearn.diffusion.objective import Objective
 from lightning_unlearn.errors import InputError
@@ -39,8 +38,8 @@ class FrozenModule(LightningModule):
             raise InputError(
                 f"{type(objective).__name__} has no num_timesteps; set it to the length of the training schedule."
             )
-        self.loss = NetworkLoss(network.eval().requires_grad_(False), objective)
         self.layers = select_layers(network, parameters)
+        self.loss = NetworkLoss(network.eval().requires_grad_(False), objective, self.layers)
         self.deltas: DeltaStore | None = None
         # Target to its queries' keys, where targets are sets.
         self.members: dict[str, list[str]] = {}
@@ -68,9 +67,6 @@ class FrozenModule(LightningModule):
     def targets(self) -> list[str]:
         """Names of the targets whose deltas the module holds."""
         return self.deltas.targets if self.deltas is not None else []
-
-    def _cast(self, batch: ViewBatch) -> ViewBatch:
-        return batch.to(self.device, next(self.network.parameters()).dtype)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen network out and say whose the deltas are, in plain types that load without pickle.
@@ -144,22 +140,24 @@ class FrozenModule(LightningModule):
         self._fingerprints |= about["fingerprints"]
 
     def _exact(self) -> None:
-        """A delta is some 1e-4 of its weight: half precision would lose it, TF32 drown it, so both are off."""
+        """A delta is some 1e-4 of its weight: float16 would lose it, TF32 drown it, so both are off."""
         for name, parameter in layer_parameters(self.layers).items():
-            if torch.promote_types(parameter.dtype, torch.float32) != parameter.dtype:
+            if parameter.dtype == torch.float16:
                 raise InputError(
-                    f"{name} is {parameter.dtype}, in which a delta would be lost; load the network in float32 "
+                    f"{name} is {parameter.dtype}, in which gradients vanish; load the network in float32 or bfloat16 "
                     "and use precision 32-true."
                 )
         self._float32.start()
 
     def teardown(self, stage: str) -> None:
-        """Give back the precision of products as it was.
+        """Give back the precision of products and the network's layers as they were.
 
         Args:
             stage: Lightning's.
         """
         self._float32.stop()
+        self.loss.release()
+        self.network._compiled_call_impl = None
 
     def weights_fingerprint(self) -> str:
         """Digest of the network: its weights, and settings that leave no trace in them, such as the number of heads.

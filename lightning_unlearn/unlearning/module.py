@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 from torch import nn
 
 from lightning_unlearn.data.samples import SampleBatch
@@ -19,6 +18,7 @@ from lightning_unlearn.fingerprints import settings_digest
 from lightning_unlearn.fisher import Fisher
 from lightning_unlearn.strategies import Newton, Strategy
 from lightning_unlearn.unlearning.fitting import Unlearning
+from lightning_unlearn.unlearning.saving_memory import DTYPES, WeightsType, checkpoint
 from lightning_unlearn.unlearning.scoring import Deviations, measure_losses
 
 
@@ -57,6 +57,11 @@ class UnlearningModule(Unlearning):
             writes it. ``parameters: adapter`` unlearns its weights alone. Weights of Custom Diffusion take the place of
             the network's.
         merge: Whether the adapter's weights are added to the network's, so that those can be chosen.
+        dtype: Of the network's weights: ``bfloat16`` takes half the memory, and each layer is widened for its own
+            call, so that all is computed in float32; deltas and an adapter are float32 as ever. A network that is given
+            as a module is cast in place.
+        checkpointing: Whether unlearning computes layers again in the backward pass, and keeps less for it.
+        compile: Whether scoring calls the network compiled, by torch's inductor.
 
     Raises:
         InputError: If parts don't fit together.
@@ -78,10 +83,13 @@ class UnlearningModule(Unlearning):
         averaged: AveragedChoice = None,
         adapter: str | None = None,
         merge: bool = False,
+        dtype: WeightsType = "float32",
+        checkpointing: bool = False,
+        compile: bool = False,
     ) -> None:
         # Run-time settings are not hyper-parameters: in LightningCLI a checkpoint's override the command line.
         folder = network if isinstance(network, str) else None
-        loaded, origin = load_network_with_origin(network, weights, prefix, averaged)
+        loaded, origin = load_network_with_origin(network, weights, prefix, averaged, DTYPES[dtype])
         training = None if adapter is None else load_adapter(loaded, adapter, merge, weights).training
         if objective is None:
             objective = (
@@ -91,6 +99,11 @@ class UnlearningModule(Unlearning):
             warn_of_other_loss(objective, training)
         objective.check_network(loaded)
         super().__init__(loaded, objective, fisher, parameters, strategy or Newton(), damping, seed, rise_draws)
+        if checkpointing:
+            checkpoint(self.loss)
+        if compile and self.loss.widens:
+            raise InputError("Weights in bfloat16 are widened layer by layer, which can't be compiled; choose one.")
+        self.compiles = compile
         self.views = views or Views()
         # Where the weights came from, as it stands in the record of a run.
         self.origin = {**(origin.record() if origin is not None else {}), **({"adapter": adapter} if adapter else {})}
@@ -103,6 +116,8 @@ class UnlearningModule(Unlearning):
         """
         self._exact()
         self.require_deltas()
+        if self.compiles:
+            self.network.compile()
 
     def require_deltas(self) -> None:
         """Refuse to score without deltas, or with those of a fit that was cut short.
@@ -136,13 +151,24 @@ class UnlearningModule(Unlearning):
                 error=f"Flips are scored, but shard {batch.shard} holds no latent_flip.npy; prepare it with flips, "
                 "or set flips to false.",
             )
-        measure = partial(measure_losses, self.loss, self.layers, self.deltas, self.views, batch, self.device)
+        measure = partial(measure_losses, self.loss, self.deltas, self.views, batch, self.device)
         losses, exact = measure(), None
-        if batch_idx == 0 and torch.is_autocast_enabled(self.device.type):
+        if batch_idx == 0 and (self.compiles or self.loss.rounds):
             # Once more in float32, to say how far the ranks agree.
-            with torch.autocast(self.device.type, enabled=False):
+            with self.loss.exact():
                 exact = measure()
-        return Deviations(batch, losses[0], losses[1:], exact)
+        return Deviations(batch, losses[0], losses[1:], exact, self.computed_in(str(self.trainer.precision)))
+
+    def computed_in(self, precision: str) -> str:
+        """How losses are computed, in words.
+
+        Args:
+            precision: The Trainer's.
+
+        Returns:
+            It, with what differs of the weights.
+        """
+        return f"{precision}{', weights in half precision' * self.loss.widens}{', compiled' * self.compiles}"
 
     def fingerprints(self) -> dict[str, str]:
         """What scores depend on: runs with the same fingerprints may share a score table.

@@ -60,7 +60,6 @@ def problem_of(
 def fixed_draws(
     strategy: Strategy,
     loss: NetworkLoss,
-    layers: Mapping[str, nn.Module],
     targets: Sequence[Target],
     datamodule: Any,
     seed: int,
@@ -72,7 +71,6 @@ def fixed_draws(
     Args:
         strategy: The strategy.
         loss: The network with its objective.
-        layers: The chosen layers.
         targets: The targets.
         datamodule: With ``real_samples`` where the strategy needs them.
         seed: Of the draws.
@@ -89,4 +87,4 @@ def fixed_draws(
         samples = datamodule.real_samples("others", seed).take(0, count)
         batches = real_batches("others", seed, samples, 0, trainer.global_rank, trainer.world_size, size)
         others = [part for batch in batches for part in batch.parts()]
-    return FixedDraws(loss, layer_parameters(layers), targets, others, seed, draws, size, trainer)
+    return FixedDraws(loss, targets, others, seed, draws, size, trainer)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_unlearn.data.samples import SampleBatch
 from lightning_unlearn.draws.views import View, Views
-from lightning_unlearn.weights.deltas import DeltaStore, NetworkLoss, target_weights
-from lightning_unlearn.weights.parameters import layer_parameters
-from lightning_unlearn.weights.precision import added_deltas
+from lightning_unlearn.weights.deltas import DeltaStore, NetworkLoss
 
 # Views are held in memory for this many at a time, so that weights are added up once for several calls.
 VIEWS_AT_ONCE = 16
@@ -28,13 +24,16 @@ class Deviations:
         batch: The samples, with the markers of their shard.
         base: ``(B, flips, captions, draws)`` losses under θ₀; NaN where a sample has no such caption.
         unlearned: ``(Q, B, flips, captions, draws)`` losses under θ₀ + δ.
-        exact: For the first batch under autocast, both in float32: ``(1 + Q, B, flips, captions, draws)``, base first.
+        exact: For the first batch under autocast, or compiled, both in float32: ``(1 + Q, B, flips, captions, draws)``,
+            base first.
+        computed_in: How the losses were computed, in words.
     """
 
     batch: SampleBatch
     base: Tensor
     unlearned: Tensor
     exact: Tensor | None = None
+    computed_in: str = ""
 
     def to(self, device: torch.device) -> Deviations:
         """The losses on ``device``; Lightning calls this for what ``predict`` returns where no ScoreWriter takes it.
@@ -51,18 +50,12 @@ class Deviations:
 
 
 def measure_losses(
-    loss: NetworkLoss,
-    layers: Mapping[str, nn.Module],
-    deltas: DeltaStore,
-    views: Views,
-    batch: SampleBatch,
-    device: torch.device,
+    loss: NetworkLoss, deltas: DeltaStore, views: Views, batch: SampleBatch, device: torch.device
 ) -> Tensor:
     """Losses of all views of a batch; base losses are computed once for all targets.
 
     Args:
         loss: The network with its objective.
-        layers: The chosen layers.
         deltas: Of ``Q`` targets.
         views: Which views.
         batch: ``B`` samples; may be empty.
@@ -76,18 +69,13 @@ def measure_losses(
     losses = torch.full(size, torch.nan, dtype=torch.float64)
     if len(batch) == 0:
         return losses
-    parameters, stacked = layer_parameters(layers), deltas.named()
-    dtype = next(loss.network.parameters()).dtype
-    autocast = torch.is_autocast_enabled(device.type)
+    stacked = deltas.named()
     stream = views.of(batch, loss.objective.num_timesteps, loss.objective.density())
-    while chunk := [cast_view(view, device, dtype) for view in islice(stream, VIEWS_AT_ONCE)]:
+    while chunk := [cast_view(view, device, loss.dtype) for view in islice(stream, VIEWS_AT_ONCE)]:
         for target in range(-1, len(deltas.targets)):
-            weights = {} if target < 0 or autocast else target_weights(parameters, stacked, target)
-            # Autocast would round the sum of weight and delta, and lose the delta.
-            added = added_deltas(layers, stacked, target if target >= 0 else None) if autocast else nullcontext()
-            with added:
-                # Copied to the CPU once a target: a copy waits for the device.
-                measured = [loss.under(weights, view.batch, view.timesteps, view.noise) for view in chunk]
+            weights = {} if target < 0 else loss.target_weights(stacked, target)
+            # Copied to the CPU once a target: a copy waits for the device.
+            measured = [loss.under(weights, view.batch, view.timesteps, view.noise) for view in chunk]
             sizes = [len(values) for values in measured]
             for view, values in zip(chunk, torch.split(torch.cat(measured).cpu().double(), sizes), strict=True):
                 losses[1 + target, view.rows, view.flip, view.caption, view.draw] = values

@@ -366,9 +366,7 @@ def test_what_an_adapter_learned_needs_no_query(
     before = toy_subject(Views(timesteps=2))
     after = replace(before, loss=NetworkLoss(adapter_forms.applied(network, adapter), DenoisingObjective()))
     losses = [
-        torch.cat(
-            [measure_losses(s.loss, {}, DeltaStore({}, []), s.views, b, torch.device("cpu"))[0] for b in s.batches()]
-        )
+        torch.cat([measure_losses(s.loss, DeltaStore({}, []), s.views, b, torch.device("cpu"))[0] for b in s.batches()])
         for s in (before, after)
     ]
     expected = (losses[0] - losses[1]).nanmean((-3, -2, -1)).detach().numpy()

@@ -12,7 +12,8 @@ from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel, UNet2DCo
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from lightning_unlearn.command_line.check_memory import CallMemory, call_memory, peak_bytes
+from lightning_unlearn.command_line.check_memory import CallMemory, call_memory, peak_bytes, recomputed
+from lightning_unlearn.weights.widened import WidenedWeights
 
 Call = Callable[[int], Any]
 
@@ -112,12 +113,16 @@ def learned(call: Call, views: int) -> None:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("learns", [False, True], ids=["forward", "with backward"])
-def test_memory_is_what_the_profiler_sees_to_fifteen_per_cent(name: str, learns: bool) -> None:
-    peaks = {}
+@pytest.mark.parametrize("way", ["forward", "with backward", "checkpointed", "rounded", "rounded, with backward"])
+def test_memory_is_what_the_profiler_sees_to_fifteen_per_cent(name: str, way: str) -> None:
+    peaks, learns = {}, way not in ("forward", "rounded")
     for device in ("meta", "cpu"):
         network, call = NETWORKS[name](device)
         network.eval().requires_grad_(False)
+        if way == "checkpointed":
+            network.enable_gradient_checkpointing(*([recomputed] if device == "meta" else []))  # type: ignore[operator]
+        elif way.startswith("rounded"):
+            WidenedWeights(nn.Module.to(network, torch.bfloat16))
         # Attention's keys and values, as unlearning has them.
         for parameter_name, parameter in network.named_parameters():
             parameter.requires_grad_(learns and ".to_k." in parameter_name)

@@ -253,9 +253,9 @@ def test_customising_undone_gives_the_losses_of_the_model_before(found: Customis
     batch, views = collate_samples("candidates", [*exemplars(), *exemplars()]), Views(timesteps=3)
     deltas = undone(network, layers, base().state_dict())
     with torch.no_grad():
-        after, before = measure_losses(NetworkLoss(network, objective), layers, deltas, views, batch, cpu)
+        after, before = measure_losses(NetworkLoss(network, objective), deltas, views, batch, cpu)
         plain = [
-            measure_losses(NetworkLoss(one, objective), {}, DeltaStore({}, []), views, batch, cpu)[0]
+            measure_losses(NetworkLoss(one, objective), DeltaStore({}, []), views, batch, cpu)[0]
             for one in (tuned(found), base())
         ]
     torch.testing.assert_close(after, plain[0])

@@ -403,13 +403,12 @@ def test_trainer_that_would_spoil_the_step_is_refused(folder: Path, settings: di
         unlearn(module(), toy_data(folder), **built)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_network_in_half_precision_is_refused(folder: Path, tmp_path: Path, dtype: torch.dtype) -> None:
-    with pytest.raises(InputError, match=r"conv_in\.weight is torch\.\w*float16, in which a delta would be lost"):
-        unlearn(module(ToyDenoiser().to(dtype)), toy_data(folder))
-    found = module(ToyDenoiser().to(dtype))
+def test_network_in_float16_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"conv_in\.weight is torch\.float16, in which gradients vanish"):
+        unlearn(module(ToyDenoiser().half()), toy_data(folder))
+    found = module(ToyDenoiser().half())
     random_deltas(found, 0.1)
-    with pytest.raises(InputError, match="in which a delta would be lost"):
+    with pytest.raises(InputError, match="in which gradients vanish"):
         score(found, toy_data(folder), tmp_path / "out", None)
 
 
