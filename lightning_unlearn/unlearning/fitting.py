@@ -17,6 +17,7 @@ from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher import Fisher
 from lightning_unlearn.fisher.source import find_fisher
 from lightning_unlearn.strategies import Problem, Strategy
+from lightning_unlearn.unlearning.chosen import chosen_weights
 from lightning_unlearn.unlearning.fixed_draws import draw_losses
 from lightning_unlearn.unlearning.frozen import FrozenModule
 from lightning_unlearn.unlearning.guards import check_needs, check_precision, check_unlearning, set_steps
@@ -59,13 +60,15 @@ class Unlearning(FrozenModule):
     ) -> None:
         if rise_draws < 1:
             raise InputError(f"rise_draws must be at least 1, but is {rise_draws}.")
-        super().__init__(network, objective, parameters)
+        selection, reason = chosen_weights(network, parameters, fisher)
+        super().__init__(network, objective, selection)
+        # What was asked for, what that means here, and why.
+        self.parameters_asked, self.parameters_selection, self.parameters_reason = parameters, selection, reason
         self.fisher_source = fisher
         self.strategy = strategy
         self.damping = damping
         self.seed = seed
         self.rise_draws = rise_draws
-        self.parameters_selection = parameters
         self._problem: Problem | None = None
 
     @property
