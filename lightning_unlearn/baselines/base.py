@@ -61,6 +61,7 @@ class Baseline(ABC):
         needs_query_views: Whether queries are looked at on the views, flips among them, that samples are.
         rise: By how much the loss of each query is raised for the subject's ``unlearned``; ``None`` for a method that
             needs nothing unlearned.
+        every: Of the draws that samples are looked at, ``unlearned`` is of each so manyth.
         gradient_kinds: How many gradients of each sample, by different output functions, it keeps in memory, where it looks
             at nothing but their products, so that they may be sketched; 0 for other methods.
         columns: Of the table, for a method that scores the model and needs no query; ``None`` for one a query.
@@ -72,6 +73,7 @@ class Baseline(ABC):
     gradient_kinds: ClassVar[int] = 0
     columns: ClassVar[Sequence[str] | None] = None
     rise: float | None = None
+    every: int = 1
 
     @abstractmethod
     def scores(self, subject: Subject) -> Tensor:

@@ -38,6 +38,25 @@ def sketch_numbers(samples: int, weights: int, kinds: int) -> int | None:
     return min(max(LEAST_NUMBERS, min(most, each)), weights)
 
 
+def kernel_bytes(samples: int, weights: int, kinds: int) -> int:
+    """What the gradients of all samples and a kernel of them take, in the memory of one process.
+
+    Args:
+        samples: How many there are.
+        weights: How many weights are chosen.
+        kinds: How many gradients each sample has.
+
+    Returns:
+        Bytes.
+    """
+    numbers = sketch_numbers(samples, weights, kinds) or weights
+    gradients = 4 * kinds * samples * numbers
+    side = min(samples, numbers)
+    # In float64: the decomposed matrix, its eigenvectors and room to work; where it is one of numbers, samples twice.
+    wide = 8 * (3 * side**2 + (2 * samples * numbers if numbers < samples else 0))
+    return gradients + wide
+
+
 class Sketch:
     r"""A random linear map to few numbers :math:`S`, the same for all gradients, with :math:`E\, S^T S = I`.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from lightning_unlearn.baselines import Baseline, Subject
 from lightning_unlearn.baselines.gradients import check_query_views
+from lightning_unlearn.baselines.sketch import Sketch, sketch_numbers
 from lightning_unlearn.command_line.command_parts import make_folder, say
 from lightning_unlearn.data.samples import Sample, SampleBatch, named_arrays
 from lightning_unlearn.data.shards import shard_id
@@ -29,6 +31,7 @@ from lightning_unlearn.scores.table import ScoreTable
 from lightning_unlearn.unlearning.module import UnlearningModule
 from lightning_unlearn.unlearning.scoring import measure_losses, measured
 from lightning_unlearn.weights.deltas import DeltaStore
+from lightning_unlearn.weights.parameters import layer_parameters
 from lightning_unlearn.weights.precision import ExactFloat32
 
 
@@ -85,6 +88,7 @@ class MethodRun:
         self._places: dict[str, int] = {}  # of each key in its shard, whose order batches of one form each don't keep
         self._passes = 0
         self._unlearn = unlearn
+        self._unlearned: dict[str, float] | None = None  # the base losses of what it has scored, by key
         # What tells captions apart, of the samples that have one.
         self._captions: list[str] = []
 
@@ -106,7 +110,13 @@ class MethodRun:
             return
         make_folder(self.folder)
         unlearned = None if self._unlearn is None else self._unlearn()
+        if unlearned is not None:
+            self._unlearned = dict(zip(unlearned.keys, unlearned.base_losses.tolist(), strict=True))
         content = record_run(self.folder, self._about(fingerprints), self.data, earlier)
+        if unlearned is not None:
+            content["unlearning"] = unlearned.run["unlearning"]
+            for key, about in content["targets"].items():
+                about |= unlearned.run["targets"][key]
         self.module.loss.to(self.device)
         with ExactFloat32():
             self._measure()
@@ -118,6 +128,8 @@ class MethodRun:
             rows = (~scores.isfinite()).nonzero()[:1, 0].tolist()
             what = f"not finite for {keys[rows[0]]!r}" if rows else f"of shape {tuple(scores.shape)}"
             raise InputError(f"The scores of {self.called} are {what}; check its settings, the samples and the model.")
+        if subject.sketch is not None:
+            content["sketch"] = subject.sketch.numbers
         parts = self.method.parts(subject)
         if parts:
             content["parts"] = list(parts)
@@ -152,6 +164,9 @@ class MethodRun:
 
     def _subject(self, unlearned: ScoreTable | None) -> Subject:
         fisher = self.module.checked_fisher() if self.method.needs_fisher else None
+        weights = sum(weight.numel() for weight in layer_parameters(self.module.layers).values())
+        kinds = self.method.gradient_kinds
+        numbers = sketch_numbers(len(self._keys), weights, kinds) if kinds else None
         return Subject(
             self.module.loss,
             self.module.layers,
@@ -160,17 +175,12 @@ class MethodRun:
             self._batches,
             fisher,
             unlearned=None if unlearned is None else self._in_order(unlearned),
+            sketch=None if numbers is None else Sketch(numbers),
         )
 
     def _in_order(self, table: ScoreTable) -> Tensor:
         """A table's scores ``(N, Q)`` in the order in which samples come and that of the queries."""
         rows = {key: row for row, key in enumerate(table.keys)}
-        lacking = [key for key in self._keys if key not in rows]
-        if lacking:
-            raise InputError(
-                f"Unlearning has no score of {lacking[0]!r}, since its shard changed while it was scored; run the same "
-                "command again."
-            )
         columns = [table.queries.index(query.key) for query in self.data.queries]
         return torch.from_numpy(table.scores[[rows[key] for key in self._keys]][:, columns]).double()
 
@@ -184,6 +194,8 @@ class MethodRun:
             "samples": {"shards": versions, "on_bad_sample": self.data.on_bad_sample},
         }
         prints = {name: settings_digest(values) for name, values in settings.items()}
+        if self.data.keys is not None:
+            prints["keys"] = digest(*sorted(self.data.keys))
         prints["weights"] = self.module.weights_fingerprint()
         if self.method.columns is None:
             prints["queries"] = _queries_digest(self.data.queries)
@@ -200,6 +212,7 @@ class MethodRun:
             "method_class": self.called,
             "network": self.module.origin,
             "parameters": self.module.parameters_selection,
+            "parameters_reason": self.module.parameters_reason,
             "objective": self.module.objective.settings(),
             "views": self.module.views.settings(),
             "precision": "32-true",
@@ -221,8 +234,10 @@ class MethodRun:
             for batch in self.data.predict_dataloader():
                 if batch.error is not None:
                     raise InputError(f"Nothing was scored, since a method needs all samples. {batch.error}")
-                yield batch
                 bar.update(len(batch))
+                # Bad samples that unlearning left out are left out of the rest, too.
+                kept = batch if self._unlearned is None else batch.only(self._unlearned)
+                yield replace(kept, skipped=batch.skipped + len(batch) - len(kept))
 
     def _batches(self) -> Iterator[SampleBatch]:
         """A pass for the method, which must find the samples that the first pass found."""
@@ -237,11 +252,10 @@ class MethodRun:
 
     @torch.no_grad()
     def _measure(self) -> None:
-        """Base losses and keys of all samples."""
-        module = self.module
-        nothing = DeltaStore({}, [])  # losses of θ₀ alone
+        """Keys and base losses of all samples; the losses are known where unlearning has measured them."""
+        known = self._unlearned
         where: dict[str, str] = {}  # the shard of each key
-        for batch in self._pass("Reading and measuring losses"):
+        for batch in self._pass("Reading and measuring losses" if known is None else "Reading"):
             self._rows.setdefault(batch.shard, []).extend(range(len(self._keys), len(self._keys) + len(batch)))
             self._places |= zip(batch.keys, batch.places, strict=False)
             for key in batch.keys:
@@ -251,20 +265,26 @@ class MethodRun:
                         "shards."
                     )
             if len(batch):
-                losses = measure_losses(module.loss, module.layers, nothing, module.views, batch, self.device)
-                good = measured(losses, batch.caption_counts)
-                if not good.all():
-                    bad = batch.keys[int((~good).nonzero()[0])]
-                    raise InputError(
-                        f"The loss of sample {bad!r} in shard {batch.shard} is not finite; check the sample and the "
-                        "model."
-                    )
                 self._keys.extend(batch.keys)
                 self._captions.extend(caption_digests(batch))
-                self._base_losses.append(mean_losses(losses[0], batch.caption_weights))
+                self._base_losses.append(
+                    self._losses(batch) if known is None else torch.tensor([known[key] for key in batch.keys])
+                )
             self.skipped += batch.skipped
         if not where:
             raise InputError("There are no training samples; name shards that hold some.")
+
+    def _losses(self, batch: SampleBatch) -> Tensor:
+        """``(B,)`` under θ₀."""
+        module, nothing = self.module, DeltaStore({}, [])
+        losses = measure_losses(module.loss, module.layers, nothing, module.views, batch, self.device)
+        good = measured(losses, batch.caption_counts)
+        if not good.all():
+            bad = batch.keys[int((~good).nonzero()[0])]
+            raise InputError(
+                f"The loss of sample {bad!r} in shard {batch.shard} is not finite; check the sample and the model."
+            )
+        return mean_losses(losses[0], batch.caption_weights)
 
     def _write(self, scores: Tensor, parts: Mapping[str, Tensor], run: str, shards: dict[str, dict[str, Any]]) -> None:
         queries = list(self._columns())

@@ -86,10 +86,12 @@ def unlearned_for(
     module.strategy = Newton(target_increase=rise)
 
     def run() -> ScoreTable:
-        folder = output / FOLDER
+        folder, views = output / FOLDER, module.views
         writer = ScoreWriter(str(folder), "difference", data.on_bad_sample)
+        module.views = views.fewer(method.every)
         deltas = unlearn(module, data, trainer, folder, writer)
         trainer.predict(module, data, return_predictions=False, ckpt_path=str(deltas))
+        module.views = views
         wait_for_scores(folder)
         data.skip_shards(frozenset())  # the methods that come now look at all of them
         return read_scores(folder)

@@ -140,6 +140,8 @@ class Unlearning(FrozenModule):
             )
         self._fingerprints |= made
         self.settings = {**self.unlearning_settings(), "draws": self._datamodule.draws}
+        if self.parameters_reason:
+            self.settings["parameters_reason"] = self.parameters_reason
         if self.members:
             self.settings["targets_by"] = self._datamodule.targets_by
         assert self.deltas is not None
