@@ -33,8 +33,8 @@ class Subject:
         fisher: Of the chosen layers, with its sums, for methods that need one.
         unlearned: ``(N, Q)`` by how much each sample's loss rose where a query was unlearned, for methods that ask
             unlearning, too.
-        sketch: What brings gradients to few numbers, for methods that look at nothing but their products; ``None`` leaves
-            them as they are.
+        sketch: What brings gradients to few numbers, for methods that look at nothing but their products; by default
+            they stay as they are.
         keep: Whether the gradients of all samples stay in memory (``N`` times the chosen weights, in float32), so that
             each kind of gradient is computed once for any number of methods and settings.
         cache: What was computed, by what it depends on.
@@ -62,8 +62,8 @@ class Baseline(ABC):
         rise: By how much the loss of each query is raised for the subject's ``unlearned``; ``None`` for a method that
             needs nothing unlearned.
         every: Of the draws that samples are looked at, ``unlearned`` is of each so manyth.
-        gradient_kinds: How many gradients of each sample, by different output functions, it keeps in memory, where it looks
-            at nothing but their products, so that they may be sketched; 0 for other methods.
+        gradient_kinds: How many gradients of each sample, by different output functions, it keeps in memory, where it
+            looks at nothing but their products, so that they may be sketched; 0 for other methods.
         columns: Of the table, for a method that scores the model and needs no query; ``None`` for one a query.
     """
 

@@ -40,7 +40,8 @@ class Gradients:
     """What is known of ``B`` samples.
 
     Attributes:
-        parameters: Parameter name (or ``"projection"``, ``"sketch"``) to gradients ``(B, numel)``, float32 or wider, on the CPU.
+        parameters: Parameter name (or ``"projection"``, ``"sketch"``) to gradients ``(B, numel)``, float32 or wider, on
+            the CPU.
         errors: ``(B,)`` float64: each sample's root mean squared error of the prediction (the root of the loss), mean
             over its views.
     """
@@ -243,10 +244,7 @@ def _refuse_what_differs(subject: Subject, uses: Mapping[str, list[Use]], own: M
 def _flat(
     captured: Mapping[str, CapturedLayer], parameters: Mapping[str, Tensor], rows: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """Parameter names with each row's gradient ``(b, numel)``, one after the other, since each may be large.
-
-    Layers that no gradient reached are left out.
-    """
+    # One after the other, since each may be large; layers that no gradient reached are left out.
     for name, layer in captured.items():
         if len(layer) != rows:
             raise InputError(

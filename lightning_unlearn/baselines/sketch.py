@@ -12,7 +12,7 @@ GRADIENT_BYTES = 2**31
 # Of so many numbers at most and at least. Above the first a sketch is hardly better; with fewer than the second it says
 # little, so that memory grows with the samples from there on.
 MOST_NUMBERS, LEAST_NUMBERS = 2**16, 2**11
-# Of so many samples at most a kernel of samples by samples is decomposed; of more, one of numbers by numbers, no larger.
+# Of so many samples at most a kernel of samples by samples is decomposed, of more one of numbers by numbers.
 KERNEL_SIDE = 2**13
 
 

@@ -1,4 +1,4 @@
-"""What is taken where nobody names it: several methods asked together, or unlearning where they can't be; the weights."""
+"""What is taken where nobody names it: several methods together, or unlearning where they can't be; the weights."""
 
 from __future__ import annotations
 

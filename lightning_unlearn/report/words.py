@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lightning_unlearn.report.figures import power_of_ten
+from lightning_unlearn.scores.agreement import MOST_ALIKE
 
 
 def flatten(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
@@ -87,4 +88,9 @@ def sureness(found: Mapping[str, Any]) -> str:
     text = f"{words}: of their first ten the methods have {share(found['first_ten'])} in common"
     if "caption_share" in found:
         text += f"; {share(found['caption_share'])} of what tells images apart is their caption alone"
+    if "halves" in found:
+        text += f"; unlearning by one half of its views and by the other has {share(found['halves'])} of them in common"
+    for name, correlation in found.get("alike", {}).items():
+        if correlation > MOST_ALIKE:
+            text += f"; similarity of {name} alone says the same (a correlation of {number(correlation)})"
     return text + "."

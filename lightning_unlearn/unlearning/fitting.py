@@ -62,7 +62,6 @@ class Unlearning(FrozenModule):
             raise InputError(f"rise_draws must be at least 1, but is {rise_draws}.")
         selection, reason = chosen_weights(network, parameters, fisher)
         super().__init__(network, objective, selection)
-        # What was asked for, what that means here, and why.
         self.parameters_asked, self.parameters_selection, self.parameters_reason = parameters, selection, reason
         self.fisher_source = fisher
         self.strategy = strategy
@@ -139,9 +138,8 @@ class Unlearning(FrozenModule):
                 "unlearn anew, without ckpt_path."
             )
         self._fingerprints |= made
-        self.settings = {**self.unlearning_settings(), "draws": self._datamodule.draws}
-        if self.parameters_reason:
-            self.settings["parameters_reason"] = self.parameters_reason
+        reason = {"parameters_reason": self.parameters_reason} if self.parameters_reason else {}
+        self.settings = {**self.unlearning_settings(), **reason, "draws": self._datamodule.draws}
         if self.members:
             self.settings["targets_by"] = self._datamodule.targets_by
         assert self.deltas is not None
@@ -151,7 +149,6 @@ class Unlearning(FrozenModule):
         self._problem = problem_of(self.strategy, self.deltas, self.layers, fisher, targets, fixed)
 
     def _given_fisher(self) -> Fisher | None:
-        """``None`` if there is none and the strategy needs none."""
         if self.fisher_source is None and not self.strategy.needs_fisher:
             return None
         return self.checked_fisher()

@@ -19,8 +19,8 @@ from lightning_unlearn.errors import InputError
 from lightning_unlearn.weights.coverage import OTHER_KINDS, seems_covered, uncovered
 
 SELECTIONS = ("auto", "text_kv", "cross_attention", "attention", "feed_forward", "linear", "all", "adapter")
-# What `auto` may take: weights, of which each query has a delta, and bytes of a Fisher's Kronecker factors in float32. It
-# is the same on all machines, so that a Fisher from another one is of the same layers.
+# What `auto` may take: weights, of which each query has a delta, and bytes of a Fisher's Kronecker factors in float32.
+# It is the same on all machines, so that a Fisher from another one is of the same layers.
 MOST_WEIGHTS, MOST_FACTORS = 10**8, 2**30
 # What PEFT makes of a layer; the base stays frozen.
 _ADAPTER = (r".*\.lora_[AB]\.[^.]+",)
@@ -156,7 +156,7 @@ def select_layers(network: nn.Module, selection: str | Sequence[str]) -> dict[st
 
 
 def automatic_selection(network: nn.Module) -> tuple[str, str]:
-    """What ``auto`` means: of a network with an adapter the adapter's weights, of others the most that is not too large.
+    """What ``auto`` means: with an adapter the adapter's weights, else the most that is not too large.
 
     That is all layers, else all linear ones, else those of attention, else, where text has layers of its own, what the
     picture has of it: the first with at most ``MOST_WEIGHTS`` weights, and a Fisher whose Kronecker factors take at
