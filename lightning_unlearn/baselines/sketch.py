@@ -35,7 +35,8 @@ def sketch_numbers(samples: int, weights: int, kinds: int) -> int | None:
     if weights <= each and (samples <= KERNEL_SIDE or weights <= KERNEL_SIDE):
         return None
     most = MOST_NUMBERS if samples <= KERNEL_SIDE else KERNEL_SIDE
-    return min(max(LEAST_NUMBERS, min(most, each)), weights)
+    numbers = max(LEAST_NUMBERS, min(most, each))
+    return numbers if numbers < weights else None
 
 
 def kernel_bytes(samples: int, weights: int, kinds: int) -> int:

@@ -65,9 +65,7 @@ class Unlearning(FrozenModule):
         self.parameters_asked, self.parameters_selection, self.parameters_reason = parameters, selection, reason
         self.fisher_source = fisher
         self.strategy = strategy
-        self.damping = damping
-        self.seed = seed
-        self.rise_draws = rise_draws
+        self.damping, self.seed, self.rise_draws = damping, seed, rise_draws
         self._problem: Problem | None = None
 
     @property
