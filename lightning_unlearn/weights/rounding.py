@@ -29,7 +29,7 @@ NARROW = 3.0
 # devices, instead of rounding to nearest, which is within 3 units too: 2 u · 0.72 in the mean.
 WIDE = 8.0
 # Of a bias the terms may be equal numbers, as those of a mean over a prediction are, and some kernels add them one by
-# one: their roundings are not by chance, and add up. Measured: n/20 units of the sum of n of them; this lets n/8 through.
+# one: their roundings are not by chance, and add up. Measured: n/20 units of the sum of n; this lets n/8 through.
 DRIFT = 0.25
 
 
