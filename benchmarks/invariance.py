@@ -2,7 +2,7 @@
 
     python benchmarks/invariance.py --work runs/invariance
 
-Attributes a few shipped queries by the defaults in one process with batches of 64, then with batches of 7 and of 1, and
+Attributes a few shipped queries by unlearning in one process with batches of 64, then with batches of 7 and of 1, and
 in two processes, each from an unlearning of its own. Prints, for each, the largest difference of a score from the first
 run's, in standard deviations of its query's scores, and the least rank correlation.
 """
@@ -32,6 +32,7 @@ def attributed(work: Path, name: str, options: list[str], more: list[str]) -> Sc
     """The scores of a run, which is made if it is not there."""
     output = work / name.replace(" ", "-")
     command = [sys.executable, "-m", "lightning_unlearn", "attribute", "--config", str(CONFIGS / "sample.yaml")]
+    command += ["--method", "unlearning"]
     subprocess.run([*command, "--output", str(output), *options, *more], check=True, stdout=subprocess.DEVNULL)
     return read_scores(output)
 

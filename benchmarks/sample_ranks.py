@@ -91,7 +91,7 @@ def main() -> None:
             row = (table.rank(query.key, query.metadata["of"]), *similarity_ranks(query, samples))
             ranks[query.key.split("-")[0]].append(row)
     for kind, rows in ranks.items():
-        for column, name in enumerate(("unlearning", "pixel similarity", "text similarity")):
+        for column, name in enumerate(("attribute", "pixel similarity", "text similarity")):
             values = np.sort([row[column] for row in rows])
             first, top = int((values == 0).sum()), int((values < len(samples) / 100).sum())
             print(

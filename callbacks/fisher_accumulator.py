@@ -18,10 +18,11 @@ from lightning_unlearn.callbacks.refusals import Refusals
 from lightning_unlearn.callbacks.resumed_sums import ResumedSums
 from lightning_unlearn.callbacks.sample_rows import RowsPerSample, check_rows_per_sample
 from lightning_unlearn.callbacks.second_stage import SecondStage
+from lightning_unlearn.callbacks.trained_layers import trained_layers
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher import FISHERS, Targets
 from lightning_unlearn.training import FisherPass
-from lightning_unlearn.weights.parameters import find_network, layer_parameters, layer_specs, select_layers
+from lightning_unlearn.weights.parameters import find_network, layer_parameters, layer_specs
 
 
 class FisherAccumulator(ResumedSums):
@@ -59,9 +60,10 @@ class FisherAccumulator(ResumedSums):
 
     Args:
         target: Dotted name of the network in the LightningModule, e.g. ``"unet"``; ``""`` for the module itself.
-        parameters: Which of its weights: ``text_kv``, ``cross_attention``, ``attention``, ``feed_forward``, ``all``, or
-            patterns of layer names; in a training of an adapter (PEFT), ``adapter`` for its ``A`` and ``B``, whatever
-            layers it is on (see :func:`lightning_unlearn.weights.parameters.select_layers`).
+        parameters: Which of its weights: ``text_kv``, ``cross_attention``, ``attention``, ``feed_forward``, ``linear``,
+            ``all``, or patterns of layer names; in a training of an adapter (PEFT), ``adapter`` for its ``A`` and
+            ``B``, whatever layers it is on (see :func:`lightning_unlearn.weights.parameters.select_layers`). By
+            default ``auto``: as many as are not too large, and of these the ones that are trained.
         fisher: The kind of Fisher: ``diagonal`` or ``ekfac``.
         path: Where the Fisher is written at the end, as safetensors; relative to ``trainer.default_root_dir``.
         start_step: Optimizer step at which it starts.
@@ -97,7 +99,7 @@ class FisherAccumulator(ResumedSums):
     def __init__(
         self,
         target: str = "unet",
-        parameters: str | list[str] = "text_kv",
+        parameters: str | list[str] = "auto",
         fisher: Literal["diagonal", "ekfac"] = "ekfac",
         path: str = "fisher.safetensors",
         start_step: int = 0,
@@ -135,6 +137,7 @@ class FisherAccumulator(ResumedSums):
         self.loss_scale = loss_scale
         self.sample_weights = sample_weights
         self.rows_per_sample = rows_per_sample
+        self._chosen: list[str] = []  # layers
 
     @property
     @override
@@ -172,13 +175,8 @@ class FisherAccumulator(ResumedSums):
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         network = find_network(pl_module, self.target)
-        layers = select_layers(network, self.parameters)
-        frozen = [name for name, layer in layers.items() if not all(p.requires_grad for p in layer.parameters())]
-        if frozen:
-            raise InputError(
-                f"{len(frozen)} of the chosen layers are frozen (e.g. {frozen[0]}), so no gradient reaches them; "
-                "choose layers that are trained, or run `lightning-unlearn fisher` afterwards."
-            )
+        layers = trained_layers(network, self.parameters)
+        self._chosen = list(layers)
         dtype = reduce(torch.promote_types, [one.dtype for one in layer_parameters(layers).values()], torch.float32)
         # Only that pass draws targets from the model.
         targets: Targets = pl_module.targets if isinstance(pl_module, FisherPass) else "data"
@@ -278,7 +276,8 @@ class FisherAccumulator(ResumedSums):
         about: dict[str, Any] = {"target": self.target, "steps": self._steps, "skipped_batches": self.skipped_batches}
         if total.stages:
             about["eigenvalues_from_step"] = self._changed_at
-        layers = select_layers(find_network(pl_module, self.target), self.parameters)
+        network = find_network(pl_module, self.target)
+        layers = {name: network.get_submodule(name) for name in self._chosen}
         write_fisher(total, layers, trainer, pl_module, Path(trainer.default_root_dir) / self.path, about)
 
     @override

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from lightning_unlearn.baselines.sketch import Sketch
 from lightning_unlearn.data.samples import Sample, SampleBatch
 from lightning_unlearn.draws.views import Views
 from lightning_unlearn.fisher import Fisher
@@ -32,6 +33,8 @@ class Subject:
         fisher: Of the chosen layers, with its sums, for methods that need one.
         unlearned: ``(N, Q)`` by how much each sample's loss rose where a query was unlearned, for methods that ask
             unlearning, too.
+        sketch: What brings gradients to few numbers, for methods that look at nothing but their products; by default
+            they stay as they are.
         keep: Whether the gradients of all samples stay in memory (``N`` times the chosen weights, in float32), so that
             each kind of gradient is computed once for any number of methods and settings.
         cache: What was computed, by what it depends on.
@@ -45,6 +48,7 @@ class Subject:
     fisher: Fisher | None = None
     keep: bool = False
     unlearned: Tensor | None = None
+    sketch: Sketch | None = None
     cache: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
@@ -57,14 +61,19 @@ class Baseline(ABC):
         needs_query_views: Whether queries are looked at on the views, flips among them, that samples are.
         rise: By how much the loss of each query is raised for the subject's ``unlearned``; ``None`` for a method that
             needs nothing unlearned.
+        every: Of the draws that samples are looked at, ``unlearned`` is of each so manyth.
+        gradient_kinds: How many gradients of each sample, by different output functions, it keeps in memory, where it
+            looks at nothing but their products, so that they may be sketched; 0 for other methods.
         columns: Of the table, for a method that scores the model and needs no query; ``None`` for one a query.
     """
 
     name: ClassVar[str]
     needs_fisher: ClassVar[bool] = False
     needs_query_views: ClassVar[bool] = False
+    gradient_kinds: ClassVar[int] = 0
     columns: ClassVar[Sequence[str] | None] = None
     rise: float | None = None
+    every: int = 1
 
     @abstractmethod
     def scores(self, subject: Subject) -> Tensor:

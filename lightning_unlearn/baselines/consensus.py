@@ -38,6 +38,9 @@ class Consensus(Baseline):
         das: Weight of DAS.
         d_trak: Weight of D-TRAK.
         unlearning: Weight of unlearning; with 0 nothing is unlearned.
+        every: Of the draws of timestep and noise on which DAS and D-TRAK look at a sample, unlearning looks at each so
+            manyth (:attr:`Views.every`), or at more where that divides them. By default at each other one: a second
+            look costs one call a query, and the gradients one pass for all queries.
 
     Raises:
         InputError: If a number is out of range, or fewer than two methods are asked.
@@ -45,6 +48,7 @@ class Consensus(Baseline):
 
     name: ClassVar[str] = "consensus"
     needs_query_views: ClassVar[bool] = True
+    gradient_kinds: ClassVar[int] = 2
 
     def __init__(
         self,
@@ -54,6 +58,7 @@ class Consensus(Baseline):
         das: float = 1.0,
         d_trak: float = 1.0,
         unlearning: float = 1.0,
+        every: int = 2,
     ) -> None:
         weights = {DAS.name: das, DTRAK.name: d_trak, UNLEARNED: unlearning}
         if not all(0 <= weight < math.inf for weight in weights.values()) or sum(map(bool, weights.values())) < 2:
@@ -63,6 +68,9 @@ class Consensus(Baseline):
             )
         if not 0 < rise < math.inf:
             raise InputError(f"The rise must be finite and above 0, but is {rise}.")
+        if every < 1:
+            raise InputError(f"Unlearning can't look at each {every}th draw; every must be at least 1.")
+        self.every = every
         self.rise = rise if unlearning else None
         self.das_ridge, self.d_trak_ridge = das_ridge, d_trak_ridge
         self.das, self.d_trak, self.unlearning = das, d_trak, unlearning

@@ -40,7 +40,8 @@ class Gradients:
     """What is known of ``B`` samples.
 
     Attributes:
-        parameters: Parameter name (or ``"projection"``) to gradients ``(B, numel)``, float32 or wider, on the CPU.
+        parameters: Parameter name (or ``"projection"``, ``"sketch"``) to gradients ``(B, numel)``, float32 or wider, on
+            the CPU.
         errors: ``(B,)`` float64: each sample's root mean squared error of the prediction (the root of the loss), mean
             over its views.
     """
@@ -159,11 +160,12 @@ def mean_gradients_of(
     first, some = next(subject.loss.network.parameters()), next(iter(parameters.values()))
     device = first.device
     wide = torch.promote_types(some.dtype, torch.float32)
+    sketch = subject.sketch
+    lengths = {name: weight.numel() for name, weight in parameters.items()}
+    if sketch is not None:
+        lengths = {"sketch": sketch.numbers}
     sums = {
-        output: {
-            name: torch.zeros(len(keys), weight.numel(), device=device, dtype=wide)
-            for name, weight in parameters.items()
-        }
+        output: {name: torch.zeros(len(keys), length, device=device, dtype=wide) for name, length in lengths.items()}
         for output in outputs
     }
     errors, counts = torch.zeros(len(keys), dtype=torch.float64), torch.zeros(len(keys), dtype=torch.float64)
@@ -187,10 +189,13 @@ def mean_gradients_of(
                 _refuse_what_differs(subject, uses, dict(zip(parameters, own, strict=True)))
                 found = _flat(by_layer(uses), parameters, len(view.rows))
                 if per_timestep:
-                    norms = torch.stack([gradient.square().sum(1) for gradient in found.values()]).sum(0).sqrt()
-                    found = {name: gradient / norms.clamp(min=TINY)[:, None] for name, gradient in found.items()}
-                for name, gradient in found.items():
-                    sums[output][name].index_add_(0, rows, _weighted(gradient, counted))
+                    whole = dict(found)
+                    norms = torch.stack([gradient.square().sum(1) for gradient in whole.values()]).sum(0).sqrt()
+                    found = ((name, gradient / norms.clamp(min=TINY)[:, None]) for name, gradient in whole.items())
+                for name, gradient in found:
+                    kept = name if sketch is None else "sketch"
+                    values = gradient if sketch is None else sketch(name, gradient)
+                    sums[output][kept].index_add_(0, rows, _weighted(values, counted))
             errors.index_add_(0, view.rows.cpu(), _weighted(losses.detach().sqrt().cpu().double(), counted))
             counts.index_add_(0, view.rows.cpu(), counted)
             seen.clear()
@@ -236,19 +241,19 @@ def _refuse_what_differs(subject: Subject, uses: Mapping[str, list[Use]], own: M
             raise InputError(what_differs(name, kind, subject.layers[name], sums.get(name), grown.get((name, kind))))
 
 
-def _flat(captured: Mapping[str, CapturedLayer], parameters: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
-    """Parameter name to each row's gradient ``(b, numel)``; layers that no gradient reached are left out."""
-    found: dict[str, Tensor] = {}
+def _flat(
+    captured: Mapping[str, CapturedLayer], parameters: Mapping[str, Tensor], rows: int
+) -> Iterator[tuple[str, Tensor]]:
+    # One after the other, since each may be large; layers that no gradient reached are left out.
     for name, layer in captured.items():
         if len(layer) != rows:
             raise InputError(
                 f"Layer {name} sees {len(layer)} rows for {rows} samples, so a row is not a sample; leave it out by "
                 "patterns."
             )
-        found[f"{name}.weight"] = layer.weight_gradients().flatten(1)
+        yield f"{name}.weight", layer.weight_gradients().flatten(1)
         if f"{name}.bias" in parameters:
-            found[f"{name}.bias"] = layer.bias_gradients()
-    return found
+            yield f"{name}.bias", layer.bias_gradients()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_unlearn.baselines import Baseline
 from lightning_unlearn.callbacks import ScoreWriter
+from lightning_unlearn.command_line.automatic_method import automatic_method, say_of_weights
 from lightning_unlearn.command_line.command_parts import BARE, check_top, many, say
 from lightning_unlearn.command_line.method_run import MethodRun
 from lightning_unlearn.command_line.quiet import quiet
@@ -25,7 +26,7 @@ from lightning_unlearn.scores.rules import RULES
 from lightning_unlearn.scores.table import ScoreTable
 from lightning_unlearn.unlearning.module import UnlearningModule
 
-UNLEARNING = "unlearning"
+AUTO = "auto"
 # What only unlearning has, with its defaults.
 OF_UNLEARNING: dict[str, Any] = {"rule": "ratio", "flips": "max", "keep_deviations": False, "race": None}
 
@@ -40,10 +41,11 @@ def attribute(arguments: list[str]) -> None:
     def options(parser: LightningArgumentParser) -> None:
         parser.add_argument(
             "--method",
-            type=Baseline | Literal["unlearning"],
-            default=UNLEARNING,
-            help="How the samples are scored: unlearning, or the name of another method, e.g. DTRAK. Their base class "
-            "in Python is called Baseline; --method.help NAME shows a method's settings.",
+            type=Baseline | Literal["auto", "unlearning"],
+            default=AUTO,
+            help="How the samples are scored: unlearning, or the name of another method, e.g. DTRAK. By default by "
+            "Consensus, which asks D-TRAK, DAS and unlearning, and where they can't be asked together by unlearning. "
+            "Their base class in Python is called Baseline; --method.help NAME shows a method's settings.",
         )
         parser.add_argument(
             "--output", type=str, default="attribution", help="Folder of the run: deltas, scores, report."
@@ -74,8 +76,12 @@ def attribute(arguments: list[str]) -> None:
         module, data, trainer = attribution_parts(cli)
         check_top(cli.config.top)
         output, method = Path(cli.config.output), cli.config_init["method"]
-        if isinstance(method, Baseline):
+        if method == AUTO:
+            method = automatic_method(module, data, trainer, _options_of_unlearning(cli))
+        elif isinstance(method, Baseline):
             _refuse_options_of_unlearning(cli, method)
+        say_of_weights(module)
+        if isinstance(method, Baseline):
             unlearned = unlearned_for(method, module, data, trainer, output)
             MethodRun(method, module, data, trainer, output, unlearned).run()
         else:
@@ -84,9 +90,12 @@ def attribute(arguments: list[str]) -> None:
             _name_unscored(data, write_report(output, cli.config.top, allow_pipe=data.allow_pipe, data=data))
 
 
+def _options_of_unlearning(cli: TrainerCLI) -> list[str]:
+    return [f"--{name}" for name, default in OF_UNLEARNING.items() if cli.config[name] != default]
+
+
 def _refuse_options_of_unlearning(cli: TrainerCLI, method: Baseline) -> None:
-    given = [f"--{name}" for name, default in OF_UNLEARNING.items() if cli.config[name] != default]
-    if given:
+    if given := _options_of_unlearning(cli):
         raise InputError(
             f"{', '.join(given)} {'is' if len(given) == 1 else 'are'} for unlearning, and {type(method).__name__} has "
             "nothing of the kind; leave it out, or take --method unlearning."

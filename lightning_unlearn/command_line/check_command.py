@@ -121,11 +121,15 @@ def _selections(plan: Plan) -> Iterator[str]:
             continue
         sizes = sizes_of(plan.network, specs)
         chosen = "  <- chosen" if name == plan.selection else ""
+        if name == "auto":
+            continue  # whatever it means stands among the others
         yield _line(
             "weights",
             f"{name}: {many(len(specs), 'layer')}, {_number(sizes.delta // 4)} weights; a delta takes "
             f"{in_words(sizes.delta)}, the Fisher {in_words(sizes.fisher)}{chosen}",
         )
+    if plan.reason:
+        yield _line("", f"chosen by itself: {plan.reason}")
     if not isinstance(plan.selection, str):
         yield _line("weights", f"{many(len(plan.layers), 'layer')} by patterns  <- chosen")
 
@@ -151,7 +155,10 @@ def _stages(plan: Plan, stages: list[Stage], output: Path) -> Iterator[str]:
         memory = "memory unknown" if stage.memory is None else f"some {in_words(stage.memory)} of the device"
         calls = f"{_number(stage.forward)} evaluations of a view"
         if stage.backward:
-            calls += f" ({_number(stage.backward)} with a backward pass)"
+            more = stage.backward > stage.forward
+            calls += f" ({_number(stage.backward)} {'backward passes' if more else 'with a backward pass'})"
+        if stage.host:
+            memory += f" and {in_words(stage.host)} of main memory"
         yield _line(stage.name, f"{calls}, {memory}, {in_words(stage.disk)} of disk")
     needed = sum(stage.disk for stage in stages)
     place = next(folder for folder in (output, *output.absolute().parents) if folder.is_dir())

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_unlearn.baselines.base import Baseline
+from lightning_unlearn.baselines.sketch import kernel_bytes, sketch_numbers
 from lightning_unlearn.command_line.check_memory import CallMemory, FusedAttention, bytes_of, call_memory, recomputed
 from lightning_unlearn.command_line.check_plan import Plan
 from lightning_unlearn.data.conditions import chosen_caption
@@ -42,6 +44,7 @@ class Stage:
         backward: Those with a backward pass among them.
         memory: Bytes of the device at its peak, the network included; ``None`` where a call could not be measured.
         disk: Bytes of what it writes.
+        host: Bytes of main memory for what is kept of all samples.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Stage:
     backward: int
     memory: int | None
     disk: int
+    host: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ def stages_of(plan: Plan, passes: int = 5) -> list[Stage]:
         passes: Of the Fisher over the training samples.
 
     Returns:
-        Fisher, unlearning and scoring; without the Fisher if there is one.
+        Fisher, unlearning, scoring and, where other methods are asked, too, their gradients; no Fisher if there is one.
     """
     assert plan.network is not None
     assert plan.objective is not None
@@ -113,14 +117,28 @@ def stages_of(plan: Plan, passes: int = 5) -> list[Stage]:
         # Beside the Fisher its file has the weights it was taken of.
         stages.append(Stage("fisher", samples * passes, samples * passes, memory, sizes.fisher + sizes.delta))
     stages.append(_unlearning(plan, sizes, backward))
-    views = plan.views.draws * (1 + plan.views.flips)
     captions = len(plan.sample.captions)
-    views *= captions if plan.views.captions is None else min(captions, plan.views.captions)
+    each = (1 + plan.views.flips) * min(captions, plan.views.captions or captions)
+    views = each * (plan.views if plan.method is None else plan.views.fewer(plan.method.every)).draws
     held = sizes.network + sizes.chosen + plan.targets * sizes.delta
     memory = None if forward is None else held + forward.of(plan.batch_size)
     table = samples * plan.targets * BYTES_A_SCORE
     stages.append(Stage("scoring", samples * views * (1 + plan.targets), 0, memory, table))
+    if plan.method is not None:
+        stages.append(_gradients(plan, plan.method, sizes, backward, each * plan.views.draws))
     return stages
+
+
+def _gradients(plan: Plan, method: Baseline, sizes: Sizes, backward: CallMemory | None, views: int) -> Stage:
+    """The gradients of all samples and of the queries, each by one forward pass and several backward passes a view."""
+    samples, weights, kinds = plan.samples or 0, sizes.delta // FLOAT32, method.gradient_kinds
+    numbers = sketch_numbers(samples, weights, kinds) or weights
+    held = sizes.network + kinds * plan.batch_size * numbers * FLOAT32
+    memory = None if backward is None else held + backward.of(plan.batch_size)
+    calls = (samples + plan.queries) * views
+    # Of each score its parts stand in the table, too.
+    table = samples * plan.targets * BYTES_A_SCORE * 4
+    return Stage("gradients", calls, calls * kinds, memory, table, kernel_bytes(samples, weights, kinds))
 
 
 def _unlearning(plan: Plan, sizes: Sizes, backward: CallMemory | None) -> Stage:

@@ -13,6 +13,8 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import instantiate_class
 from torch import nn
 
+from lightning_unlearn.baselines.base import Baseline
+from lightning_unlearn.baselines.consensus import Consensus
 from lightning_unlearn.data.samples import Sample, decode_sample
 from lightning_unlearn.data.shards import ShardInfo
 from lightning_unlearn.data.targets import targets_of
@@ -27,6 +29,7 @@ from lightning_unlearn.draws.views import Views
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher.files import read_about
 from lightning_unlearn.strategies import Newton, Strategy
+from lightning_unlearn.unlearning.chosen import chosen_weights
 from lightning_unlearn.unlearning.saving_memory import DTYPES
 from lightning_unlearn.weights.parameters import LayerSpec, layer_specs, select_layers
 
@@ -42,6 +45,7 @@ class Plan:
         family: ``None`` for a network that no family knows.
         objective: ``None`` where it can't be told.
         selection: The chosen weights' name or patterns.
+        reason: Why it is these, where nobody named them.
         layers: The chosen layers; empty where they can't be told.
         adapter: What an adapter's file says of its training.
         shards: The training shards.
@@ -50,6 +54,7 @@ class Plan:
         queries: How many queries these are of.
         views: Of scoring.
         strategy: Of unlearning.
+        method: That asks unlearning together with others; ``None`` where unlearning alone is asked for.
         draws: A query and step.
         draw_batch_size: Draws a forward pass.
         batch_size: Samples a forward pass of scoring.
@@ -62,7 +67,8 @@ class Plan:
     network: nn.Module | None = None
     family: Family | None = None
     objective: Objective | None = None
-    selection: str | Sequence[str] = "text_kv"
+    selection: str | Sequence[str] = "auto"
+    reason: str = ""
     layers: dict[str, LayerSpec] = field(default_factory=dict)
     adapter: TrainingRecord | None = None
     shards: list[ShardInfo] = field(default_factory=list)
@@ -71,6 +77,7 @@ class Plan:
     queries: int = 0
     views: Views = field(default_factory=Views)
     strategy: Strategy = field(default_factory=Newton)
+    method: Baseline | None = None
     draws: int = 128
     draw_batch_size: int = 32
     batch_size: int = 64
@@ -125,6 +132,9 @@ def plan_of(model: Namespace, data: Namespace) -> Plan:
         plan.views = plan.try_to(partial(_made, ours.views, Views)) or plan.views
     if ours.strategy is not None:
         plan.strategy = plan.try_to(partial(_made, ours.strategy)) or plan.strategy
+    elif theirs["targets_by"] is None and theirs["keys"] is None:
+        plan.method = Consensus()
+        plan.strategy = Newton(target_increase=plan.method.rise)
     _add_network(plan, ours)
     _add_data(plan, theirs)
     for name in ("weights", "adapter"):
@@ -152,6 +162,10 @@ def _add_network(plan: Plan, ours: Namespace) -> None:
     plan.family = plan.try_to(partial(family_of, plan.network))
     if plan.objective is not None:
         plan.try_to(partial(plan.objective.check_network, plan.network))
+    named = plan.try_to(partial(chosen_weights, plan.network, ours.parameters, ours.fisher))
+    if named is None:
+        return
+    plan.selection, plan.reason = named
     chosen = plan.try_to(partial(select_layers, plan.network, plan.selection))
     plan.layers = layer_specs(chosen) if chosen is not None else {}
 
@@ -199,6 +213,8 @@ def _add_data(plan: Plan, theirs: Namespace) -> None:
         plan.sample = plan.try_to(partial(_first_sample, plan.shards[0]))
     queries = plan.try_to(lambda: _queries(theirs)) or []
     plan.queries = len(queries)
+    if any(query.mask is not None for query in queries) and plan.method is not None:
+        plan.method, plan.strategy = None, Newton()
     plan.targets = len(plan.try_to(lambda: targets_of(queries, theirs.targets_by)) or [])
 
 

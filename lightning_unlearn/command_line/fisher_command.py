@@ -63,14 +63,16 @@ def fisher(arguments: list[str]) -> None:
             each = f", one for {' and one for '.join(stages)}" if stages else ""
             raise InputError(f"--passes must be at least {max(1, len(stages))}{each}, but is {passes}.")
         targets = cli.config.targets
-        frozen = FisherPass(module.network, module.objective, module.parameters_selection, cli.config.seed, targets)
+        # An older Fisher that stands in the config says nothing of the new one.
+        parameters = module.parameters_asked
+        frozen = FisherPass(module.network, module.objective, parameters, cli.config.seed, targets)
         trainer.fit_loop.max_epochs = passes
         output = Path(cli.config.output).absolute()
         make_folder(output.parent)
         first = passes // 2 if stages else None
         accumulator = FisherAccumulator(
             target="network",
-            parameters=module.parameters_selection,
+            parameters=parameters,
             fisher=kind,
             path=str(output),
             eigenvalue_epoch=first,

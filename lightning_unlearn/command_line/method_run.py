@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,23 @@ from tqdm import tqdm
 
 from lightning_unlearn.baselines import Baseline, Subject
 from lightning_unlearn.baselines.gradients import check_query_views
+from lightning_unlearn.baselines.sketch import Sketch, sketch_numbers
+from lightning_unlearn.command_line.appearances import Appearances
 from lightning_unlearn.command_line.command_parts import make_folder, say
-from lightning_unlearn.data.samples import Sample, SampleBatch, named_arrays
-from lightning_unlearn.data.shards import shard_id
+from lightning_unlearn.command_line.method_record import about_run, columns_of, fingerprints_of
+from lightning_unlearn.command_line.unlearning_run import UNLEARNED
+from lightning_unlearn.data.samples import SampleBatch
 from lightning_unlearn.datamodules import AttributionDataModule
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.fingerprints import digest, settings_digest, tensors_digest
-from lightning_unlearn.scores.agreement import agreements, caption_digests
-from lightning_unlearn.scores.files import run_digest, shard_path, write_shard_scores
+from lightning_unlearn.scores.agreement import agreements
+from lightning_unlearn.scores.files import read_deviations, read_scores, run_digest, shard_path, write_shard_scores
 from lightning_unlearn.scores.rules import Reduced, mean_losses
 from lightning_unlearn.scores.run_record import earlier_run, record_run, scored_shards, write_run
 from lightning_unlearn.scores.table import ScoreTable
 from lightning_unlearn.unlearning.module import UnlearningModule
 from lightning_unlearn.unlearning.scoring import measure_losses, measured
 from lightning_unlearn.weights.deltas import DeltaStore
+from lightning_unlearn.weights.parameters import layer_parameters
 from lightning_unlearn.weights.precision import ExactFloat32
 
 
@@ -85,8 +89,9 @@ class MethodRun:
         self._places: dict[str, int] = {}  # of each key in its shard, whose order batches of one form each don't keep
         self._passes = 0
         self._unlearn = unlearn
-        # What tells captions apart, of the samples that have one.
-        self._captions: list[str] = []
+        self._unlearned: dict[str, float] | None = None  # the base losses of what it has scored, by key
+        # For methods that say how sure they are.
+        self._appearances: Appearances | None = None
 
     def run(self) -> None:
         """Score all samples and write the table.
@@ -98,30 +103,43 @@ class MethodRun:
         started = time.monotonic()
         self.data.setup("predict")
         self._check_queries()
-        versions = {shard_id(shard.url): shard.version for shard in self.data.shards}
-        fingerprints = self._fingerprints(versions)
+        fingerprints = fingerprints_of(self.method, self.module, self.data)
         earlier = earlier_run(self.folder, fingerprints)
         if earlier and len(scored_shards(self.folder, self.data.shards)) == len(self.data.shards):
             say(f"All shards are scored already, in {shard_path(self.folder, '*').parent}.")
             return
         make_folder(self.folder)
         unlearned = None if self._unlearn is None else self._unlearn()
-        content = record_run(self.folder, self._about(fingerprints), self.data, earlier)
+        if unlearned is not None:
+            self._unlearned = dict(zip(unlearned.keys, unlearned.base_losses.tolist(), strict=True))
+        about = about_run(self.method, self.module, self.data, fingerprints)
+        if unlearned is not None:
+            about["unlearning"] = unlearned.run["unlearning"]
+            for key, result in about["targets"].items():
+                result |= unlearned.run["targets"][key]
+        content = record_run(self.folder, about, self.data, earlier)
         self.module.loss.to(self.device)
+        if type(self.method).parts is not Baseline.parts:
+            self._appearances = Appearances(Subject(self.module.loss, {}, self.module.views, self.data.queries, list))
         with ExactFloat32():
             self._measure()
         say(f"Scoring by {self.called} on {self.device} …")
         keys = self._keys
         subject = self._subject(unlearned)
         scores = self.method.scores(subject)
-        if scores.shape != (len(keys), len(self._columns())) or not scores.isfinite().all():
+        if scores.shape != (len(keys), len(columns_of(self.method, self.data))) or not scores.isfinite().all():
             rows = (~scores.isfinite()).nonzero()[:1, 0].tolist()
             what = f"not finite for {keys[rows[0]]!r}" if rows else f"of shape {tuple(scores.shape)}"
             raise InputError(f"The scores of {self.called} are {what}; check its settings, the samples and the model.")
+        if subject.sketch is not None:
+            content["sketch"] = subject.sketch.numbers
         parts = self.method.parts(subject)
-        if parts:
+        if parts and self._appearances is not None:
             content["parts"] = list(parts)
-            for query, found in zip(self.data.queries, agreements(parts, scores, self._captions), strict=True):
+            known = self._appearances
+            halves = None if unlearned is None else self._halves()
+            sure = agreements(parts, scores, known.captions, known.similarities(), halves)
+            for query, found in zip(self.data.queries, sure, strict=True):
                 content["targets"][query.key]["sure"] = found.record()
         self._write(scores, parts, run_digest(fingerprints), content["shards"])
         content["seconds"] += time.monotonic() - started
@@ -152,6 +170,9 @@ class MethodRun:
 
     def _subject(self, unlearned: ScoreTable | None) -> Subject:
         fisher = self.module.checked_fisher() if self.method.needs_fisher else None
+        weights = sum(weight.numel() for weight in layer_parameters(self.module.layers).values())
+        kinds = self.method.gradient_kinds
+        numbers = sketch_numbers(len(self._keys), weights, kinds) if kinds else None
         return Subject(
             self.module.loss,
             self.module.layers,
@@ -160,58 +181,29 @@ class MethodRun:
             self._batches,
             fisher,
             unlearned=None if unlearned is None else self._in_order(unlearned),
+            sketch=None if numbers is None else Sketch(numbers),
         )
+
+    def _halves(self) -> Tensor | None:
+        """``(2, N, Q)`` what unlearning says by each half of the draws; ``None`` where there is but one."""
+        folder = self.folder / UNLEARNED
+        table = read_scores(folder)
+        order = self._places_in(table.keys)
+        columns = [torch.from_numpy(read_deviations(folder, query.key))[order] for query in self.data.queries]
+        if columns[0].shape[2] < 2:
+            return None
+        by_draw = torch.stack(columns, 1).double().mean(2)  # (N, Q, draws)
+        return torch.stack([by_draw[..., first::2].mean(2) for first in range(2)])
+
+    def _places_in(self, keys: Sequence[str]) -> list[int]:
+        """Where the samples, in the order in which they come, stand in a table."""
+        rows = {key: row for row, key in enumerate(keys)}
+        return [rows[key] for key in self._keys]
 
     def _in_order(self, table: ScoreTable) -> Tensor:
         """A table's scores ``(N, Q)`` in the order in which samples come and that of the queries."""
-        rows = {key: row for row, key in enumerate(table.keys)}
-        lacking = [key for key in self._keys if key not in rows]
-        if lacking:
-            raise InputError(
-                f"Unlearning has no score of {lacking[0]!r}, since its shard changed while it was scored; run the same "
-                "command again."
-            )
         columns = [table.queries.index(query.key) for query in self.data.queries]
-        return torch.from_numpy(table.scores[[rows[key] for key in self._keys]][:, columns]).double()
-
-    def _fingerprints(self, versions: dict[str, str]) -> dict[str, str]:
-        settings: dict[str, dict[str, Any]] = {
-            "objective": self.module.objective.settings(),
-            "parameters": {"parameters": self.module.parameters_selection},
-            "views": self.module.views.settings(),
-            "method": self.method.settings(),
-            # Every score may depend on every sample.
-            "samples": {"shards": versions, "on_bad_sample": self.data.on_bad_sample},
-        }
-        prints = {name: settings_digest(values) for name, values in settings.items()}
-        prints["weights"] = self.module.weights_fingerprint()
-        if self.method.columns is None:
-            prints["queries"] = _queries_digest(self.data.queries)
-        if self._unlearn is not None:
-            prints["unlearning"] = self.module.unlearning_fingerprint(self.data)
-        if self.method.needs_fisher or self._unlearn is not None:
-            prints["fisher"] = self.module.fisher_fingerprint()
-        return prints
-
-    def _about(self, fingerprints: dict[str, str]) -> dict[str, Any]:
-        return {
-            "fingerprints": fingerprints,
-            "method": self.method.settings(),
-            "method_class": self.called,
-            "network": self.module.origin,
-            "parameters": self.module.parameters_selection,
-            "objective": self.module.objective.settings(),
-            "views": self.module.views.settings(),
-            "precision": "32-true",
-            "targets": self._columns(),
-            "world_size": 1,
-        }
-
-    def _columns(self) -> dict[str, dict[str, Any]]:
-        """The table's columns, with what ``run.json`` says of each."""
-        if self.method.columns is not None:
-            return {name: {} for name in self.method.columns}
-        return {query.key: {"captions": query.captions} for query in self.data.queries}
+        return torch.from_numpy(table.scores[self._places_in(table.keys)][:, columns]).double()
 
     def _pass(self, name: str) -> Iterator[SampleBatch]:
         """The samples of all shards, with their ends."""
@@ -221,8 +213,10 @@ class MethodRun:
             for batch in self.data.predict_dataloader():
                 if batch.error is not None:
                     raise InputError(f"Nothing was scored, since a method needs all samples. {batch.error}")
-                yield batch
                 bar.update(len(batch))
+                # Bad samples that unlearning left out are left out of the rest, too.
+                kept = batch if self._unlearned is None else batch.only(self._unlearned)
+                yield replace(kept, skipped=batch.skipped + len(batch) - len(kept))
 
     def _batches(self) -> Iterator[SampleBatch]:
         """A pass for the method, which must find the samples that the first pass found."""
@@ -237,11 +231,10 @@ class MethodRun:
 
     @torch.no_grad()
     def _measure(self) -> None:
-        """Base losses and keys of all samples."""
-        module = self.module
-        nothing = DeltaStore({}, [])  # losses of θ₀ alone
+        """Keys and base losses of all samples; the losses are known where unlearning has measured them."""
+        known = self._unlearned
         where: dict[str, str] = {}  # the shard of each key
-        for batch in self._pass("Reading and measuring losses"):
+        for batch in self._pass("Reading and measuring losses" if known is None else "Reading"):
             self._rows.setdefault(batch.shard, []).extend(range(len(self._keys), len(self._keys) + len(batch)))
             self._places |= zip(batch.keys, batch.places, strict=False)
             for key in batch.keys:
@@ -251,23 +244,30 @@ class MethodRun:
                         "shards."
                     )
             if len(batch):
-                losses = measure_losses(module.loss, nothing, module.views, batch, self.device)
-                good = measured(losses, batch.caption_counts)
-                if not good.all():
-                    bad = batch.keys[int((~good).nonzero()[0])]
-                    raise InputError(
-                        f"The loss of sample {bad!r} in shard {batch.shard} is not finite; check the sample and the "
-                        "model."
-                    )
                 self._keys.extend(batch.keys)
-                self._captions.extend(caption_digests(batch))
-                self._base_losses.append(mean_losses(losses[0], batch.caption_weights))
+                if self._appearances is not None:
+                    self._appearances.add(batch)
+                self._base_losses.append(
+                    self._losses(batch) if known is None else torch.tensor([known[key] for key in batch.keys])
+                )
             self.skipped += batch.skipped
         if not where:
             raise InputError("There are no training samples; name shards that hold some.")
 
+    def _losses(self, batch: SampleBatch) -> Tensor:
+        """``(B,)`` under θ₀."""
+        module, nothing = self.module, DeltaStore({}, [])
+        losses = measure_losses(module.loss, nothing, module.views, batch, self.device)
+        good = measured(losses, batch.caption_counts)
+        if not good.all():
+            bad = batch.keys[int((~good).nonzero()[0])]
+            raise InputError(
+                f"The loss of sample {bad!r} in shard {batch.shard} is not finite; check the sample and the model."
+            )
+        return mean_losses(losses[0], batch.caption_weights)
+
     def _write(self, scores: Tensor, parts: Mapping[str, Tensor], run: str, shards: dict[str, dict[str, Any]]) -> None:
-        queries = list(self._columns())
+        queries = list(columns_of(self.method, self.data))
         losses = torch.cat(self._base_losses)
         for name, rows in self._rows.items():
             rows = sorted(rows, key=lambda row: self._places[self._keys[row]])
@@ -275,8 +275,3 @@ class MethodRun:
             said = {method: values[rows] for method, values in parts.items()}
             reduced = Reduced(losses[rows], scores[rows], parts=said)
             write_shard_scores(self.folder, name, keys, reduced, queries, run, version)
-
-
-def _queries_digest(queries: list[Sample]) -> str:
-    about = [[query.key, query.metadata] for query in queries]
-    return digest(settings_digest({"queries": about}), tensors_digest(named_arrays(queries)))

@@ -22,7 +22,7 @@ from lightning_unlearn.unlearning.module import UnlearningModule
 from lightning_unlearn.weights.delta_files import read_deltas
 
 # Of unlearning where it is asked together with others: its own scores, a run like any other.
-FOLDER = "unlearning"
+UNLEARNED = "unlearning"
 
 
 def unlearn(
@@ -86,10 +86,12 @@ def unlearned_for(
     module.strategy = Newton(target_increase=rise)
 
     def run() -> ScoreTable:
-        folder = output / FOLDER
-        writer = ScoreWriter(str(folder), "difference", data.on_bad_sample)
+        folder, views = output / UNLEARNED, module.views
+        writer = ScoreWriter(str(folder), "difference", data.on_bad_sample, keep_deviations=True)
+        module.views = views.fewer(method.every)
         deltas = unlearn(module, data, trainer, folder, writer)
         trainer.predict(module, data, return_predictions=False, ckpt_path=str(deltas))
+        module.views = views
         wait_for_scores(folder)
         data.skip_shards(frozenset())  # the methods that come now look at all of them
         return read_scores(folder)

@@ -28,7 +28,7 @@ Nothing else is decoded, and arrays are read with ``allow_pickle=False``: a shar
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -181,6 +181,30 @@ class SampleBatch:
         chosen = {name: array[rows, captions if array.shape[1] > 1 else 0] for name, array in self.conditions.items()}
         mask = None if self.masks is None else self.masks[rows]
         return ViewBatch(self.latents[rows] if latents is None else latents, chosen, mask)
+
+    def only(self, wanted: Container[str]) -> SampleBatch:
+        """The batch with some of its samples; what it says of its shard stays.
+
+        Args:
+            wanted: Their keys.
+
+        Returns:
+            A new batch, or the same if all are wanted.
+        """
+        rows = [row for row, key in enumerate(self.keys) if key in wanted]
+        if len(rows) == len(self.keys):
+            return self
+        return replace(
+            self,
+            keys=[self.keys[row] for row in rows],
+            latents=self.latents[rows],
+            conditions={name: array[rows] for name, array in self.conditions.items()},
+            caption_counts=self.caption_counts[rows],
+            latents_flip=None if self.latents_flip is None else self.latents_flip[rows],
+            places=[self.places[row] for row in rows] if self.places else [],
+            caption_weights=None if self.caption_weights is None else [self.caption_weights[row] for row in rows],
+            masks=None if self.masks is None else self.masks[rows],
+        )
 
     def to(self, device: torch.device) -> SampleBatch:
         """The batch with its tensors on ``device``; Lightning calls this for batches it does not know."""

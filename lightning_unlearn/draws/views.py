@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -106,6 +106,22 @@ class Views:
     def noises_scored(self) -> int:
         """Draws of each stratum that are scored, where all have the same number; 1 where they have not."""
         return 1 if self.noises % self.every else self.noises // self.every
+
+    def fewer(self, every: int) -> Views:
+        """Only some of these draws.
+
+        Args:
+            every: Each so manyth, or more of them where that does not divide them.
+
+        Returns:
+            New views.
+
+        Example:
+            >>> Views(timesteps=6).fewer(4).draws
+            2
+        """
+        divisor = max(number for number in range(1, every + 1) if self.draws % number == 0)
+        return replace(self, every=self.every * divisor)
 
     def settings(self) -> dict[str, Any]:
         """The views as JSON, for fingerprints.

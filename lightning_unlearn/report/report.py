@@ -19,7 +19,7 @@ from lightning_unlearn.data.files import write_atomically
 from lightning_unlearn.data.samples import Sample
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.report.figures import Floats, Picture, histogram, picture_of, power_of_ten
-from lightning_unlearn.report.words import duration, flatten, number, share, sureness
+from lightning_unlearn.report.words import duration, flatten, named_methods, number, share, sureness
 from lightning_unlearn.scores.race_folder import outcome
 from lightning_unlearn.scores.step_reasons import WORDS
 from lightning_unlearn.scores.table import ScoreTable
@@ -176,6 +176,7 @@ def _render(
         errors=table.errors is not None,
         shared=views.get("noise") == "shared",
         # As a person named it; earlier runs only say what tables call it.
+        together=named_methods(table.parts),
         method=run.get("method_class", run.get("method", {}).get("method")),
         race=outcome(run["race"], "set" if sets else "query") if "race" in run else None,
         run=run,

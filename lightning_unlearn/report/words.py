@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from lightning_unlearn.report.figures import power_of_ten
+from lightning_unlearn.scores.agreement import MOST_ALIKE
 
 
 def flatten(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
@@ -72,6 +73,19 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
+def named_methods(names: Iterable[str]) -> str:
+    """Methods that were asked together, as people call them.
+
+    Args:
+        names: As tables have them.
+
+    Returns:
+        E.g. ``DAS, D-TRAK and unlearning``.
+    """
+    called = [{"das": "DAS", "d_trak": "D-TRAK"}.get(name, name) for name in names]
+    return " and ".join(filter(None, (", ".join(called[:-1]), called[-1]))) if called else ""
+
+
 def sureness(found: Mapping[str, Any]) -> str:
     """How sure an answer is, in a sentence.
 
@@ -85,6 +99,13 @@ def sureness(found: Mapping[str, Any]) -> str:
         return ""
     words = str(found["words"]).capitalize()
     text = f"{words}: of their first ten the methods have {share(found['first_ten'])} in common"
+    if "correlation" in found:
+        text += f", and their scores correlate by {found['correlation']:.2f}"
     if "caption_share" in found:
         text += f"; {share(found['caption_share'])} of what tells images apart is their caption alone"
+    if "halves" in found:
+        text += f"; unlearning by one half of its views and by the other has {share(found['halves'])} of them in common"
+    for name, correlation in found.get("alike", {}).items():
+        if correlation > MOST_ALIKE:
+            text += f"; similarity of {name} alone says the same (a correlation of {number(correlation)})"
     return text + "."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from typing import Any
 
@@ -18,12 +18,16 @@ from lightning_unlearn.fingerprints import tensors_digest
 from lightning_unlearn.metrics.ranks import rank_correlation
 
 FIRST = 10
-AGREE, CAPTION, UNSURE = "methods agree", "caption only", "not sure"
+AGREE, CAPTION, PIXEL, UNSURE = "methods agree", "caption only", "pixels only", "not sure"
+# What an answer is compared with that knows nothing of the model.
+CAPTIONS, PIXELS = "captions", "pixels"
 # By the benches (benchmarks/how_sure.py): queries below both of the first two have a lower linear datamodelling score.
 # Either alone is not enough: where one image stands out the next nine are anyone's, and all of them agree on it.
 LEAST_FIRST_TEN = 0.6
 LEAST_CORRELATION = 0.8
 MOST_CAPTION = 0.9
+# Correlation with the similarity of captions or of pixels from which on an answer says no more than that.
+MOST_ALIKE = 0.9
 # Numbers about a picture itself, that some networks are given.
 _OF_PICTURES = frozenset(name for family in FAMILIES for name in family.facts(1, 1, (1, 1), (0, 0)))
 
@@ -40,18 +44,26 @@ class Agreement:
         correlation: Pearson's of the same scores, mean over pairs: it looks at those that stand out.
         caption_share: Share of the scores' variance that lies between captions, less what chance makes; ``None`` where
             no two samples, or all of them, have the same caption.
+        alike: Pearson's correlation of the scores with the similarity of ``captions`` and of ``pixels`` to the query's,
+            where they can be compared.
+        halves: Share of unlearning's first ten by one half of its draws of timestep and noise that are the first ten by
+            the other; ``None`` where nothing is unlearned, or on one draw.
     """
 
     first_ten: float
     rank_correlation: float
     correlation: float
     caption_share: float | None
+    alike: Mapping[str, float] = field(default_factory=dict)
+    halves: float | None = None
 
     @property
     def words(self) -> str:
-        """What the numbers say: ``methods agree``, ``caption only`` or ``not sure``."""
-        if self.caption_share is not None and self.caption_share > MOST_CAPTION:
+        """What the numbers say: ``methods agree``, ``caption only``, ``pixels only`` or ``not sure``."""
+        if (self.caption_share or 0.0) > MOST_CAPTION or self.alike.get(CAPTIONS, 0.0) > MOST_ALIKE:
             return CAPTION
+        if self.alike.get(PIXELS, 0.0) > MOST_ALIKE:
+            return PIXEL
         agree = self.first_ten >= LEAST_FIRST_TEN or self.correlation >= LEAST_CORRELATION
         return AGREE if agree else UNSURE
 
@@ -61,16 +73,25 @@ class Agreement:
         Returns:
             For ``run.json``.
         """
-        return {"words": self.words, **{name: value for name, value in asdict(self).items() if value is not None}}
+        numbers = {name: value for name, value in asdict(self).items() if value is not None and value != {}}
+        return {"words": self.words, **numbers}
 
 
-def agreements(parts: Mapping[str, Tensor], scores: Tensor, captions: Sequence[Hashable]) -> list[Agreement]:
+def agreements(
+    parts: Mapping[str, Tensor],
+    scores: Tensor,
+    captions: Sequence[Hashable],
+    similarities: Mapping[str, Tensor] | None = None,
+    halves: Tensor | None = None,
+) -> list[Agreement]:
     """How sure the answers for all queries are.
 
     Args:
         parts: Method to its scores ``(N, Q)``; at least two.
         scores: ``(N, Q)`` what they give together.
         captions: ``N`` captions, or whatever tells them apart.
+        similarities: Of samples and queries, ``captions`` and ``pixels`` to ``(N, Q)``, of those that are known.
+        halves: ``(2, N, Q)`` unlearning's scores by each half of its draws, if known.
 
     Returns:
         Of each query.
@@ -88,10 +109,19 @@ def agreements(parts: Mapping[str, Tensor], scores: Tensor, captions: Sequence[H
     order = torch.stack([rank_correlation(parts[one].mT, parts[other].mT) for one, other in pairs]).mean(0)
     alike = torch.stack([(standard[one] * standard[other]).mean(0) for one, other in pairs]).mean(0)
     between = caption_shares(scores, captions)
-    numbers = zip(shared.tolist(), order.tolist(), alike.tolist(), strict=True)
+    answer = standardised(scores)
+    looks = {name: (answer * standardised(values)).mean(0) for name, values in (similarities or {}).items()}
+    by_half = None if halves is None else (_first(halves[0], first) & _first(halves[1], first)).sum(0) / first
     return [
-        Agreement(*of_query, None if between is None else float(between[query]))
-        for query, of_query in enumerate(numbers)
+        Agreement(
+            float(shared[query]),
+            float(order[query]),
+            float(alike[query]),
+            None if between is None else float(between[query]),
+            {name: float(values[query]) for name, values in looks.items()},
+            None if by_half is None else float(by_half[query]),
+        )
+        for query in range(scores.shape[1])
     ]
 
 

@@ -17,6 +17,7 @@ from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher import Fisher
 from lightning_unlearn.fisher.source import find_fisher
 from lightning_unlearn.strategies import Problem, Strategy
+from lightning_unlearn.unlearning.chosen import chosen_weights
 from lightning_unlearn.unlearning.fixed_draws import draw_losses
 from lightning_unlearn.unlearning.frozen import FrozenModule
 from lightning_unlearn.unlearning.guards import check_needs, check_precision, check_unlearning, set_steps
@@ -59,13 +60,12 @@ class Unlearning(FrozenModule):
     ) -> None:
         if rise_draws < 1:
             raise InputError(f"rise_draws must be at least 1, but is {rise_draws}.")
-        super().__init__(network, objective, parameters)
+        selection, reason = chosen_weights(network, parameters, fisher)
+        super().__init__(network, objective, selection)
+        self.parameters_asked, self.parameters_selection, self.parameters_reason = parameters, selection, reason
         self.fisher_source = fisher
         self.strategy = strategy
-        self.damping = damping
-        self.seed = seed
-        self.rise_draws = rise_draws
-        self.parameters_selection = parameters
+        self.damping, self.seed, self.rise_draws = damping, seed, rise_draws
         self._problem: Problem | None = None
 
     @property
@@ -136,7 +136,8 @@ class Unlearning(FrozenModule):
                 "unlearn anew, without ckpt_path."
             )
         self._fingerprints |= made
-        self.settings = {**self.unlearning_settings(), "draws": self._datamodule.draws}
+        reason = {"parameters_reason": self.parameters_reason} if self.parameters_reason else {}
+        self.settings = {**self.unlearning_settings(), **reason, "draws": self._datamodule.draws}
         if self.members:
             self.settings["targets_by"] = self._datamodule.targets_by
         assert self.deltas is not None
@@ -146,7 +147,6 @@ class Unlearning(FrozenModule):
         self._problem = problem_of(self.strategy, self.deltas, self.layers, fisher, targets, fixed)
 
     def _given_fisher(self) -> Fisher | None:
-        """``None`` if there is none and the strategy needs none."""
         if self.fisher_source is None and not self.strategy.needs_fisher:
             return None
         return self.checked_fisher()

@@ -41,7 +41,8 @@ class UnlearningModule(Unlearning):
             folder and the header of the adapter say.
         fisher: A Fisher or its file; needed in ``fit``, unless the strategy is ``Mirrored``. ``identity`` is
             plain gradient ascent, for comparison.
-        parameters: Which weights are unlearned (see :func:`~lightning_unlearn.weights.parameters.select_layers`).
+        parameters: Which weights are unlearned (see :func:`~lightning_unlearn.weights.parameters.select_layers`). By
+            default those of the Fisher, and where there is none yet as many as are not too large.
         strategy: How deltas are found; by default one Newton step that brings a query's loss halfway to the mean loss
             of the samples that are scored, but up by at least a half.
         views: The views a sample is scored on.
@@ -72,7 +73,7 @@ class UnlearningModule(Unlearning):
         network: nn.Module | str,
         objective: Objective | None = None,
         fisher: Fisher | str | None = None,
-        parameters: str | list[str] = "text_kv",
+        parameters: str | list[str] = "auto",
         strategy: Strategy | None = None,
         views: Views | None = None,
         damping: float = 0.001,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,11 +14,14 @@ from torch import Tensor, nn
 
 from lightning_unlearn.diffusion.adapters import has_adapter
 from lightning_unlearn.diffusion.families import FAMILIES, family_of
-from lightning_unlearn.diffusion.families.selections import BROAD, resolved
+from lightning_unlearn.diffusion.families.selections import BROAD, automatic, checked
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.weights.coverage import OTHER_KINDS, seems_covered, uncovered
 
 SELECTIONS = ("auto", "text_kv", "cross_attention", "attention", "feed_forward", "linear", "all", "adapter")
+# What `auto` may take: weights, of which each query has a delta, and bytes of a Fisher's Kronecker factors in float32.
+# It is the same on all machines, so that a Fisher from another one is of the same layers.
+MOST_WEIGHTS, MOST_FACTORS = 10**8, 2**30
 # What PEFT makes of a layer; the base stays frozen.
 _ADAPTER = (r".*\.lora_[AB]\.[^.]+",)
 
@@ -99,8 +103,9 @@ def select_layers(network: nn.Module, selection: str | Sequence[str]) -> dict[st
         network: The denoiser.
         selection: ``"text_kv"`` (keys and values of attention to the text), ``"cross_attention"``, ``"attention"``,
             ``"feed_forward"`` (the two layers of each transformer block's MLP), ``"linear"`` (every Linear), ``"all"``
-            (every Linear and Conv2d; norms and embeddings are left out), ``"auto"`` (what the network's family says),
-            ``"adapter"`` (A and B of a LoRA, nothing of its base), or regular expressions that whole layer names match.
+            (every Linear and Conv2d; norms and embeddings are left out), ``"adapter"`` (A and B of a LoRA, nothing of
+            its base), ``"auto"`` (see :func:`automatic_selection`), or regular expressions that whole layer names
+            match.
             ``"linear"`` and ``"all"`` leave out, with a warning that names them, layers that have no per-sample
             gradient here; where one of these is named otherwise, it is refused.
 
@@ -121,6 +126,8 @@ def select_layers(network: nn.Module, selection: str | Sequence[str]) -> dict[st
     if isinstance(selection, str) and selection not in SELECTIONS:
         known = ", ".join(SELECTIONS)
         raise InputError(f"Unknown selection {selection!r}; choose {known}, or give a list of patterns.")
+    if selection == "auto":
+        selection, _ = automatic_selection(network)
     if isinstance(selection, str) and selection != "adapter" and has_adapter(network):
         raise InputError(
             f"The network has an adapter, and {selection!r} is of networks without one; choose `adapter`, which takes "
@@ -129,12 +136,12 @@ def select_layers(network: nn.Module, selection: str | Sequence[str]) -> dict[st
     if selection == "adapter" and not has_adapter(network):
         raise InputError("The network has no adapter whose weights could be chosen; name one, or other parameters.")
     covered = {name: module for name, module in network.named_modules() if seems_covered(module)}
-    names: Sequence[str] = _resolved(network, selection) if isinstance(selection, str) else ()
-    if broad := [name for name in names if name in BROAD]:
-        return _all_that_can_be(network, covered, " and ".join(broad), linear_only="all" not in broad)
+    if isinstance(selection, str) and selection in BROAD:  # networks of no family have all their layers, too
+        return _all_that_can_be(network, covered, selection, linear_only=selection == "linear")
     patterns: Sequence[str] = selection if not isinstance(selection, str) else _ADAPTER
     if isinstance(selection, str) and selection != "adapter":
-        patterns = [pattern for name in names for pattern in family_of(network).selections[name]]
+        family = family_of(network)
+        patterns = family.selections[checked(family, selection)]
     try:
         chosen: dict[str, nn.Module] = {
             name: module for name, module in covered.items() if any(re.fullmatch(pattern, name) for pattern in patterns)
@@ -148,9 +155,48 @@ def select_layers(network: nn.Module, selection: str | Sequence[str]) -> dict[st
     return chosen
 
 
-def _resolved(network: nn.Module, selection: str) -> Sequence[str]:
-    # Networks of no family have all their layers, too.
-    return [selection] if selection in (*BROAD, "adapter") else resolved(family_of(network), selection)
+def automatic_selection(network: nn.Module) -> tuple[str, str]:
+    """What ``auto`` means: with an adapter the adapter's weights, else the most that is not too large.
+
+    That is all layers, else all linear ones, else those of attention, else, where text has layers of its own, what the
+    picture has of it: the first with at most ``MOST_WEIGHTS`` weights, and a Fisher whose Kronecker factors take at
+    most ``MOST_FACTORS`` bytes; the last one, whatever its size. It depends on nothing but the network.
+
+    Args:
+        network: The denoiser, perhaps on the meta device.
+
+    Returns:
+        The selection's name, and why it is this one.
+
+    Raises:
+        InputError: If there is no layer to choose.
+
+    Example:
+        >>> automatic_selection(nn.Linear(2, 2))[0]
+        'all'
+    """
+    if has_adapter(network):
+        return "adapter", "the network has an adapter"
+    family = next((family for family in FAMILIES if family.knows(network)), None)
+    found: list[tuple[str, str]] = []
+    larger: list[str] = []
+    for name in automatic(family):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                specs = layer_specs(select_layers(network, name)).values()
+        except InputError:
+            if not found:
+                raise  # there is not one layer
+            continue
+        weights = sum(math.prod(shape) for spec in specs for shape in spec.parameter_shapes.values())
+        factors = 4 * sum(spec.weight_shape[0] ** 2 + math.prod(spec.weight_shape[1:]) ** 2 for spec in specs)
+        size = f"{len(specs)} layers, {weights:,} weights"
+        found.append((name, f"{size}; {' and '.join(larger)} would be too large" if larger else size))
+        if weights <= MOST_WEIGHTS and factors <= MOST_FACTORS:
+            break
+        larger.append(f"{name!r}")
+    return found[-1]
 
 
 def _refuse_none(

@@ -561,17 +561,29 @@ def test_gradient_checkpointing_gives_the_same(tmp_path: Path) -> None:
             assert_sums(fisher, plain.tensors(), 4)
 
 
-def test_defaults_collect_text_keys_and_values_of_a_diffusers_unet(tmp_path: Path) -> None:
+def test_defaults_collect_all_layers_of_a_diffusers_unet(tmp_path: Path) -> None:
     module = DiffusersModule(None)
     fisher = fit(tmp_path, module, accumulator_of(), samples(4))
-    assert set(fisher.layers) == set(select_layers(module.unet, "text_kv"))
+    assert set(fisher.layers) == set(select_layers(module.unet, "all"))
     assert fisher.provenance["objective"] == json.loads(json.dumps(module.objective.settings()))
     assert fisher.provenance["target"] == "unet"
     assert fisher.provenance["module"].endswith("DiffusersModule")
     assert fisher.provenance["averaged_weights_in_run"] is False
     # The weights beside the sums are those at the end of training.
-    ends = layer_parameters(select_layers(module.unet, "text_kv"))
+    ends = layer_parameters(select_layers(module.unet, "all"))
     assert all(torch.equal(fisher.weights[name], parameter) for name, parameter in ends.items())
+
+
+def test_by_default_what_is_trained_is_collected(tmp_path: Path) -> None:
+    module = DiffusersModule(None)
+    module.unet.requires_grad_(False)
+    trained = select_layers(module.unet, "text_kv")
+    for layer in trained.values():
+        layer.requires_grad_(True)
+    with pytest.warns(UserWarning, match=rf"of {len(trained)} layers alone, since this training leaves \d+ others"):
+        fisher = fit(tmp_path, module, accumulator_of(), samples(4))
+    assert set(fisher.layers) == set(trained)
+    assert fisher.weights.keys() == layer_parameters(trained).keys()
 
 
 class Adversarial(SomebodysModule):

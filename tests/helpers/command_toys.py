@@ -77,6 +77,7 @@ def toy_config() -> dict[str, Any]:
                 "network": UNET,
                 "weights": "${oc.env:TOYS}/network.pt",
                 "fisher": "${oc.env:TOYS}/fisher.safetensors",
+                "parameters": "text_kv",
                 "rise_draws": 4,
                 # The toy was never trained, and its weights hardly raise a loss: without bounds it is as far as wanted.
                 "strategy": {

@@ -70,8 +70,6 @@ class Family(ABC):
         variance: Whether networks may predict a variance in a second half of their channels. The loss is that of the
             first half: what is attributed is the prediction of the noise, and the variance's part of the training loss
             (Nichol and Dhariwal, arXiv 2102.09672, Eq. 16) is not.
-        auto: The selections that ``auto`` means, with commas between; by default ``text_kv`` where the family has
-            cross-attention to its text, else attention and feed-forward.
         left_out: Regular expressions of layers that ``all`` and ``linear`` can't take, and why: their rows are not
             samples, or their weights are used without them.
         plain: Settings by which a network takes more than the family gives it: the values with which it does not, and
@@ -86,7 +84,6 @@ class Family(ABC):
     vae_class: ClassVar[str] = "AutoencoderKL"
     flow: ClassVar[FlowTraining | None] = None
     variance: ClassVar[bool] = False
-    auto: ClassVar[str] = ""
     left_out: ClassVar[Mapping[str, str]] = {}
     plain: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {}
 

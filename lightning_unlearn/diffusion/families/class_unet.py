@@ -65,7 +65,6 @@ class ClassUNetFamily(Family):
     selections: ClassVar[Mapping[str, Sequence[str]]] = {
         "attention": (r".*\.attentions\.\d+\.(to_[qkv]|to_out\.0)",),
     }
-    auto: ClassVar[str] = "all"
 
     def needs(self, network: nn.Module) -> Mapping[str, Condition]:
         """See :meth:`Family.needs`."""

@@ -27,7 +27,6 @@ class Kandinsky2Family(Family):
         "attention": (r".*\.attentions\.\d+\.(to_[qkv]|add_[kv]_proj|to_out\.0)",),
     }
     vae_class: ClassVar[str] = "VQModel"
-    auto: ClassVar[str] = "cross_attention"
     variance: ClassVar[bool] = True
 
     def knows(self, network: nn.Module) -> bool:

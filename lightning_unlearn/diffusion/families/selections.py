@@ -19,25 +19,40 @@ BLOCK_SELECTIONS: Mapping[str, Sequence[str]] = {
 """Of diffusers' transformer blocks with cross-attention, whatever network they are in."""
 
 
-def resolved(family: Family, selection: str) -> Sequence[str]:
-    """The selections that a named one means in a family.
+AUTOMATIC = (*reversed(BROAD), "attention", "cross_attention", "text_kv")
+"""What ``auto`` means: the first of these that is not too large."""
+
+
+def automatic(family: Family | None) -> Sequence[str]:
+    """The selections that ``auto`` may mean in a family, from the broadest to the narrowest.
+
+    Args:
+        family: The network's; ``None`` where no family knows it.
+
+    Returns:
+        At least two names.
+    """
+    there = {*BROAD, *(family.selections if family is not None else ())}
+    if "cross_attention" not in there:
+        # Where text and picture attend to each other in one stream, text passes through far more than its keys.
+        there.discard("text_kv")
+    return [name for name in AUTOMATIC if name in there]
+
+
+def checked(family: Family, selection: str) -> str:
+    """A selection that means something in a family.
 
     Args:
         family: The network's.
-        selection: Its name; ``"auto"`` for what the family says.
+        selection: Its name.
 
     Returns:
-        Names of the family's selections, or of :data:`BROAD` ones.
+        The same.
 
     Raises:
-        InputError: If the selection means nothing there.
+        InputError: If it means nothing there.
     """
     there = [*family.selections, *BROAD]
-    if selection == "auto":
-        # Where text and picture attend to each other in one stream, text passes through far more than its keys.
-        crossing = {"text_kv", "cross_attention"} <= family.selections.keys()
-        usual = "text_kv" if crossing else "attention, feed_forward"
-        return [name for name in (family.auto or usual).split(", ") if name in there]
     if selection not in there:
         raise InputError(f"{family.title} has no weights that {selection!r} means; choose one of {', '.join(there)}.")
-    return [selection]
+    return selection

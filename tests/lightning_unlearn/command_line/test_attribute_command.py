@@ -35,6 +35,7 @@ from lightning_unlearn.training import FisherPass
 from lightning_unlearn.unlearning.module import UnlearningModule
 
 QUIET = ["--trainer.enable_progress_bar", "false"]
+UNLEARNING = ["--method", "unlearning"]
 DIAGONAL = ["--kind", "diagonal"]
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
 
@@ -98,7 +99,7 @@ def test_attribute_leaves_deltas_scores_settings_and_a_report(attributed: Path) 
     assert len(list((attributed / "scores").glob("*.parquet"))) == len(settings["shards"]) == 5
     assert settings["views"]["timesteps"] == 2
     for result in settings["targets"].values():
-        assert result["rise"] == pytest.approx(0.5, rel=1e-3)
+        assert result["rise"] == pytest.approx(0.3, rel=1e-3)
     table = read_scores(attributed)
     assert table.queries == ["query-00000", "query-00001"]
     assert np.isfinite(table.scores).all()
@@ -110,7 +111,7 @@ def test_second_run_says_what_is_done_and_makes_nothing_again(
     attributed: Path, config: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = files(attributed)
-    run("attribute", "--config", config, "--output", attributed)
+    run("attribute", "--config", config, "--output", attributed, *UNLEARNING)
     said = capsys.readouterr().out
     assert files(attributed) == before
     assert f"2 queries unlearned already, in {attributed / 'deltas.ckpt'}." in said
@@ -231,7 +232,7 @@ def test_attribute_reads_calmly(
     output = tmp_path / "run"
     with warnings.catch_warnings(record=True) as warned, caplog.at_level(logging.INFO):
         warnings.simplefilter("always")
-        run("attribute", "--config", config, "--output", output)
+        run("attribute", "--config", config, "--output", output, *UNLEARNING)
     bar = r"(Training|Epoch \d+|Scoring): .*| +"
     lines = [line for line in re.split(r"[\r\n]+", capfd.readouterr().out) if line and not re.fullmatch(bar, line)]
     assert lines == [
@@ -581,7 +582,7 @@ def test_checkpoint_of_a_foreign_module_is_attributed_with_its_own_objective(
     page = (tmp_path / "run" / "report.html").read_text()
     assert "<h3>Network</h3>" in page
     assert f'<dt>averaged</dt><dd dir="auto">{str(taken).lower()}</dd>' in page
-    assert all(result["rise"] == pytest.approx(0.5, rel=1e-3) for result in table.run["targets"].values())
+    assert all(result["rise"] == pytest.approx(0.3, rel=1e-3) for result in table.run["targets"].values())
 
 
 def test_averaged_and_raw_weights_are_told_apart(somebodys: Path) -> None:
@@ -595,7 +596,8 @@ def test_foreign_checkpoint_from_python(somebodys: Path, tmp_path: Path) -> None
     config = write_config(tmp_path / "theirs.yaml", somebodys_config(somebodys, "plain.ckpt"))
     run("fisher", "--config", config, "--passes", "1", *DIAGONAL, "--output", tmp_path / "fisher.safetensors", *QUIET)
     theirs = somebodys_config(somebodys, "plain.ckpt", fisher=str(tmp_path / "fisher.safetensors"))
-    run("attribute", "--config", write_config(tmp_path / "theirs.yaml", theirs), "--output", tmp_path / "run", *QUIET)
+    config = write_config(tmp_path / "theirs.yaml", theirs)
+    run("attribute", "--config", config, "--output", tmp_path / "run", *UNLEARNING, *QUIET)
 
     from somebodys_module import TheirObjective
 

@@ -8,7 +8,15 @@ import torch
 from lightning_unlearn.data.batches import collate_samples
 from lightning_unlearn.data.samples import Sample
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.scores.agreement import AGREE, CAPTION, UNSURE, agreements, caption_digests, caption_shares
+from lightning_unlearn.scores.agreement import (
+    AGREE,
+    CAPTION,
+    PIXEL,
+    UNSURE,
+    agreements,
+    caption_digests,
+    caption_shares,
+)
 
 
 def noise(samples: int, seed: int, queries: int = 1) -> torch.Tensor:
@@ -45,6 +53,33 @@ def test_words() -> None:
     (found,) = agreements({"one": by_caption, "other": by_caption}, by_caption, captions)
     assert found.caption_share == pytest.approx(1.0)
     assert [*words.values(), found.words] == [AGREE, UNSURE, CAPTION]
+
+
+def test_an_answer_that_says_no_more_than_captions_or_pixels() -> None:
+    parts = {"one": noise(40, 0, 2), "other": noise(40, 1, 2)}
+    scores = parts["one"] + parts["other"]
+    alike = {"captions": scores + 0.1 * noise(40, 2, 2), "pixels": -scores}
+    alike["captions"][:, 1], alike["pixels"][:, 1] = -scores[:, 1], 3 * scores[:, 1] - 7
+    found = agreements(parts, scores, list(range(40)), alike)
+    assert [one.words for one in found] == [CAPTION, PIXEL]
+    both = torch.stack([scores[:, 0], alike["captions"][:, 0]])
+    assert found[0].alike["captions"] == pytest.approx(float(torch.corrcoef(both)[0, 1]))
+    assert found[1].record()["alike"]["pixels"] == pytest.approx(1.0)
+    assert [one.words for one in agreements(parts, scores, list(range(40)), {"pixels": noise(40, 3, 2)})] == [
+        UNSURE
+    ] * 2
+
+
+def test_halves_of_the_views_have_first_ones_in_common() -> None:
+    parts = {"one": noise(40, 0), "other": noise(40, 1)}
+    first = torch.arange(40.0)[:, None]
+    second = first.clone()
+    second[:4] += 100  # of its first ten six are the other's
+    (found,) = agreements(parts, parts["one"], list(range(40)), halves=torch.stack([first, second]))
+    assert found.halves == pytest.approx(0.6)
+    (without,) = agreements(parts, parts["one"], list(range(40)))
+    assert without.halves is None
+    assert "halves" not in without.record()
 
 
 def test_scores_that_know_nothing_of_captions_have_no_share() -> None:

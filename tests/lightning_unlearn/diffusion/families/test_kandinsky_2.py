@@ -67,7 +67,6 @@ def test_latents_are_the_codes_before_they_are_quantised(pipeline: Any) -> None:
 def test_selections_are_the_layers_they_name(pipeline: Any) -> None:
     crossing = {name for name, _ in pipeline.unet.named_modules() if name.endswith(("add_k_proj", "add_v_proj"))}
     assert set(select_layers(pipeline.unet, "cross_attention")) == crossing
-    assert set(select_layers(pipeline.unet, "auto")) == crossing
     assert crossing < set(select_layers(pipeline.unet, "attention"))
     with pytest.raises(InputError, match=r"Kandinsky 2\.2 has no weights that 'text_kv' means; choose one of cross"):
         select_layers(pipeline.unet, "text_kv")

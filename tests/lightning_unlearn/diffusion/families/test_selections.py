@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -18,9 +19,9 @@ from toys import tiny_unet
 
 from lightning_unlearn.data.samples import ViewBatch
 from lightning_unlearn.diffusion.families import FAMILIES, Family, family_of
-from lightning_unlearn.diffusion.families.selections import resolved
+from lightning_unlearn.diffusion.families.selections import automatic, checked
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.weights.parameters import SELECTIONS, select_layers
+from lightning_unlearn.weights.parameters import SELECTIONS, automatic_selection, layer_specs, select_layers
 
 PIPELINES: dict[str, Callable[[Path], Path]] = {
     **{name: kind.make for name, kind in KINDS.items() if not name.endswith("_dev")},
@@ -72,17 +73,16 @@ def test_rows_of_all_that_is_chosen_are_samples(name: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.title)
-def test_auto_is_the_text_where_only_text_enters_and_more_where_streams_join(family: Family) -> None:
-    names = resolved(family, "auto")
-    assert names
-    if {"text_kv", "cross_attention"} <= family.selections.keys():
-        assert names == ["text_kv"]
-    elif not family.auto:
-        assert names == ["attention", "feed_forward"]
+def test_auto_narrows_to_the_text_where_only_text_enters(family: Family) -> None:
+    names = automatic(family)
+    assert names[:2] == ["all", "linear"]
+    text = {"text_kv", "cross_attention"} <= family.selections.keys()
+    assert (names[-1] == "text_kv") == text
+    assert text or "text_kv" not in names
     for selection in ("text_kv", "cross_attention", "attention", "feed_forward"):
         if selection not in family.selections:
             with pytest.raises(InputError, match=r"no weights that .* means; choose one of .*linear, all"):
-                resolved(family, selection)
+                checked(family, selection)
 
 
 def test_what_is_left_out_is_said_once_and_named() -> None:
@@ -108,8 +108,27 @@ def test_layers_that_share_a_weight_are_both_left_out() -> None:
         assert list(select_layers(network, "all")) == ["2"]
 
 
-def test_text_kv_stays_what_a_unet_s_auto_means() -> None:
+def test_auto_is_all_that_is_not_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
     network = tiny_unet()
-    assert list(select_layers(network, "auto")) == list(select_layers(network, "text_kv"))
-    assert "auto" in SELECTIONS
     assert family_of(network).title == "Stable Diffusion 1 and 2"
+    assert "auto" in SELECTIONS
+    names = ("all", "linear", "attention", "cross_attention", "text_kv")
+    specs = [layer_specs(select_layers(network, name)).values() for name in names]
+    weights = [sum(math.prod(shape) for one in found for shape in one.parameter_shapes.values()) for found in specs]
+    factors = [
+        4 * sum(one.weight_shape[0] ** 2 + math.prod(one.weight_shape[1:]) ** 2 for one in found) for found in specs
+    ]
+    for limit, sizes in (("MOST_WEIGHTS", weights), ("MOST_FACTORS", factors)):
+        for name, size in zip(names, sizes, strict=True):
+            with monkeypatch.context() as context:
+                context.setattr(f"lightning_unlearn.weights.parameters.{limit}", size)
+                assert automatic_selection(network)[0] == name
+                assert list(select_layers(network, "auto")) == list(select_layers(network, name))
+        with monkeypatch.context() as context:
+            context.setattr(f"lightning_unlearn.weights.parameters.{limit}", 1)
+            name, why = automatic_selection(network)
+            assert name == "text_kv"  # the last, whatever its size
+            assert why.endswith("'all' and 'linear' and 'attention' and 'cross_attention' would be too large")
+    assert automatic_selection(nn.Sequential(nn.Linear(1, 1)))[0] == "all"  # of no family
+    with pytest.raises(InputError, match="No Linear or Conv2d layer of ReLU"):
+        automatic_selection(nn.ReLU())

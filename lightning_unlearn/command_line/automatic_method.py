@@ -1,0 +1,91 @@
+"""What is taken where nobody names it: several methods together, or unlearning where they can't be; the weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from lightning.pytorch import Trainer
+
+from lightning_unlearn.baselines.base import Baseline
+from lightning_unlearn.baselines.consensus import Consensus
+from lightning_unlearn.baselines.sketch import kernel_bytes
+from lightning_unlearn.command_line.command_parts import say
+from lightning_unlearn.datamodules import AttributionDataModule
+from lightning_unlearn.preparation.disk import in_words
+from lightning_unlearn.strategies import Newton
+from lightning_unlearn.unlearning.module import UnlearningModule
+from lightning_unlearn.weights.parameters import layer_parameters
+
+# What the kernels of all samples may take by default, however much there is.
+MOST_MEMORY = 2**34
+
+
+def automatic_method(
+    module: UnlearningModule, data: AttributionDataModule, trainer: Trainer, given: Sequence[str]
+) -> Baseline | None:
+    """The method for a job, and a sentence where it is not the usual one.
+
+    Args:
+        module: Names the weights, the views and how is unlearned.
+        data: Names the queries and the shards; they are looked at.
+        trainer: Says how many processes there are, and in which precision they work.
+        given: Options that a person gave and unlearning alone has.
+
+    Returns:
+        :class:`~lightning_unlearn.baselines.Consensus`; ``None`` for unlearning alone.
+    """
+    method = Consensus()
+    why = _asked_for(module, data, trainer, given) or _in_the_way(method, module, data)
+    if why:
+        say(f"Unlearning alone scores the images, without D-TRAK and DAS beside it, since {why}.")
+        return None
+    return method
+
+
+def _asked_for(module: UnlearningModule, data: AttributionDataModule, trainer: Trainer, given: Sequence[str]) -> str:
+    """What a person asked for that only unlearning can do."""
+    if given:
+        return f"{', '.join(given)} {'is' if len(given) == 1 else 'are'} for it"
+    if module.strategy.settings() != Newton().settings():
+        return "the model names a strategy"
+    if data.targets_by is not None:
+        return f"targets_by asks for sets of queries ({data.targets_by}), and the others know single pictures"
+    if data.keys is not None:
+        return "keys asks for some images alone, and the others compare all of them"
+    if trainer.world_size > 1:
+        return f"the others work in one process, and the Trainer has {trainer.world_size}"
+    if trainer.precision != "32-true":
+        return f"the others work in precision 32-true, and the Trainer in {trainer.precision}"
+    return ""
+
+
+def _in_the_way(method: Baseline, module: UnlearningModule, data: AttributionDataModule) -> str:
+    """What of the queries and the samples stands in the way of the other methods."""
+    data.setup("predict")
+    masked = [query.key for query in data.queries if query.mask is not None]
+    if masked:
+        return f"the query {masked[0]!r} has a mask, and the others look at whole pictures"
+    lacking = [query.key for query in data.queries if query.latent_flip is None]
+    if module.views.flips and lacking:
+        return f"the query {lacking[0]!r} has no latent_flip.npy, and the others look at its flip, too"
+    counts = [shard.samples for shard in data.shards]
+    samples = sum(count for count in counts if count is not None)
+    weights = sum(weight.numel() for weight in layer_parameters(module.layers).values())
+    needed = kernel_bytes(samples, weights, method.gradient_kinds)
+    there = min(MOST_MEMORY, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    if needed > there:
+        return f"what they keep of {samples:,} images takes {in_words(needed)} of memory, of {in_words(there)} here"
+    return ""
+
+
+def say_of_weights(module: UnlearningModule) -> None:
+    """Say which weights are looked at, where nobody named them.
+
+    Args:
+        module: With the chosen weights.
+    """
+    if module.parameters_reason:
+        chosen = module.parameters_selection
+        named = repr(chosen) if isinstance(chosen, str) else f"{len(chosen)} layers"
+        say(f"Weights: {named} ({module.parameters_reason}).")
