@@ -46,25 +46,28 @@ def code_of(image: Image.Image) -> Code:
     from PIL import Image as Images
 
     small = image.convert("RGB").resize((FINE, FINE), Images.Resampling.BICUBIC, reducing_gap=3.0)
-    pixels = np.asarray(small, np.float32) / 255
+    pixels = np.asarray(small)
+    counts = np.bincount(pixels.ravel(), minlength=256)
     code = np.zeros((len(LEVELS), SIDE, SIDE, 3), np.uint8)
     for place, level in enumerate(LEVELS):
-        bright = pixels if level == 0 else _brightened(pixels, level)
-        if bright is not None:
-            means = bright.reshape(SIDE, FINE // SIDE, SIDE, FINE // SIDE, 3).mean((1, 3))
-            code[place] = np.rint(255 * means)
+        gain = 1.0 if level == 0 else _gain(counts, level)
+        if gain is not None:
+            bright = np.minimum(255, gain * np.arange(256, dtype=np.float32))[pixels]
+            code[place] = np.rint(bright.reshape(SIDE, FINE // SIDE, SIDE, FINE // SIDE, 3).mean((1, 3)))
     return code
 
 
-def _brightened(pixels: NDArray[np.float32], level: float) -> NDArray[np.float32] | None:
-    """The picture times the gain that brings its mean to a level; ``None`` where that is none or too large."""
-    if pixels.mean() > level or np.minimum(1, MOST_GAIN * pixels).mean() < level:
-        return None
-    low, high = 1.0, MOST_GAIN
-    for _ in range(16):
-        middle = (low * high) ** 0.5
-        low, high = (middle, high) if np.minimum(1, middle * pixels).mean() < level else (low, middle)
-    return np.minimum(1, high * pixels)
+def _gain(counts: NDArray[np.int64], level: float) -> float | None:
+    """How many times as bright a picture's mean is the level, white being cut off; ``None`` where it can't be so."""
+    # With values up to a certain one below white, and all others white, the mean is linear in the gain.
+    values = np.arange(256) / 255
+    below = np.cumsum(counts * values)
+    white = counts.sum() - np.cumsum(counts)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        gains = (level * counts.sum() - white) / below
+        fits = (gains * values <= 1 + 1e-9) & (gains * np.append(values[1:], np.inf) >= 1 - 1e-9)
+    fits &= (gains >= 1) & (gains <= MOST_GAIN)
+    return float(gains[fits][0]) if fits.any() else None
 
 
 def near_copies(codes: Mapping[str, Code]) -> dict[str, tuple[str, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from lightning_unlearn.scores.table import ScoreTable
 
 Rows = NDArray[np.intp]
 
-# Among so many near-copies are looked for; as many pictures are decoded, some 2 ms each.
+# Among so many near-copies are looked for; as many pictures are decoded, in some milliseconds each.
 MOST_LOOKED_AT = 10_000
 
 
@@ -151,9 +152,13 @@ class Ranking:
     def __init__(self, table: ScoreTable, samples: Mapping[str, Kept], copies: Mapping[str, tuple[str, ...]]) -> None:
         self.table, self.samples, self.copies = table, samples, copies
         self._rows = {key: row for row, key in enumerate(table.keys)}
-        # The place of each key among all, by which ties are broken.
-        self._places = np.empty(len(table.keys), np.intp)
-        self._places[np.argsort(np.asarray(table.keys), kind="stable")] = np.arange(len(table.keys))
+
+    @cached_property
+    def _places(self) -> Rows:
+        """The place of each key among all, by which ties are broken."""
+        places = np.empty(len(self.table.keys), np.intp)
+        places[np.argsort(np.asarray(self.table.keys), kind="stable")] = np.arange(len(places))
+        return places
 
     def top(self, query: str, ends: Ends, most: int) -> list[Ranked]:
         """The most influential images; near-copies of one that stands above are told in its row.

@@ -18,6 +18,7 @@ from lightning_unlearn.report.content import Content
 from lightning_unlearn.report.groups import Share, counted
 from lightning_unlearn.report.kept import Kept
 from lightning_unlearn.report.ranking import Ranked
+from lightning_unlearn.report.words import without_folders
 from lightning_unlearn.scores.table import ScoreTable
 
 LABEL = "org.lightning-unlearn.attribution"
@@ -132,7 +133,7 @@ def report_record(
         "training_images": len(table.keys),
         "shards": {"scored": len(set(table.shards)), "all": len(table.run.get("shards", {}))},
         "fingerprints": table.run.get("fingerprints", {}),
-        "settings": {name: table.run[name] for name in SETTINGS if name in table.run},
+        "settings": _settings(table.run),
         "near_copies": {
             "looked_at": looked_at,
             "groups": [list(group) for group in sorted(set(copies.values()))],
@@ -180,7 +181,7 @@ def assertion(
             "question": "Which training images made these pictures possible?",
             "method": {
                 "name": run.get("method_class", run.get("method", {}).get("method")) or "unlearning",
-                "settings": {name: run[name] for name in SETTINGS if name in run},
+                "settings": _settings(run),
             },
             "fingerprints": {"alg": "blake2b-128", **run.get("fingerprints", {})},
             "training_data": {
@@ -199,6 +200,11 @@ def assertion(
             "does_not_say": list(NOT_SAID),
         },
     }
+
+
+def _settings(run: Mapping[str, Any]) -> dict[str, Any]:
+    settings: dict[str, Any] = without_folders({name: run[name] for name in SETTINGS if name in run})
+    return settings
 
 
 def _version(table: ScoreTable) -> str:

@@ -19,7 +19,7 @@ from lightning_unlearn.report.pages import MOST_ON_ONE, Pages
 from lightning_unlearn.report.pictures import InFiles, InPage
 from lightning_unlearn.report.ranking import Ranking, depth, ends_of, fetched, looked_at
 from lightning_unlearn.report.records import assertion, query_record, report_record
-from lightning_unlearn.report.words import flatten
+from lightning_unlearn.report.words import flatten, without_folders
 from lightning_unlearn.scores.race_folder import outcome
 from lightning_unlearn.scores.table import ScoreTable
 
@@ -142,7 +142,7 @@ def _common(
     recorded: str | None,
 ) -> dict[str, Any]:
     """What all pages say, by the names that the templates have for it."""
-    run = table.run
+    run = without_folders(table.run)
     views = dict(run.get("views", {}))
     if views.get("captions", 0) is None:
         views["captions"] = "all"
@@ -184,7 +184,7 @@ def _looked(images: int, coded: int, looked: int, groups: int) -> str:
     among = "all training images" if looked == images else f"the {looked:,} that rank highest for any of the pictures"
     if coded < looked:
         among += f", of which {coded:,} have a picture"
-    found = "none" if not groups else f"{groups:,} group{'s' if groups > 1 else ''}"
+    found = f"{groups:,} group{'' if groups == 1 else 's'}"
     return (
         f"Near-copies share their influence, and stand in one row. They were looked for by their pixels among {among} "
         f"({found} found); pictures that were cropped or mirrored are not found."

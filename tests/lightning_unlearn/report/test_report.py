@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,6 +21,7 @@ from PIL import Image
 
 from lightning_unlearn.data.samples import Sample
 from lightning_unlearn.errors import InputError
+from lightning_unlearn.report import ranking
 from lightning_unlearn.report.report import MEMBERS, shown_queries, write_report
 from lightning_unlearn.report.words import duration, number
 from lightning_unlearn.scores.table import ScoreTable
@@ -83,10 +84,6 @@ def _table(
     return ScoreTable(keys, ["shard-a"] * len(keys), queries, scores, base, content)
 
 
-def _samples(keys: Sequence[str]) -> dict[str, Sample]:
-    return {key: _sample(key) for key in keys}
-
-
 class _Page(HTMLParser):
     """Tags with their attributes, the text of each element with a class, and the rest of the text."""
 
@@ -101,7 +98,8 @@ class _Page(HTMLParser):
         self.tags.append((tag, {name: value or "" for name, value in attributes}))
 
     def handle_data(self, data: str) -> None:
-        self.words.append(data)
+        if self.tags[-1][0] != "script" if self.tags else True:
+            self.words.append(data)
 
     @property
     def text(self) -> str:
@@ -112,7 +110,11 @@ class _Page(HTMLParser):
 
 
 def _page(folder: Path, table: ScoreTable, queries: Sequence[Sample] = (), samples: Any = None, **options: Any) -> str:
-    fetch = _samples if samples is None else lambda keys: {key: samples[key] for key in keys if key in samples}
+    def fetch(keys: frozenset[str]) -> Iterator[Sample]:
+        yield from (
+            _sample(key) if samples is None else samples[key] for key in keys if samples is None or key in samples
+        )
+
     return write_report(folder / "report.html", table, queries, fetch, **options).read_text("utf-8")
 
 
@@ -157,7 +159,7 @@ def _evil_page(folder: Path) -> str:
 
 def test_no_caption_key_metadata_or_setting_becomes_markup(tmp_path: Path) -> None:
     page = _Page(_evil_page(tmp_path))
-    assert not page.all("script")
+    assert page.all("script") == [{}]  # the one that searches
     assert not page.all("b")
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
     for text in EVIL:
@@ -172,13 +174,13 @@ def test_the_page_refers_to_nothing_outside_itself(tmp_path: Path) -> None:
     assert "https://" not in page
     assert "@import" not in page
     parsed = _Page(page)
-    assert not [tag for tag, _ in parsed.tags if tag in ("link", "script", "iframe", "object", "embed", "base", "form")]
+    assert not [tag for tag, _ in parsed.tags if tag in ("link", "iframe", "object", "embed", "base", "form")]
     for _, attributes in parsed.tags:
         for name in ("src", "href", "xlink:href", "srcset", "poster", "data", "background"):
             assert attributes.get(name, "#").startswith(("#", "data:image/")), attributes
     assert set(re.findall(r"url\((.)", page)) <= {"#"}
     policy = next(meta["content"] for meta in parsed.all("meta") if meta.get("http-equiv") == "Content-Security-Policy")
-    assert policy.startswith("default-src 'none'; img-src data:; style-src 'unsafe-inline'")
+    assert policy.startswith("default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-")
 
 
 def test_ids_are_unique_and_every_reference_inside_the_page_has_its_aim(tmp_path: Path) -> None:
@@ -400,10 +402,10 @@ def test_the_least_influential_are_the_last_ones_and_never_those_at_the_top(tmp_
 
 
 def test_settings_versions_fingerprints_counts_and_time_stand_at_the_end(tmp_path: Path) -> None:
-    text = _Page(_page(tmp_path, _table(np.zeros(1234)), top=2)).text
-    end = text[text.index("How it was made") :]
+    text = _Page(_page(tmp_path, _table(np.zeros(123)), top=2)).text
+    end = text[text.rindex("How it was made") :]
     for words in (
-        "training images 1,234 shards 1 scoring took 1 min 15 s processes 2 precision 32-true score rule difference",
+        "training images 123 shards 1 scoring took 1 min 15 s processes 2 precision 32-true score rule difference",
         "strategy newton",
         "class Toy scheduler beta start 0.0001",
         "timesteps 8 captions all",
@@ -411,8 +413,8 @@ def test_settings_versions_fingerprints_counts_and_time_stand_at_the_end(tmp_pat
         "weights 0123456789abcdef",
     ):
         assert words in end
-    meaning = text[text.index("What a score means", text.index("Most influential")) : text.index("How it was made")]
-    assert meaning.count(".") == 3  # three sentences
+    meaning = text[text.index("What a score means", text.index("Most influential")) : text.rindex("How it was made")]
+    assert meaning.count(".") == 8  # three sentences, and what it does not say
     assert "Compare ranks, not sizes" in meaning
 
 
@@ -429,16 +431,20 @@ def test_several_queries_have_contents_with_thumbnails_and_a_single_one_has_none
     assert "<nav" not in _page(tmp_path, _table([1.0]), [_sample("query-0")])
 
 
-def test_pictures_are_fetched_once_and_only_those_that_are_shown(tmp_path: Path) -> None:
+def test_samples_are_asked_for_once_and_only_those_that_are_shown_or_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[list[str]] = []
 
-    def fetch(keys: Sequence[str]) -> Mapping[str, Sample]:
-        calls.append(list(keys))
-        return {}
+    def fetch(keys: frozenset[str]) -> list[Sample]:
+        calls.append(sorted(keys))
+        return []
 
+    monkeypatch.setattr(ranking, "MOST_LOOKED_AT", 8)
     table = _table(np.stack([np.arange(100.0), -np.arange(100.0)], 1))
     path = write_report(tmp_path / "report.html", table, [], fetch, top=2, bottom=1)
-    assert calls == [["image-0000", "image-0001", "image-0098", "image-0099"]]
+    # Four first ones of each, among which near-copies are looked for, and the last ones, which are among these.
+    assert calls == [[f"image-{row:04d}" for row in (0, 1, 2, 3, 96, 97, 98, 99)]]
     assert _Page(path.read_text()).text.count("not found in the shards") == 6
 
 
@@ -520,7 +526,10 @@ def test_errors_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     ],
     ids=["zeros", "equal", "equal negative", "one", "two", "huge", "nearly equal", "heavy tails"],
 )
-def test_scores_of_any_spread_give_a_plot_and_no_odd_number(tmp_path: Path, scores: Any) -> None:
+def test_scores_of_any_spread_give_a_plot_and_no_odd_number(
+    tmp_path: Path, scores: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranking, "MOST_LOOKED_AT", 50)
     page = _page(tmp_path, _table(scores))
     text = _Page(page[page.index("<body") :]).text.lower()
     assert not re.search(r"\b(nan|inf|none|e[+-]?\d\d)\b", text)
@@ -529,7 +538,8 @@ def test_scores_of_any_spread_give_a_plot_and_no_odd_number(tmp_path: Path, scor
     assert plot.count("var(--bulk)") == plot.count("var(--accent)") - 1 == 1  # a silhouette each, and the label
 
 
-def test_a_million_samples_make_a_page_no_larger_than_a_few_do(tmp_path: Path) -> None:
+def test_a_million_samples_make_a_page_no_larger_than_a_few_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranking, "MOST_LOOKED_AT", 50)
     scores = np.random.default_rng(0).standard_t(3, 1_000_000) * 1e-5
     page = _page(tmp_path, _table(scores))
     assert "1,000,000 training images" in page
@@ -558,14 +568,14 @@ def test_a_place_that_can_not_be_written_is_named_with_a_remedy(tmp_path: Path) 
 
 
 def test_a_report_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    def broken(keys: Sequence[str]) -> Mapping[str, Sample]:
+    def broken(keys: frozenset[str]) -> Iterator[Sample]:
         raise InputError("no such shard")
 
     _page(tmp_path / "new", _table([1.0]), [_sample("query-0", "first")])
     with pytest.raises(InputError, match="no such shard"):
         write_report(tmp_path / "new" / "report.html", _table([1.0]), [_sample("query-0", "second")], broken)
     assert "first" in (tmp_path / "new" / "report.html").read_text()
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["report.html"]
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"report.html", "report.json", "assertion.json"}
 
 
 # ---------------------------------------------------------------------- pictures
@@ -717,7 +727,7 @@ def test_a_browser_shows_every_picture_runs_no_caption_and_scrolls_only_down(tmp
         assert one["images"] == page.count("<img ") > 6
         assert one["empty"] == 0
         assert one["alarm"] is False
-        assert one["scripts"] == 2  # the alarm and the probe
+        assert one["scripts"] == 3  # the search, the alarm and the probe
         assert one["mode"] == "CSS1Compat"
         assert one["heading"] == EVIL[0]
         assert EVIL[1] in one["captions"]
