@@ -22,7 +22,7 @@ from lightning_unlearn.data.samples import Sample
 from lightning_unlearn.report.report import write_report
 from lightning_unlearn.scores.table import ScoreTable
 
-WORDS = "a red fox sits on the old stone wall of an empty garden under low clouds while two boats wait".split()
+WORDS = ("red", "fox", "old", "stone", "wall", "empty", "garden", "under", "low", "clouds", "while", "boats", "wait")
 
 
 def sample_of(key: str, number: int, side: int) -> Sample:
@@ -76,9 +76,8 @@ def main() -> None:
     asked = (sample_of(key, 10**6 + number, options.side) for number, key in enumerate(queries))
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     path = write_report(options.output / "report.html", table, asked, samples, groups=options.groups)
-    print(
-        f"{time.monotonic() - start:.0f} s, {(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10:.0f} MiB more memory"
-    )
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f"{time.monotonic() - start:.0f} s, {(after - before) / 2**10:.0f} MiB more memory")
     files = [file for file in path.parent.rglob("*") if file.is_file()]
     for kind in (".html", ".json", ".webp"):
         sizes = [file.stat().st_size for file in files if file.suffix == kind]

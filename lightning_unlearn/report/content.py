@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lightning_unlearn.report.figures import Floats, power_of_ten
-from lightning_unlearn.report.groups import Membership, Share, pool_of, shares
+from lightning_unlearn.report.groups import Draws, Membership, Share, pool_of, shares
 from lightning_unlearn.report.kept import Kept
 from lightning_unlearn.report.ranking import Ends, Ranked, Ranking
 from lightning_unlearn.report.words import flatten, share, sureness
@@ -105,6 +105,7 @@ def content_of(
     ends: Ends,
     top: int,
     memberships: Sequence[Membership],
+    draws: Draws | None,
 ) -> Content:
     """What the report says of a query.
 
@@ -115,6 +116,7 @@ def content_of(
         ends: Of its ranking.
         top: How many rows it has.
         memberships: Of the fields by which images are grouped.
+        draws: For intervals of groups' shares; ``None`` without groups.
 
     Returns:
         The content.
@@ -153,7 +155,7 @@ def content_of(
         unit=10.0**exponent,
         unit_name=power_of_ten(exponent) if exponent else "",
         rest=_rest(scores, table.base_losses.astype(np.float64), table.run.get("rule")),
-        groups={one.field: shares(one, pool, scores, errors, query=key) for one in memberships},
+        groups={} if draws is None else {one.field: shares(one, pool, scores, errors, draws) for one in memberships},
     )
 
 

@@ -94,7 +94,7 @@ class Membership:
         Raises:
             InputError: If none has.
         """
-        if self.field and not any(groups != (NOT_SAID,) for groups in self._known):
+        if not any(groups != (NOT_SAID,) for groups in self._known):
             others = f"fields that they have: {some_of(sorted(self._fields))}" if self._fields else "they have none"
             raise InputError(f"No training image has {self.field!r} in its json, to group by ({others}); name another.")
 
@@ -163,15 +163,37 @@ def pool_of(samples: int, errors: bool) -> int:
     return min(samples, POOL_OF_ERRORS if errors else POOL * FIRST)
 
 
-def shares(
-    membership: Membership,
-    order: Rows,
-    scores: Floats,
-    errors: Floats | None,
-    *,
-    query: str,
-    resamples: int = RESAMPLES,
-) -> list[Share]:
+@dataclass(frozen=True)
+class Draws:
+    """Training sets that could have been, the same for all queries and fields.
+
+    Attributes:
+        counts: ``(R, P)`` how often each image of the pool is in them.
+        moves: ``(R, P)`` standard normal numbers, by which scores move within their intervals; ``None`` without those.
+    """
+
+    counts: NDArray[np.int64]
+    moves: Floats | None
+
+
+def draw(samples: int, errors: bool, resamples: int = RESAMPLES) -> Draws:
+    """Draw training sets again.
+
+    Args:
+        samples: How many images there are.
+        errors: Whether scores have intervals.
+        resamples: How many sets.
+
+    Returns:
+        The draws, for the first :func:`pool_of` images.
+    """
+    generator = np.random.default_rng(seed_of("shares", samples))
+    pool = pool_of(samples, errors)
+    counts = redrawn(generator, pool, samples, resamples)
+    return Draws(counts, generator.standard_normal(counts.shape) if errors else None)
+
+
+def shares(membership: Membership, order: Rows, scores: Floats, errors: Floats | None, draws: Draws) -> list[Share]:
     """The groups' shares of a query's ranked evidence.
 
     Args:
@@ -179,8 +201,7 @@ def shares(
         order: ``(P,)`` rows from the most influential on, :func:`pool_of` of them.
         scores: ``(N,)`` of all samples.
         errors: ``(N,)`` half-widths of their 95 % intervals, or ``None``.
-        query: Its key, of which the draws are a function.
-        resamples: How many training sets are drawn.
+        draws: Training sets that could have been.
 
     Returns:
         From the largest share to the smallest; groups that none of the first images is of are left out.
@@ -194,16 +215,13 @@ def shares(
             if name in place:
                 member[number, place[name]] = 1
     found = evidence(np.ones((1, len(order)), np.int64), first)[0] @ member
-    generator = np.random.default_rng(seed_of("shares", membership.field, query))
-    counts = redrawn(generator, len(order), len(scores), resamples)
-    if errors is None:
-        drawn = evidence(counts, first) @ member
+    if errors is None or draws.moves is None:
+        drawn = evidence(draws.counts, first) @ member
     else:
-        scatter = errors[order] / 1.96
-        moved = scores[order] + generator.standard_normal(counts.shape) * scatter
+        moved = scores[order] + draws.moves * errors[order] / 1.96
         ranked = np.argsort(-moved, axis=1, kind="stable")
         weights = np.empty_like(moved)
-        np.put_along_axis(weights, ranked, evidence(np.take_along_axis(counts, ranked, 1), first), 1)
+        np.put_along_axis(weights, ranked, evidence(np.take_along_axis(draws.counts, ranked, 1), first), 1)
         drawn = weights @ member
     low, high = np.quantile(drawn, (0.025, 0.975), axis=0)
     listed = [

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,6 @@ MOST_ON_ONE = 50  # queries; a report with more has pages
 PAGE_BYTES = 2**20  # a page is full when its queries have so many; the last one may go beyond
 PROMPT = 200  # characters of a prompt on the first page of many
 SEARCHED_BYTES = 2**21  # of captions that the first page of many searches
-ONLY_DATA = "application/json"
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,8 @@ class Pages:
             over_queries=over_queries,
             captions=_searched(captions, pages) if self.paged else None,
         )
+        if self.paged:
+            os.sync()  # the pictures that it leads to
         _write(self.path, first)
         self._remove_others(set(written))
 

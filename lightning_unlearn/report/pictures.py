@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from lightning_unlearn.data.files import write_atomically
 from lightning_unlearn.data.samples import Sample
 
 if TYPE_CHECKING:
@@ -91,7 +90,10 @@ class InFiles(Album):
         encoded = _encoded(image, kind)
         path = self.folder / f"{hashlib.sha256(encoded).hexdigest()[:24]}.{kind}"
         if not path.exists():
-            write_atomically(path, encoded)
+            # Whole or not at all; thousands are not synced one by one, but together before the first page is.
+            temporary = path.with_suffix(".tmp")
+            temporary.write_bytes(encoded)
+            temporary.replace(path)
         return Picture(f"{self.NAME}/{path.name}", *image.size, coarse=max(image.size) <= LARGEST_COARSE)
 
     def keep_only(self, addresses: set[str]) -> None:
@@ -101,7 +103,7 @@ class InFiles(Album):
             addresses: Of the pictures that are shown.
         """
         for path in self.folder.iterdir():
-            if f"{self.NAME}/{path.name}" not in addresses and path.suffix in (".png", ".webp"):
+            if f"{self.NAME}/{path.name}" not in addresses and path.suffix in (".png", ".webp", ".tmp"):
                 path.unlink(missing_ok=True)
 
 

@@ -12,7 +12,7 @@ from lightning_unlearn.data.files import json_with_digest, write_atomically
 from lightning_unlearn.data.samples import Sample
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.report.content import MEMBERS, Content, content_of, shown_queries
-from lightning_unlearn.report.groups import Membership, Share, counted, over_queries, pool_of
+from lightning_unlearn.report.groups import Membership, Share, counted, draw, over_queries, pool_of
 from lightning_unlearn.report.kept import keep_queries, keep_samples
 from lightning_unlearn.report.near_copies import near_copies
 from lightning_unlearn.report.pages import MOST_ON_ONE, Pages
@@ -109,6 +109,7 @@ def _write(
     asked = keep_queries(queries, album)
     copies = near_copies(codes)
     ranking = Ranking(table, kept, copies)
+    draws = draw(len(table.keys), table.errors is not None) if memberships else None
 
     records: list[dict[str, Any]] = []
     found: dict[str, list[Sequence[Share]]] = {membership.field: [] for membership in memberships}
@@ -116,7 +117,7 @@ def _write(
 
     def contents() -> Iterator[Content]:
         for column, of_query in enumerate(ends):
-            content = content_of(ranking, column, asked, of_query, top, memberships)
+            content = content_of(ranking, column, asked, of_query, top, memberships, draws)
             records.append(query_record(content))
             for field, listed in content.groups.items():
                 found[field].append(listed)

@@ -16,6 +16,7 @@ from lightning_unlearn.report.groups import (
     Membership,
     Share,
     counted,
+    draw,
     evidence,
     over_queries,
     pool_of,
@@ -63,7 +64,7 @@ def test_shares_and_intervals_are_those_of_the_slow_version(known: bool) -> None
     scores = generator.standard_normal(samples) + np.array([name == "artist 2" for name in groups])
     errors = generator.uniform(0.2, 0.8, samples) if known else None
     order = np.argsort(-scores, kind="stable")
-    listed = shares(_membership(groups), order[: pool_of(samples, known)], scores, errors, query="query")
+    listed = shares(_membership(groups), order[: pool_of(samples, known)], scores, errors, draw(samples, known))
     slow = _slow_shares(order.tolist(), [1] * samples, groups, first)
     assert {one.group: one.share for one in listed} == pytest.approx(slow)
     assert [one.share for one in listed] == pytest.approx(sorted(slow.values(), reverse=True))
@@ -83,7 +84,7 @@ def test_shares_and_intervals_are_those_of_the_slow_version(known: bool) -> None
 
 def test_a_group_of_the_first_half_has_more_evidence_than_the_other_and_every_share_adds_up() -> None:
     scores = np.arange(40.0)[::-1]
-    listed = shares(_membership(["a"] * 5 + ["b"] * 35), np.arange(40), scores, None, query="one")
+    listed = shares(_membership(["a"] * 5 + ["b"] * 35), np.arange(40), scores, None, draw(len(scores), False))
     assert [one.group for one in listed] == ["a", "b"]
     assert sum(one.share for one in listed) == pytest.approx(1)
     assert listed[0].share > 0.5
@@ -93,8 +94,8 @@ def test_a_group_of_the_first_half_has_more_evidence_than_the_other_and_every_sh
 def test_only_ranks_count_and_not_how_large_scores_are() -> None:
     scores = np.linspace(3, 1, 60)
     membership = _membership([str(row % 3) for row in range(60)])
-    once = shares(membership, np.arange(60), scores, None, query="one")
-    assert shares(membership, np.arange(60), np.exp(5 * scores), None, query="one") == once
+    once = shares(membership, np.arange(60), scores, None, draw(len(scores), False))
+    assert shares(membership, np.arange(60), np.exp(5 * scores), None, draw(60, False)) == once
 
 
 def test_the_pool_holds_whatever_can_get_among_the_first() -> None:
@@ -134,7 +135,9 @@ def test_the_domain_is_that_of_the_address_where_nothing_else_says_it() -> None:
 def test_a_field_that_no_image_has_is_refused_with_those_that_they_have() -> None:
     membership = Membership("artst", ["a"])
     membership.add("a", {"captions": [""], "artist": "Klee", "licence": "CC0"})
-    with pytest.raises(InputError, match=r"'artst' in its json.*fields that they have: artist, licence\); name another"):
+    with pytest.raises(
+        InputError, match=r"'artst' in its json.*fields that they have: artist, licence\); name another"
+    ):
         membership.check()
 
 
