@@ -271,7 +271,8 @@ def evidence(counts: NDArray[np.int64], first: int) -> Floats:
     starts = np.concatenate([np.zeros((len(counts), 1), ends.dtype), ends[:, :-1]], 1)
     weights: Floats = together[ends] - together[starts]
     total = weights.sum(1, keepdims=True)
-    return np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+    found: Floats = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+    return found
 
 
 def over_queries(found: Iterable[Sequence[Share]], most: int = 20) -> list[Share]:
