@@ -16,6 +16,13 @@ def report(arguments: list[str]) -> None:
     parser = plain_parser("report", "Write the report of a finished run again.")
     parser.add_argument("--folder", type=str, default="attribution", help="The run's folder.")
     parser.add_argument("--top", type=int, default=12, help="How many images are shown for each query.")
+    parser.add_argument(
+        "--groups",
+        type=str | list[str],
+        default=[],
+        help="Fields of the training images' json (artist, licence, domain), whose values' shares of the ranked "
+        "evidence are told: one, or a list.",
+    )
     parser.add_argument("--allow_pipe", type=bool, default=False, help="Whether shards may be commands (`pipe:`).")
     config = parser.parse_args(arguments)
 
@@ -26,4 +33,5 @@ def report(arguments: list[str]) -> None:
 
     check_top(config.top)
     with quiet():
-        write_report(Path(config.folder), config.top, allow_pipe=config.allow_pipe)
+        groups = [config.groups] if isinstance(config.groups, str) else config.groups
+        write_report(Path(config.folder), config.top, groups=groups, allow_pipe=config.allow_pipe)

@@ -1,50 +1,19 @@
-"""Pictures and plots as they stand inside a page that opens without a network."""
+"""Plots as they stand inside a page that opens without a network."""
 
 from __future__ import annotations
 
-import base64
 import io
 import math
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
-
-from lightning_unlearn.data.samples import Sample
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 Floats = NDArray[np.float64]
 
-# Of a stored picture that is decoded; a few hundred kilobytes can claim more than a memory holds.
-MOST_PIXELS = 2**26
-LARGEST_SIDE = 384  # pixels of a picture in the page; larger ones are made smaller
-LARGEST_PNG = 128  # up to this side a PNG is hardly larger than a JPEG, and exact
-LARGEST_COARSE = 48  # up to this side pixels are enlarged as squares, not smoothed
 # Matplotlib only knows fixed colours; these stand for the page's own, which differ in light and dark.
 INKS = {"#010203": "var(--muted)", "#010204": "var(--line)", "#010205": "var(--bulk)", "#010206": "var(--accent)"}
 MUTED, LINE, BULK, ACCENT = INKS
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture inside the page.
-
-    Attributes:
-        address: A data URI.
-        width: In pixels.
-        height: In pixels.
-        coarse: Whether it is so small that its pixels are shown as squares.
-    """
-
-    address: str
-    width: int
-    height: int
-    coarse: bool
 
 
 def power_of_ten(exponent: int) -> str:
@@ -57,61 +26,6 @@ def power_of_ten(exponent: int) -> str:
         E.g. ``"10⁻⁶"``.
     """
     return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-
-
-def picture_of(sample: Sample | None) -> Picture | None:
-    """A sample's picture, or the one its latent is; never an error, since the page serves without it too.
-
-    Outside of a query's region it is faint.
-
-    Args:
-        sample: The sample, if the shards still hold it.
-
-    Returns:
-        The picture, or ``None`` if there is none to show.
-    """
-    from PIL import Image, ImageOps
-
-    if sample is None:
-        return None
-    if sample.picture is not None:
-        try:
-            with Image.open(io.BytesIO(sample.picture), formats=("PNG", "JPEG", "WEBP")) as stored:
-                stored.draft("RGB", (LARGEST_SIDE, LARGEST_SIDE))
-                if stored.width * stored.height > MOST_PIXELS:
-                    return None
-                upright = ImageOps.exif_transpose(stored).convert("RGBA")
-        except Exception:  # damaged bytes make Pillow raise nearly anything
-            return None
-        paper = Image.new("RGBA", upright.size, "white")
-        return _encode(_within(Image.alpha_composite(paper, upright).convert("RGB"), sample.mask))
-    latent = sample.latent.float().numpy()  # (C, H, W)
-    # An autoencoder's latents may have three channels too, but they don't keep to [-1, 1]; generated pixels nearly do.
-    if len(latent) not in (1, 3) or (np.abs(latent) <= 1.25).mean() < 0.95:
-        return None
-    pixels = np.rint((latent.clip(-1, 1) + 1) * 127.5).astype(np.uint8).transpose(1, 2, 0)  # (H, W, C)
-    image = Image.fromarray(pixels if len(latent) == 3 else pixels[..., 0]).convert("RGB")
-    return _encode(_within(image, sample.mask))
-
-
-def _within(image: Image.Image, mask: Tensor | None) -> Image.Image:
-    """The picture, faint outside of its region."""
-    from PIL import Image
-
-    if mask is None:
-        return image
-    faint = Image.blend(image, Image.new("RGB", image.size, "white"), 0.75)
-    shares = Image.fromarray(np.rint(255 * mask.numpy()).astype(np.uint8))
-    return Image.composite(image, faint, shares.resize(image.size, Image.Resampling.NEAREST))
-
-
-def _encode(image: Image.Image) -> Picture:
-    image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
-    stream = io.BytesIO()
-    kind = "png" if max(image.size) <= LARGEST_PNG else "jpeg"
-    image.save(stream, kind, optimize=True, **({} if kind == "png" else {"quality": 88}))
-    address = f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
-    return Picture(address, *image.size, coarse=max(image.size) <= LARGEST_COARSE)
 
 
 def histogram(scores: Floats, shown: Floats, unit_name: str, prefix: str) -> str:

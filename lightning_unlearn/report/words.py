@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import PurePosixPath
 from typing import Any
 
 from lightning_unlearn.report.figures import power_of_ten
@@ -25,6 +26,28 @@ def flatten(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, st
             yield from flatten(value, f"{before}{name} ")
         else:
             yield before + name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def without_folders(tree: Any) -> Any:
+    """Settings whose paths of this machine are names of files alone: where they lie is nobody else's concern.
+
+    Args:
+        tree: JSON-like.
+
+    Returns:
+        The same, in which no text is an absolute path.
+
+    Example:
+        >>> without_folders({"file": "/home/someone/last.ckpt"})
+        {'file': 'last.ckpt'}
+    """
+    if isinstance(tree, Mapping):
+        return {name: without_folders(value) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [without_folders(value) for value in tree]
+    if isinstance(tree, str) and "\n" not in tree and (PurePosixPath(tree).is_absolute() or tree.startswith("~")):
+        return PurePosixPath(tree).name
+    return tree
 
 
 def number(value: float, sign: bool = False) -> str:

@@ -131,7 +131,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_run_is_recorded_as_scoring_records_it(finished: Path) -> None:
     settings = json.loads((finished / "run.json").read_text())
-    assert {path.name for path in finished.iterdir()} == {"report.html", "run.json", "scores"}
+    assert {path.name for path in finished.iterdir()} == {
+        "assertion.json",
+        "report.html",
+        "report.json",
+        "run.json",
+        "scores",
+    }
     assert len(settings["shards"]) == len(done_shards(finished)) == SHARDS
     assert settings["views"]["timesteps"] == 2
     assert settings["seconds"] > 0
@@ -167,8 +173,9 @@ def test_finished_run_is_left_as_it_is(
     finished: Path, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(finished, tmp_path / "run")
-    # The page is made anew, as that of unlearning.
-    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != "report.html"]
+    # The page is made anew, as that of unlearning, and what lies beside it.
+    anew = {"report.html", "report.json", "assertion.json"}
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name not in anew]
     before = {path: path.stat().st_mtime_ns for path in files}
     page = (tmp_path / "run" / "report.html").read_bytes()
     score(config, tmp_path / "run", "--method", "DTRAK")

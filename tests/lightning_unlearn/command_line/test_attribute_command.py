@@ -94,7 +94,8 @@ def attributed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_attribute_leaves_deltas_scores_settings_and_a_report(attributed: Path) -> None:
-    assert {path.name for path in attributed.iterdir()} == {"deltas.ckpt", "run.json", "scores", "report.html"}
+    pages = {"report.html", "report.json", "assertion.json"}
+    assert {path.name for path in attributed.iterdir()} == {"deltas.ckpt", "run.json", "scores", *pages}
     settings = json.loads((attributed / "run.json").read_text())
     assert len(list((attributed / "scores").glob("*.parquet"))) == len(settings["shards"]) == 5
     assert settings["views"]["timesteps"] == 2
@@ -219,11 +220,22 @@ def test_queries_that_do_not_say_their_target_are_one_sentence(
 
 
 def test_report_command_writes_the_same_page_again(attributed: Path, tmp_path: Path) -> None:
-    page = attributed / "report.html"
-    before = page.read_bytes()
-    page.unlink()
+    pages = [attributed / name for name in ("report.html", "report.json", "assertion.json")]
+    before = [page.read_bytes() for page in pages]
+    for page in pages:
+        page.unlink()
     run("report", "--folder", attributed, "--top", "12")
-    assert page.read_bytes() == before
+    assert [page.read_bytes() for page in pages] == before
+
+
+def test_report_command_refuses_to_group_by_a_field_that_nobody_has(
+    attributed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(attributed, tmp_path / "run")
+    for groups in ("artst", "[artst, licence]"):
+        assert main(["report", "--folder", str(tmp_path / "run"), "--groups", groups]) == 1
+        assert "No training image has 'artst' in its json" in capsys.readouterr().err
+    assert (tmp_path / "run" / "report.html").read_bytes() == (attributed / "report.html").read_bytes()
 
 
 def test_attribute_reads_calmly(

@@ -47,7 +47,7 @@ def test_each_image_says_where_each_method_has_it(tmp_path: Path) -> None:
         },
         parts={"das": -scores, "d_trak": scores},
     )
-    page = write_report(tmp_path / "report.html", table, [], lambda keys: {}).read_text()
+    page = write_report(tmp_path / "report.html", table, [], lambda keys: []).read_text()
     assert "rank by das 3, d_trak 1" in page
     assert "rank by das 1, d_trak 3" in page
     assert "Methods agree: of their first ten" in page
