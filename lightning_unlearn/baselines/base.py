@@ -14,6 +14,7 @@ from lightning_unlearn.data.samples import Sample, SampleBatch
 from lightning_unlearn.draws.views import Views
 from lightning_unlearn.fisher import Fisher
 from lightning_unlearn.weights.deltas import NetworkLoss
+from lightning_unlearn.weights.projection import Projection
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Subject:
         fisher: Of the chosen layers, with its sums, for methods that need one.
         unlearned: ``(N, Q)`` by how much each sample's loss rose where a query was unlearned, for methods that ask
             unlearning, too.
-        sketch: What brings gradients to few numbers, for methods that look at nothing but their products; by default
-            they stay as they are.
+        projection: Brings gradients to few numbers as they are taken, for methods that look at nothing but their
+            products; ``None`` for whole gradients.
         keep: Whether the gradients of all samples stay in memory (``N`` times the chosen weights, in float32), so that
             each kind of gradient is computed once for any number of methods and settings.
         cache: What was computed, by what it depends on.
@@ -48,7 +49,7 @@ class Subject:
     fisher: Fisher | None = None
     keep: bool = False
     unlearned: Tensor | None = None
-    sketch: Sketch | None = None
+    projection: Projection | Sketch | None = None
     cache: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 

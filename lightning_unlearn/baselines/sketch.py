@@ -81,6 +81,11 @@ class Sketch:
         self._signs: dict[str, Tensor] = {}
         self._shifts: dict[str, list[int]] = {}
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Name to how many numbers are left of it: all parameters are added up."""
+        return {"sketch": self.numbers}
+
     def __call__(self, name: str, gradients: Tensor) -> Tensor:
         """What a parameter adds to the numbers.
 

@@ -37,7 +37,7 @@ def fingerprints_of(method: Baseline, module: UnlearningModule, data: Attributio
         prints["keys"] = digest(*sorted(data.keys))
     prints["weights"] = module.weights_fingerprint()
     if method.columns is None:
-        prints["queries"] = _queries_digest(data.queries)
+        prints["queries"] = queries_digest(data.queries)
     if method.rise is not None:
         prints["unlearning"] = module.unlearning_fingerprint(data)
     if method.needs_fisher or method.rise is not None:
@@ -90,6 +90,14 @@ def columns_of(method: Baseline, data: AttributionDataModule) -> dict[str, dict[
     return {query.key: {"captions": query.captions} for query in data.queries}
 
 
-def _queries_digest(queries: list[Sample]) -> str:
+def queries_digest(queries: list[Sample]) -> str:
+    """Digest of what queries are: their keys, their json and what the network sees of them.
+
+    Args:
+        queries: With unique keys.
+
+    Returns:
+        32 hexadecimal characters.
+    """
     about = [[query.key, query.metadata] for query in queries]
     return digest(settings_digest({"queries": about}), tensors_digest(named_arrays(queries)))

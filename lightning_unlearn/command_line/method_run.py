@@ -131,8 +131,8 @@ class MethodRun:
             rows = (~scores.isfinite()).nonzero()[:1, 0].tolist()
             what = f"not finite for {keys[rows[0]]!r}" if rows else f"of shape {tuple(scores.shape)}"
             raise InputError(f"The scores of {self.called} are {what}; check its settings, the samples and the model.")
-        if subject.sketch is not None:
-            content["sketch"] = subject.sketch.numbers
+        if subject.projection is not None:
+            content["sketch"] = sum(subject.projection.sizes.values())
         parts = self.method.parts(subject)
         if parts and self._appearances is not None:
             content["parts"] = list(parts)
@@ -181,7 +181,7 @@ class MethodRun:
             self._batches,
             fisher,
             unlearned=None if unlearned is None else self._in_order(unlearned),
-            sketch=None if numbers is None else Sketch(numbers),
+            projection=None if numbers is None else Sketch(numbers),
         )
 
     def _halves(self) -> Tensor | None:

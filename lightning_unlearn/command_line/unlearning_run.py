@@ -77,26 +77,57 @@ def unlearned_for(
     rise = method.rise
     if rise is None:
         return None
-    if module.strategy.settings() != Newton().settings():
-        raise InputError(
-            f"{method.name} says itself how far a step goes ({rise:.0%}), but the model has a strategy of its own; "
-            "leave it out, and set --method.rise, or take --method unlearning."
-        )
-
-    module.strategy = Newton(target_increase=rise)
+    step_of(method, module)
 
     def run() -> ScoreTable:
-        folder, views = output / UNLEARNED, module.views
-        writer = ScoreWriter(str(folder), "difference", data.on_bad_sample, keep_deviations=True)
+        views = module.views
         module.views = views.fewer(method.every)
-        deltas = unlearn(module, data, trainer, folder, writer)
-        trainer.predict(module, data, return_predictions=False, ckpt_path=str(deltas))
-        module.views = views
-        wait_for_scores(folder)
-        data.skip_shards(frozenset())  # the methods that come now look at all of them
-        return read_scores(folder)
+        writer = ScoreWriter(str(output / UNLEARNED), "difference", data.on_bad_sample, keep_deviations=True)
+        try:
+            return scored_by(writer, module, data, trainer)
+        finally:
+            module.views = views
 
     return run
+
+
+def step_of(method: Baseline, module: UnlearningModule) -> None:
+    """Give a module the step that a method wants of the unlearning that it asks.
+
+    Args:
+        method: With a ``rise``.
+        module: What is unlearned.
+
+    Raises:
+        InputError: If the module has a strategy of its own.
+    """
+    if module.strategy.settings() != Newton().settings():
+        raise InputError(
+            f"{method.name} says itself how far a step goes ({method.rise:.0%}), but the model has a strategy of its "
+            "own; leave it out, and set --method.rise, or take --method unlearning."
+        )
+    module.strategy = Newton(target_increase=method.rise)
+
+
+def scored_by(
+    writer: ScoreWriter, module: UnlearningModule, data: AttributionDataModule, trainer: Trainer
+) -> ScoreTable:
+    """Unlearn the queries and score the samples, as a run of its own in the writer's folder.
+
+    Args:
+        writer: Takes the scores.
+        module: What is unlearned.
+        data: Names the queries and the shards, and with ``keys`` the samples.
+        trainer: Fits and predicts.
+
+    Returns:
+        The scores.
+    """
+    deltas = unlearn(module, data, trainer, writer.folder, writer)
+    trainer.predict(module, data, return_predictions=False, ckpt_path=str(deltas))
+    wait_for_scores(writer.folder)
+    data.skip_shards(frozenset())  # whoever comes now looks at all of them
+    return read_scores(writer.folder)
 
 
 def _save(trainer: Trainer, path: Path) -> None:

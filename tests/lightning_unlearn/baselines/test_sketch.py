@@ -52,7 +52,7 @@ def test_products_stay_on_average_and_scatter_no_more_than_is_said() -> None:
 
 def test_gradients_are_sketched_once_for_samples_and_queries() -> None:
     toy = subject(samples(4, (1, 2)), samples(2, prefix="query"), Views(timesteps=3))
-    sketched = replace(toy, sketch=Sketch(32))
+    sketched = replace(toy, projection=Sketch(32))
     for plain, small in (
         (join(list(training_gradients(toy, "square"))), join(list(training_gradients(sketched, "square")))),
         (query_gradients(toy, "square"), query_gradients(sketched, "square")),
@@ -67,7 +67,7 @@ def test_gradients_are_sketched_once_for_samples_and_queries() -> None:
 @pytest.mark.parametrize("method", [DTRAK(0.1), DAS(0.1)], ids=lambda method: method.name)
 def test_methods_say_much_the_same_by_many_numbers(method: DTRAK | DAS) -> None:
     toy = subject(samples(8), samples(2, prefix="query"), Views(timesteps=3))
-    exact, close = method.scores(toy), method.scores(replace(toy, sketch=Sketch(2**15)))
+    exact, close = method.scores(toy), method.scores(replace(toy, projection=Sketch(2**15)))
     for query in range(2):
         together = torch.stack([exact[:, query], close[:, query]])
         assert float(torch.corrcoef(together)[0, 1]) > 0.98
