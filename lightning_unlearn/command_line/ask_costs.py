@@ -29,6 +29,9 @@ REACHED = 0.4
 SECONDS_A_LAYER = 1e-4
 # Of a device's memory: the rest is for what is not told beforehand.
 FILLED = 0.8
+# The Fisher of the sample counts so many draws; the benches' are of 20 passes, a long training's of 5.
+DRAWS_OF_FISHER = 5000
+LEAST_PASSES, MOST_PASSES = 5, 20
 
 
 def device_here() -> torch.device:
@@ -104,6 +107,22 @@ def batches_that_fit(plan: Plan, memory: int) -> tuple[int, int]:
     most = max(1, math.floor(room / max(1, backward.each)))
     largest = 2 ** (most.bit_length() - 1)
     return min(plan.batch_size, largest), min(plan.draw_batch_size, largest)
+
+
+def passes_for(samples: int) -> int:
+    """Of the Fisher over the training pictures: the fewer there are, the more often each is looked at.
+
+    Args:
+        samples: How many there are.
+
+    Returns:
+        The number.
+
+    Example:
+        >>> passes_for(20), passes_for(500), passes_for(100_000)
+        (20, 10, 5)
+    """
+    return max(LEAST_PASSES, min(MOST_PASSES, DRAWS_OF_FISHER // max(1, samples)))
 
 
 def seconds_of(stage: Stage, flops: int, layers: int, batch: int, speed: float) -> float:

@@ -66,7 +66,7 @@ class Request:
         steps: Of the sampler.
         guidance: Its scale.
         method: How samples are scored; ``None`` leaves it to the kind of model.
-        passes: Of the Fisher.
+        passes: Of the Fisher; ``None`` leaves it to the number of pictures.
         top: Pictures in the report.
         settings: What else the config says, over what is decided here.
     """
@@ -82,7 +82,7 @@ class Request:
     steps: int | None
     guidance: float | None
     method: str | None
-    passes: int
+    passes: int | None
     top: int
     settings: Mapping[str, Any]
 
@@ -238,7 +238,7 @@ def request_of(given: Any) -> Request:
         if getattr(given, name) is not None:
             prepare[name] = str(getattr(given, name))
     _check_model(given, prepare)
-    if given.passes < 2:
+    if given.passes is not None and given.passes < 2:
         raise InputError(
             f"--passes must be at least 2, one for covariances and one for eigenvalues, not {given.passes}."
         )

@@ -19,17 +19,23 @@ from lightning_unlearn.command_line.ask_config import (
     of_fisher,
     text_of,
 )
-from lightning_unlearn.command_line.ask_costs import batches_that_fit, device_here, forecast, memory_of
+from lightning_unlearn.command_line.ask_costs import (
+    MOST_PASSES,
+    batches_that_fit,
+    device_here,
+    forecast,
+    memory_of,
+    passes_for,
+)
 from lightning_unlearn.command_line.ask_folder import AskFolder, facts_of, known_inputs
 from lightning_unlearn.command_line.ask_queries import (
     PICTURES,
     SHARDS,
+    Gallery,
     Maker,
     given_picture,
     is_prepared,
-    make_pictures,
     name_of,
-    pictures_left,
     query_words,
     training_words,
 )
@@ -57,6 +63,7 @@ class AskRun:
         self.request = request
         self.folder = AskFolder(request.output)
         self.kind: Kind = "model"
+        self.passes = MOST_PASSES
         self.states: Any = None  # of the sample model's prompts
 
     @property
@@ -72,11 +79,15 @@ class AskRun:
         """
         request, folder = self.request, self.folder
         self._check()
+        if self.sample is None:
+            _hush()
         method = request.method or method_for(self.kind)
         queries = folder.queries(name_of(request.questions, self._how()))
         config = self._config(queries / SHARDS)
+        inputs = self._inputs(config)
+        folder.refuse_others(inputs)
         self._check_config(config, queries)
-        folder.claim(self._inputs(config))
+        folder.claim(inputs)
         self._prepare()
         self._make_queries(queries, config)
         answer = folder.answer(f"{queries.name}-{settings_digest({'method': method, 'config': config})[:8]}")
@@ -160,7 +171,6 @@ class AskRun:
             "shards": None,
             "options_of_prepare": dict(request.prepare),
             "settings": of_fisher(config),
-            "passes": request.passes,
         }
         if request.adapter is not None:
             inside = request.adapter.is_dir()
@@ -169,9 +179,12 @@ class AskRun:
             found["adapter"] = facts("adapter", root, names)
         if request.images is not None:
             found["images"] = facts("images", request.images, [*files_in(request.images)])
+            samples = sum(map(is_picture_name, found["images"]))
         else:
             shards = with_facts(list_shards(list(request.shards)))
             found["shards"] = settings_digest({"shards": sorted([shard.url, shard.version] for shard in shards)})
+            samples = sum(shard.samples or 0 for shard in shards)
+        found["passes"] = self.passes = request.passes or passes_for(samples)
         return found
 
     # ------------------------------------------------------------------ stages
@@ -196,12 +209,13 @@ class AskRun:
         if is_prepared(queries):
             _say_stage(2, f"Queries: {many(len(questions), 'picture')} there already, in {queries / PICTURES}.")
             return
-        left = pictures_left(queries, questions)
-        given = questions[0].picture is not None
+        gallery = Gallery(self.folder.pictures, self._how())
+        left, given = gallery.left(questions), questions[0].picture is not None
         done = f", {len(questions) - len(left)} of them there already" if len(left) < len(questions) else ""
         what = "taken as given" if given else "generated"
         _say_stage(2, f"Queries: {many(len(questions), 'picture')} {what}{done} …")
-        make_pictures(queries, questions, lambda: given_picture if given else self._maker(config))
+        gallery.fill(questions, lambda: given_picture if given else self._maker(config))
+        gallery.show(questions, queries)
         gc.collect()
         if self.sample is not None:
             from lightning_unlearn.command_line.ask_sample import sample_words
@@ -261,7 +275,7 @@ class AskRun:
         return config
 
     def _forecast(self, plan: Plan, method: str | None, device: torch.device) -> list[str]:
-        return forecast(plan, self.request.passes, method, self.folder.path, device)
+        return forecast(plan, self.passes, method, self.folder.path, device)
 
     def _fisher(self, config: dict[str, Any], method: str | None) -> None:
         place = (config["model"]["init_args"] or {}).get("fisher")
@@ -275,7 +289,7 @@ class AskRun:
             _say_stage(3, f"Fisher: there already, in {self.folder.fisher}.")
         else:
             _say_stage(3, "Fisher: how firmly the training pictures hold each weight …")
-            words = ["--config", str(self.folder.config), "--passes", str(self.request.passes)]
+            words = ["--config", str(self.folder.config), "--passes", str(self.passes)]
             _command("fisher", [*words, "--output", str(self.folder.fisher)])
 
     def _answer(self, words: list[str], answer: Path, method: str | None) -> None:
@@ -284,6 +298,22 @@ class AskRun:
         report = answer / "report.html"
         write_atomically(self.folder.report, report.read_bytes())
         _say_stage(5, f"Answer: open {self.folder.report} in a browser. What was decided: {self.folder.config}")
+
+
+def _hush() -> None:
+    """Let the libraries that load models draw no bars and give no hints; what is wrong is said by a sentence."""
+    from importlib.util import find_spec
+
+    from diffusers.utils import logging as of_diffusers
+
+    libraries: list[Any] = [of_diffusers]
+    if find_spec("transformers") is not None:
+        from transformers.utils import logging as of_transformers
+
+        libraries.append(of_transformers)
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
 
 
 def _say_stage(number: int, what: str) -> None:
@@ -309,7 +339,7 @@ def _parsed(text: str) -> Any:
     with tempfile.TemporaryDirectory(prefix="ask-") as place, quiet(steps=True), one_sentence():
         path = Path(place) / "ask.yaml"
         path.write_text(text, "utf-8")
-        return CheckCLI("attribute", ["--config", str(path)], "", **BARE).config
+        return CheckCLI("attribute", ["--config", str(path)], "", None, **BARE).config
 
 
 def _asks_fisher(method: str | None) -> bool:

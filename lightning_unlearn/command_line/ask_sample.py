@@ -63,9 +63,9 @@ def text_states(questions: Sequence[Question], shards: Path) -> tuple[Array, lis
         caption = next((words for words in (plain, _without_beginning(plain)) if words in known), None)
         if caption is None:
             raise InputError(
-                f"The sample model reads captions by an encoder that does not ship with it, and "
-                f"{question.prompt[:60]!r} is none of its {len(known)} captions, such as {', '.join(map(repr, _near(plain, known)))}; take one of "
-                f'them, or `pip install "{EXTRA}"`.'
+                "The sample model reads captions by an encoder that does not ship with it, and "
+                f"{question.prompt[:60]!r} is none of its {len(known)} captions, such as "
+                f'{", ".join(map(repr, _near(plain, known)))}; take one of them, or `pip install "{EXTRA}"`.'
             )
         states.append(known[caption][None])
         said.append(f"the caption {caption!r}")

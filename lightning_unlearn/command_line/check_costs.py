@@ -172,7 +172,7 @@ def view_flops(network: nn.Module, objective: Objective, sample: Sample) -> int 
     def counted(call: Callable[[int], Any]) -> int:
         with FlopCounterMode(display=False) as counter:
             call(1)
-        return counter.get_total_flops()
+        return int(counter.get_total_flops())
 
     return _without_numbers(network, objective, sample, [], counted, learns=False)
 
