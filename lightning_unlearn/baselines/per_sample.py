@@ -268,10 +268,8 @@ def _flat(
     rows: int,
     projection: Projection | Sketch | None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Name and ``(b, numbers)`` of each parameter's gradients, or what is left of them.
-
-    One after the other, since each may be large; without layers that no gradient reached.
-    """
+    # Name and (b, numbers) of each parameter's gradients, or what is left of them: one after the other, since each may
+    # be large; without layers that no gradient reached.
     for name, layer in captured.items():
         if len(layer) != rows:
             raise InputError(
