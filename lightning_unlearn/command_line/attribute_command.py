@@ -11,7 +11,6 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning_unlearn.baselines import Baseline
 from lightning_unlearn.callbacks import ScoreWriter
 from lightning_unlearn.command_line.command_parts import BARE, check_top, many, say
-from lightning_unlearn.command_line.method_run import MethodRun
 from lightning_unlearn.command_line.quiet import quiet
 from lightning_unlearn.command_line.race_command import RaceRun, check_race
 from lightning_unlearn.command_line.run_report import write_report
@@ -77,7 +76,7 @@ def attribute(arguments: list[str]) -> None:
         if isinstance(method, Baseline):
             _refuse_options_of_unlearning(cli, method)
             unlearned = unlearned_for(method, module, data, trainer, output)
-            MethodRun(method, module, data, trainer, output, unlearned).run()
+            MethodRun(method, module, data, trainer, output, unlearned, say).run()
         else:
             _unlearn_and_score(cli, module, data, trainer, output)
         if trainer.is_global_zero:

@@ -60,7 +60,20 @@ def power_of_ten(exponent: int) -> str:
 
 
 def picture_of(sample: Sample | None) -> Picture | None:
-    """A sample's picture, or the one its latent is; never an error, since the page serves without it too.
+    """A sample's picture inside the page (:func:`image_of`).
+
+    Args:
+        sample: The sample, if the shards still hold it.
+
+    Returns:
+        The picture, or ``None`` if there is none to show.
+    """
+    image = image_of(sample)
+    return None if image is None else _encode(image)
+
+
+def image_of(sample: Sample | None) -> Image.Image | None:
+    """A sample's picture, or the one its latent is; never an error, since a page serves without it too.
 
     Outside of a query's region it is faint.
 
@@ -68,7 +81,7 @@ def picture_of(sample: Sample | None) -> Picture | None:
         sample: The sample, if the shards still hold it.
 
     Returns:
-        The picture, or ``None`` if there is none to show.
+        The picture in RGB, or ``None`` if there is none to show.
     """
     from PIL import Image, ImageOps
 
@@ -84,14 +97,14 @@ def picture_of(sample: Sample | None) -> Picture | None:
         except Exception:  # damaged bytes make Pillow raise nearly anything
             return None
         paper = Image.new("RGBA", upright.size, "white")
-        return _encode(_within(Image.alpha_composite(paper, upright).convert("RGB"), sample.mask))
+        return _within(Image.alpha_composite(paper, upright).convert("RGB"), sample.mask)
     latent = sample.latent.float().numpy()  # (C, H, W)
     # An autoencoder's latents may have three channels too, but they don't keep to [-1, 1]; generated pixels nearly do.
     if len(latent) not in (1, 3) or (np.abs(latent) <= 1.25).mean() < 0.95:
         return None
     pixels = np.rint((latent.clip(-1, 1) + 1) * 127.5).astype(np.uint8).transpose(1, 2, 0)  # (H, W, C)
     image = Image.fromarray(pixels if len(latent) == 3 else pixels[..., 0]).convert("RGB")
-    return _encode(_within(image, sample.mask))
+    return _within(image, sample.mask)
 
 
 def _within(image: Image.Image, mask: Tensor | None) -> Image.Image:

@@ -13,12 +13,12 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from tqdm import tqdm
 
-from lightning_unlearn.baselines import Baseline, Subject
+from lightning_unlearn.baselines.base import Baseline, Subject
 from lightning_unlearn.baselines.gradients import check_query_views
-from lightning_unlearn.command_line.command_parts import make_folder, say
+from lightning_unlearn.baselines.scored_data import ScoredData
+from lightning_unlearn.data.files import check_folder
 from lightning_unlearn.data.samples import Sample, SampleBatch, named_arrays
 from lightning_unlearn.data.shards import shard_id
-from lightning_unlearn.datamodules import AttributionDataModule
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import digest, settings_digest, tensors_digest
 from lightning_unlearn.scores.agreement import agreements, caption_digests
@@ -30,6 +30,10 @@ from lightning_unlearn.unlearning.module import UnlearningModule
 from lightning_unlearn.unlearning.scoring import measure_losses, measured
 from lightning_unlearn.weights.deltas import DeltaStore
 from lightning_unlearn.weights.precision import ExactFloat32
+
+
+def _nothing(message: str) -> None:
+    """Say nothing."""
 
 
 class MethodRun:
@@ -45,6 +49,7 @@ class MethodRun:
         trainer: Names the device.
         folder: Where ``run.json`` and ``scores/`` are kept.
         unlearn: What unlearns the queries and scores all samples, for a method that asks unlearning, too.
+        say: Told what is done, a line each; by default nobody is.
 
     Raises:
         InputError: If the Trainer has several processes or another precision than the network's.
@@ -54,10 +59,11 @@ class MethodRun:
         self,
         method: Baseline,
         module: UnlearningModule,
-        data: AttributionDataModule,
+        data: ScoredData,
         trainer: Trainer,
         folder: Path,
         unlearn: Callable[[], ScoreTable] | None = None,
+        say: Callable[[str], None] = _nothing,
     ) -> None:
         # In messages it is called as a person named it.
         self.called = type(method).__name__
@@ -85,6 +91,7 @@ class MethodRun:
         self._places: dict[str, int] = {}  # of each key in its shard, whose order batches of one form each don't keep
         self._passes = 0
         self._unlearn = unlearn
+        self._say = say
         # What tells captions apart, of the samples that have one.
         self._captions: list[str] = []
 
@@ -102,15 +109,15 @@ class MethodRun:
         fingerprints = self._fingerprints(versions)
         earlier = earlier_run(self.folder, fingerprints)
         if earlier and len(scored_shards(self.folder, self.data.shards)) == len(self.data.shards):
-            say(f"All shards are scored already, in {shard_path(self.folder, '*').parent}.")
+            self._say(f"All shards are scored already, in {shard_path(self.folder, '*').parent}.")
             return
-        make_folder(self.folder)
+        check_folder(self.folder, "choose another --output")
         unlearned = None if self._unlearn is None else self._unlearn()
         content = record_run(self.folder, self._about(fingerprints), self.data, earlier)
         self.module.loss.to(self.device)
         with ExactFloat32():
             self._measure()
-        say(f"Scoring by {self.called} on {self.device} …")
+        self._say(f"Scoring by {self.called} on {self.device} …")
         keys = self._keys
         subject = self._subject(unlearned)
         scores = self.method.scores(subject)
@@ -127,8 +134,8 @@ class MethodRun:
         content["seconds"] += time.monotonic() - started
         write_run(self.folder, content)
         if self.skipped:
-            say(f"{self.skipped} bad samples were left out.")
-        say(f"{len(keys)} samples scored into {shard_path(self.folder, '*').parent}.")
+            self._say(f"{self.skipped} bad samples were left out.")
+        self._say(f"{len(keys)} samples scored into {shard_path(self.folder, '*').parent}.")
 
     def _check_queries(self) -> None:
         """Refuse sets and regions, of which methods know nothing, and queries without the views that they need."""
