@@ -43,7 +43,7 @@ class AttributionLogger(WithFisher):
     It takes the Fisher information out of the training (:class:`FisherAccumulator`), and at the end, or every few
     epochs, unlearns queries of a frozen copy of the network and scores all training samples. The sources go to the
     Trainer's loggers: pictures and numbers to TensorBoard and Weights & Biases, numbers to any other, and to a folder
-    of the run ``{folder}/epoch=E-step=S`` a table ``sources.csv`` and all scores, which ``lightning-unlearn report``
+    of the run ``{folder}/step=S`` a table ``sources.csv`` and all scores, which ``lightning-unlearn report``
     takes.
 
     No bit of the training changes, nor of its random state, nor of what it logs. With several processes the first one
@@ -155,8 +155,8 @@ class AttributionLogger(WithFisher):
         objective = self.objective or getattr(pl_module, "objective", None)
         if not isinstance(objective, Objective):
             raise InputError(
-                f"{type(pl_module).__name__} does not say what loss its network is trained with; give AttributionLogger "
-                "an objective, e.g. DenoisingObjective(noise_scheduler.config)."
+                f"{type(pl_module).__name__} does not say what loss its network is trained with; give "
+                "AttributionLogger an objective, e.g. DenoisingObjective(noise_scheduler.config)."
             )
         return objective
 
@@ -165,15 +165,14 @@ class AttributionLogger(WithFisher):
         """Answer, if it is time."""
         super().on_train_epoch_end(trainer, pl_module)
         if self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            self._answer(trainer, pl_module, trainer.current_epoch)
+            self._answer(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Answer, if these weights were not answered for."""
         super().on_train_end(trainer, pl_module)
         if self._answered != trainer.global_step:
-            # Lightning has counted the last epoch, if it came to its end.
-            self._answer(trainer, pl_module, max(0, trainer.current_epoch - 1))
+            self._answer(trainer, pl_module)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -183,7 +182,7 @@ class AttributionLogger(WithFisher):
             self._waiting.end()
             self._waiting = None
 
-    def _answer(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> None:
+    def _answer(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Answer on the first process; every one must call it."""
         if trainer.fast_dev_run or self._waiting is None:  # type: ignore[attr-defined]
             return
@@ -191,7 +190,7 @@ class AttributionLogger(WithFisher):
         fisher = self.fisher.usable() if self._takes else None
         if self._takes and fisher is None:
             return  # it is said
-        place = _unused(Path(trainer.log_dir or trainer.default_root_dir) / self.folder, epoch, trainer.global_step)
+        place = _unused(Path(trainer.log_dir or trainer.default_root_dir) / self.folder, trainer.global_step)
         refused: Exception | None = None
         if trainer.is_global_zero:
             try:
@@ -266,10 +265,10 @@ class AttributionLogger(WithFisher):
         log_numbers(trainer, numbers)
 
 
-def _unused(folder: Path, epoch: int, step: int) -> Path:
+def _unused(folder: Path, step: int) -> Path:
     """A folder that no earlier training answered into."""
-    place, number = folder / f"epoch={epoch}-step={step}", 0
+    place, number = folder / f"step={step}", 0
     while place.exists():
         number += 1
-        place = folder / f"epoch={epoch}-step={step}-v{number}"
+        place = folder / f"step={step}-v{number}"
     return place

@@ -40,16 +40,16 @@ class SampleLossLogger(Callback):
 
     A table (key, count, mean_loss, corrected, last_epoch, not_finite) is written into the logger's folder at the end of
     each epoch, and the worst pictures with their captions go to TensorBoard and Weights & Biases. No bit of the
-    training changes. A training that resumes a checkpoint, or goes on with the same Trainer, goes on with the sums; over
-    several processes they are added up.
+    training changes. A training that resumes a checkpoint, or goes on with the same Trainer, goes on with the sums;
+    over several processes they are added up.
 
     It needs what ``training_step`` knows and a mean over the batch does not say: let it return a dictionary with
     ``loss``, ``sample_losses`` ``(B,)``, ``timesteps`` ``(B,)`` and ``keys`` (``B`` names of the samples), as
     :class:`DiffusionModule` does; or say by ``losses``, ``timesteps`` and ``keys`` where they are.
 
     Args:
-        losses: Each sample's own loss, before the mean and without weights: a name in what ``training_step`` returns, or
-            a function of that and the batch.
+        losses: Each sample's own loss, before the mean and without weights: a name in what ``training_step`` returns,
+            or a function of that and the batch.
         timesteps: The same of the timesteps.
         keys: The same of the samples' names, text or whole numbers.
         num_timesteps: Length of the schedule that timesteps are of; by default that of the LightningModule's

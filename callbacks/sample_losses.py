@@ -218,7 +218,7 @@ def strata_of(timesteps: Tensor, length: float, density: Tensor | None) -> NDArr
         [2, 12]
     """
     times = timesteps.detach().cpu().double()
-    if times.numel() and not (0 <= float(times.min()) and float(times.max()) <= length):
+    if not bool(((times >= 0) & (times <= length)).all()):
         raise InputError(
             f"SampleLossLogger was given timesteps from {float(times.min()):g} to {float(times.max()):g}, but the "
             f"schedule runs from 0 to {length:g}; set num_timesteps to its length, e.g. 1.0 for those of a flow."

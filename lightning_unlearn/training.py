@@ -171,11 +171,8 @@ class FisherPass(DiffusionModule):
         Returns:
             The mean loss; with drawn targets, what has its gradient.
         """
-        loss: Tensor
-        if self.targets == "data":
-            loss = super().training_step(batch, batch_idx)["loss"]
-        else:
-            loss = self._drawn(batch).mean()
+        of_data = self.targets == "data"
+        loss: Tensor = super().training_step(batch, batch_idx)["loss"] if of_data else self._drawn(batch).mean()
         self.manual_backward(loss)
         self.zero_grad()
         return loss.detach()

@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_unlearn.baselines import Baseline
+from lightning_unlearn.baselines.method_run import MethodRun
 from lightning_unlearn.callbacks import ScoreWriter
 from lightning_unlearn.command_line.command_parts import BARE, check_top, many, say
 from lightning_unlearn.command_line.quiet import quiet
