@@ -1,8 +1,17 @@
 """What a user adds to a Trainer."""
 
+from lightning_unlearn.callbacks.attribution_logger import AttributionLogger
 from lightning_unlearn.callbacks.fisher_accumulator import FisherAccumulator
 from lightning_unlearn.callbacks.index_writer import IndexWriter
+from lightning_unlearn.callbacks.sample_loss_logger import SampleLossLogger
 from lightning_unlearn.callbacks.score_writer import ScoreWriter
 from lightning_unlearn.callbacks.scoring_progress import ScoringProgress
 
-__all__ = ["FisherAccumulator", "IndexWriter", "ScoreWriter", "ScoringProgress"]
+__all__ = [
+    "AttributionLogger",
+    "FisherAccumulator",
+    "IndexWriter",
+    "SampleLossLogger",
+    "ScoreWriter",
+    "ScoringProgress",
+]

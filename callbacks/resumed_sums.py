@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, Trainer
 from typing_extensions import override
 
 from lightning_unlearn.callbacks.collection import Collection
+from lightning_unlearn.callbacks.fisher_file import completed
 from lightning_unlearn.callbacks.fisher_sums import FisherSums
 from lightning_unlearn.callbacks.second_stage import SecondStage
 from lightning_unlearn.fisher import FISHERS, Fisher
@@ -47,6 +48,15 @@ class ResumedSums(Callback):
             InputError: If there was no training yet.
         """
         return self._sums.total()
+
+    def usable(self) -> Fisher | None:
+        """The Fisher as it is by now, to be used; during training, every rank must call it.
+
+        Returns:
+            A new one, which a warning may say something of (:func:`~.fisher_file.completed`); ``None`` if it is of no
+            sample.
+        """
+        return completed(self.total(), self._sums.product)
 
     def _seen(self) -> tuple[list[int], int]:
         """The first and last optimizer step, and how many batches were left out, over this fit and earlier ones."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from lightning_unlearn.data.batches import check_shapes
 from lightning_unlearn.data.samples import Sample, SampleBatch, decode_sample
 from lightning_unlearn.data.shards import ShardInfo, shard_id
 from lightning_unlearn.data.targets import targets_of
-from lightning_unlearn.datamodules.reading import list_keys, read_fields, read_keys, read_samples
+from lightning_unlearn.datamodules.reading import find_samples, list_keys, read_fields, read_keys, read_samples
 from lightning_unlearn.datamodules.real import RealSamples
 from lightning_unlearn.datamodules.scoring import ScoringStream
 from lightning_unlearn.datamodules.sources import list_shards, with_facts
@@ -194,6 +194,17 @@ class AttributionDataModule(LightningDataModule):
             Largest first.
         """
         return [shard for shard in self._dealt() if shard_id(shard.url) not in self._done]
+
+    def find_samples(self, keys: Iterable[str]) -> dict[str, Sample]:
+        """Some training samples with their pictures, for people to look at.
+
+        Args:
+            keys: Which.
+
+        Returns:
+            Key to sample; of those that were found.
+        """
+        return find_samples(self.shards or list_shards(self.shard_patterns, allow_pipe=self.allow_pipe), keys)
 
     def real_samples(self, stream: RealStream, seed: int) -> RealSamples:
         """The training samples in a shuffled order that is the same on every rank.

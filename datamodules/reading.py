@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,24 @@ def read_samples(
     for fields in read_fields(shard, pictures=pictures, masks=masks):
         if keys is None or fields["__key__"] in keys:
             yield decode_sample(fields)
+
+
+def find_samples(shards: Iterable[ShardInfo], keys: Iterable[str]) -> dict[str, Sample]:
+    """Some samples with their pictures, for people to look at.
+
+    Args:
+        shards: Where they may lie; read until all are found.
+        keys: Which samples.
+
+    Returns:
+        Key to sample; of those that were found.
+    """
+    wanted, found = frozenset(keys), dict[str, Sample]()
+    for shard in shards:
+        if len(found) == len(wanted):
+            break
+        found |= {sample.key: sample for sample in read_samples(shard, pictures=True, keys=wanted)}
+    return found
 
 
 def list_keys(shard: ShardInfo) -> Iterator[str]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from lightning_unlearn.data.samples import SampleBatch
+from lightning_unlearn.data.samples import Sample, SampleBatch
 from lightning_unlearn.datamodules.dealing import Deal
 from lightning_unlearn.datamodules.group_counts import groups_of
-from lightning_unlearn.datamodules.reading import read_keys
+from lightning_unlearn.datamodules.reading import find_samples, read_keys
 from lightning_unlearn.datamodules.sources import list_shards
 from lightning_unlearn.datamodules.training_stream import TrainingStream, even_batches
 from lightning_unlearn.errors import InputError
@@ -85,6 +85,17 @@ class TrainingDataModule(LightningDataModule):
         self.allow_pipe = allow_pipe
         self.cache = cache
         self.every_sample = every_sample
+
+    def find_samples(self, keys: Iterable[str]) -> dict[str, Sample]:
+        """Some samples with their pictures, for people to look at.
+
+        Args:
+            keys: Which.
+
+        Returns:
+            Key to sample; of those that were found.
+        """
+        return find_samples(list_shards(self.shards, allow_pipe=self.allow_pipe), keys)
 
     def train_dataloader(self) -> _EpochLoader:
         """The training batches of this rank.

@@ -11,7 +11,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from lightning_unlearn.baselines import Baseline as Baseline
+    from lightning_unlearn.callbacks import AttributionLogger as AttributionLogger
     from lightning_unlearn.callbacks import FisherAccumulator as FisherAccumulator
+    from lightning_unlearn.callbacks import SampleLossLogger as SampleLossLogger
     from lightning_unlearn.callbacks import ScoreWriter as ScoreWriter
     from lightning_unlearn.datamodules import AttributionDataModule as AttributionDataModule
     from lightning_unlearn.datamodules import TrainingDataModule as TrainingDataModule
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 _PLACES = {
     "AttributionDataModule": "datamodules",
+    "AttributionLogger": "callbacks",
     "Baseline": "baselines",
     "DenoisingObjective": "diffusion.objective",
     "DiffusionModule": "training",
@@ -48,6 +51,7 @@ _PLACES = {
     "Objective": "diffusion.contract",
     "Penalised": "strategies",
     "Race": "scores.racing",
+    "SampleLossLogger": "callbacks",
     "ScoreTable": "scores.table",
     "ScoreWriter": "callbacks",
     "TrainingDataModule": "datamodules",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from lightning.pytorch import LightningModule
@@ -56,20 +56,22 @@ class DiffusionModule(LightningModule):
         self.lr_scheduler = lr_scheduler
         self.flips = flips
 
-    def training_step(self, batch: SampleBatch, batch_idx: int) -> Tensor:
-        """The mean loss of a batch.
+    def training_step(self, batch: SampleBatch, batch_idx: int) -> dict[str, Any]:
+        """The mean loss of a batch, and what it is the mean of.
 
         Args:
             batch: ``B`` samples.
             batch_idx: Its number.
 
         Returns:
-            A scalar.
+            The scalar ``loss``; for whoever looks on, each sample's own ``sample_losses`` ``(B,)``, ``timesteps``
+            ``(B,)`` and ``keys``.
         """
         views, timesteps, noise = self._draw(batch)
-        loss = self.objective(self.network, views, timesteps, noise).mean()
+        losses = self.objective(self.network, views, timesteps, noise)
+        loss = losses.mean()
         self.log("train_loss", loss, prog_bar=True, batch_size=len(batch))
-        return loss
+        return {"loss": loss, "sample_losses": losses.detach(), "timesteps": timesteps, "keys": batch.keys}
 
     def _draw(self, batch: SampleBatch) -> tuple[ViewBatch, Tensor, Tensor]:
         # A random view of each sample, from the global random state as in any training.
@@ -159,7 +161,7 @@ class FisherPass(DiffusionModule):
         torch.manual_seed(seed_of("fisher", self.seed, self.global_rank))
         self.network.eval()
 
-    def training_step(self, batch: SampleBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: SampleBatch, batch_idx: int) -> Tensor:  # type: ignore[override]
         """A backward pass, whose gradients the callback takes, and no step.
 
         Args:
@@ -169,7 +171,8 @@ class FisherPass(DiffusionModule):
         Returns:
             The mean loss; with drawn targets, what has its gradient.
         """
-        loss = super().training_step(batch, batch_idx) if self.targets == "data" else self._drawn(batch).mean()
+        of_data = self.targets == "data"
+        loss: Tensor = super().training_step(batch, batch_idx)["loss"] if of_data else self._drawn(batch).mean()
         self.manual_backward(loss)
         self.zero_grad()
         return loss.detach()

@@ -9,11 +9,11 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_unlearn.baselines import Baseline, Consensus
+from lightning_unlearn.baselines.method_run import MethodRun
 from lightning_unlearn.callbacks import ScoreWriter
 from lightning_unlearn.command_line.automatic_method import automatic_method, say_of_weights
 from lightning_unlearn.command_line.command_parts import BARE, check_top, many, say
 from lightning_unlearn.command_line.index_run import SHORTLIST, IndexRun
-from lightning_unlearn.command_line.method_run import MethodRun
 from lightning_unlearn.command_line.quiet import quiet
 from lightning_unlearn.command_line.race_command import RaceRun, check_race
 from lightning_unlearn.command_line.run_report import write_report
@@ -96,7 +96,7 @@ def attribute(arguments: list[str]) -> None:
             _by_index(cli, method, module, data, trainer, output)
         elif isinstance(method, Baseline):
             unlearned = unlearned_for(method, module, data, trainer, output)
-            MethodRun(method, module, data, trainer, output, unlearned).run()
+            MethodRun(method, module, data, trainer, output, unlearned, say).run()
         else:
             _unlearn_and_score(cli, module, data, trainer, output)
         if trainer.is_global_zero:

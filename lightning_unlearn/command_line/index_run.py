@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lightning_unlearn.baselines import Consensus
 from lightning_unlearn.baselines.consensus import UNLEARNED, combined
+from lightning_unlearn.baselines.method_record import queries_digest
 from lightning_unlearn.command_line.command_parts import make_folder, many, say
 from lightning_unlearn.command_line.index_answers import IndexAnswerer
-from lightning_unlearn.command_line.method_record import queries_digest
 from lightning_unlearn.data.shards import shard_id
 from lightning_unlearn.datamodules import AttributionDataModule
 from lightning_unlearn.errors import InputError

@@ -9,6 +9,7 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 
 from lightning_unlearn.baselines import Baseline
+from lightning_unlearn.baselines.consensus import UNLEARNED
 from lightning_unlearn.callbacks import ScoreWriter
 from lightning_unlearn.command_line.command_parts import make_folder, say
 from lightning_unlearn.command_line.scoring_words import Announcer, targets_in_words, wait_for_scores
@@ -20,9 +21,6 @@ from lightning_unlearn.strategies import Newton
 from lightning_unlearn.unlearning.guards import check_processes
 from lightning_unlearn.unlearning.module import UnlearningModule
 from lightning_unlearn.weights.delta_files import read_deltas
-
-# Of unlearning where it is asked together with others: its own scores, a run like any other.
-UNLEARNED = "unlearning"
 
 
 def unlearn(

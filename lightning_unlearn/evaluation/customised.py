@@ -92,7 +92,7 @@ class Customisation(DiffusionModule):
         self.token = nn.Parameter(written.mean(0))
         self.losses: list[float] = []
 
-    def training_step(self, batch: SampleBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: SampleBatch, batch_idx: int) -> dict[str, Any]:
         """The mean loss of a batch, which is noted.
 
         Args:
@@ -100,11 +100,11 @@ class Customisation(DiffusionModule):
             batch_idx: Its number.
 
         Returns:
-            A scalar.
+            As :meth:`DiffusionModule.training_step` gives it.
         """
-        loss = super().training_step(batch, batch_idx)
-        self.losses.append(float(loss.detach()))
-        return loss
+        outputs = super().training_step(batch, batch_idx)
+        self.losses.append(float(outputs["loss"].detach()))
+        return outputs
 
     def prompt(self, conditions: Conditions) -> Conditions:
         """Put the new token into token states.

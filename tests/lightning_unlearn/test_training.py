@@ -94,10 +94,14 @@ def test_loss_is_the_objectives_mean() -> None:
     module = DiffusionModule(ToyDenoiser(), objective)
     batch = batch_of([1, 1, 1])
     with pytest.warns(UserWarning, match="self.log"):
-        loss = module.training_step(batch, 0)
+        outputs = module.training_step(batch, 0)
     again = ToyObjective()(module.network, objective.views[0], objective.timesteps[0], objective.noise[0])
     assert again.shape == (3,)
-    assert torch.equal(loss, again.mean())
+    assert torch.equal(outputs["loss"], again.mean())
+    assert torch.equal(outputs["sample_losses"], again)
+    assert not outputs["sample_losses"].requires_grad
+    assert torch.equal(outputs["timesteps"], objective.timesteps[0])
+    assert outputs["keys"] == batch.keys
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to `self.log:UserWarning")

@@ -183,7 +183,7 @@ def test_base_in_half_precision_is_shown_what_it_takes(tmp_path: Path) -> None:
         torch.manual_seed(0)
         module = DiffusionModule(network, loss.objective)
         module.log = lambda *_, **__: None  # type: ignore[assignment]
-        found.append(module.training_step(batch, 0).detach().reshape(1, 1))
+        found.append(module.training_step(batch, 0)["loss"].detach().reshape(1, 1))
     exact, exact_loss, half, half_loss = found
     assert float(torch.cosine_similarity(exact.flatten(), half.flatten(), 0)) > 0.99
     torch.testing.assert_close(half_loss, exact_loss, rtol=0.02, atol=0)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_unlearn.baselines import Baseline
+from lightning_unlearn.baselines.base import Baseline
+from lightning_unlearn.baselines.scored_data import ScoredData
 from lightning_unlearn.data.samples import Sample, named_arrays
 from lightning_unlearn.data.shards import shard_id
-from lightning_unlearn.datamodules import AttributionDataModule
 from lightning_unlearn.fingerprints import digest, settings_digest, tensors_digest
 from lightning_unlearn.unlearning.module import UnlearningModule
 
 
-def fingerprints_of(method: Baseline, module: UnlearningModule, data: AttributionDataModule) -> dict[str, str]:
+def fingerprints_of(method: Baseline, module: UnlearningModule, data: ScoredData) -> dict[str, str]:
     """What a method's scores depend on: runs with the same fingerprints may share a score table.
 
     Args:
@@ -46,7 +46,7 @@ def fingerprints_of(method: Baseline, module: UnlearningModule, data: Attributio
 
 
 def about_run(
-    method: Baseline, module: UnlearningModule, data: AttributionDataModule, fingerprints: dict[str, str]
+    method: Baseline, module: UnlearningModule, data: ScoredData, fingerprints: dict[str, str]
 ) -> dict[str, Any]:
     """What the record of a run says before anything is scored.
 
@@ -75,7 +75,7 @@ def about_run(
     }
 
 
-def columns_of(method: Baseline, data: AttributionDataModule) -> dict[str, dict[str, Any]]:
+def columns_of(method: Baseline, data: ScoredData) -> dict[str, dict[str, Any]]:
     """The columns of a method's table.
 
     Args:

@@ -14,15 +14,15 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from tqdm import tqdm
 
-from lightning_unlearn.baselines import Baseline, Subject
+from lightning_unlearn.baselines.appearances import Appearances
+from lightning_unlearn.baselines.base import Baseline, Subject
+from lightning_unlearn.baselines.consensus import UNLEARNED
 from lightning_unlearn.baselines.gradients import check_query_views
+from lightning_unlearn.baselines.method_record import about_run, columns_of, fingerprints_of
+from lightning_unlearn.baselines.scored_data import ScoredData
 from lightning_unlearn.baselines.sketch import Sketch, sketch_numbers
-from lightning_unlearn.command_line.appearances import Appearances
-from lightning_unlearn.command_line.command_parts import make_folder, say
-from lightning_unlearn.command_line.method_record import about_run, columns_of, fingerprints_of
-from lightning_unlearn.command_line.unlearning_run import UNLEARNED
+from lightning_unlearn.data.files import check_folder
 from lightning_unlearn.data.samples import SampleBatch
-from lightning_unlearn.datamodules import AttributionDataModule
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.scores.agreement import agreements
 from lightning_unlearn.scores.files import read_deviations, read_scores, run_digest, shard_path, write_shard_scores
@@ -34,6 +34,10 @@ from lightning_unlearn.unlearning.scoring import measure_losses, measured
 from lightning_unlearn.weights.deltas import DeltaStore
 from lightning_unlearn.weights.parameters import layer_parameters
 from lightning_unlearn.weights.precision import ExactFloat32
+
+
+def _nothing(message: str) -> None:
+    """Say nothing."""
 
 
 class MethodRun:
@@ -49,6 +53,7 @@ class MethodRun:
         trainer: Names the device.
         folder: Where ``run.json`` and ``scores/`` are kept.
         unlearn: What unlearns the queries and scores all samples, for a method that asks unlearning, too.
+        say: Told what is done, a line each; by default nobody is.
 
     Raises:
         InputError: If the Trainer has several processes or another precision than the network's.
@@ -58,10 +63,11 @@ class MethodRun:
         self,
         method: Baseline,
         module: UnlearningModule,
-        data: AttributionDataModule,
+        data: ScoredData,
         trainer: Trainer,
         folder: Path,
         unlearn: Callable[[], ScoreTable] | None = None,
+        say: Callable[[str], None] = _nothing,
     ) -> None:
         # In messages it is called as a person named it.
         self.called = type(method).__name__
@@ -92,6 +98,7 @@ class MethodRun:
         self._unlearned: dict[str, float] | None = None  # the base losses of what it has scored, by key
         # For methods that say how sure they are.
         self._appearances: Appearances | None = None
+        self._say = say
 
     def run(self) -> None:
         """Score all samples and write the table.
@@ -106,9 +113,9 @@ class MethodRun:
         fingerprints = fingerprints_of(self.method, self.module, self.data)
         earlier = earlier_run(self.folder, fingerprints)
         if earlier and len(scored_shards(self.folder, self.data.shards)) == len(self.data.shards):
-            say(f"All shards are scored already, in {shard_path(self.folder, '*').parent}.")
+            self._say(f"All shards are scored already, in {shard_path(self.folder, '*').parent}.")
             return
-        make_folder(self.folder)
+        check_folder(self.folder, "choose another --output")
         unlearned = None if self._unlearn is None else self._unlearn()
         if unlearned is not None:
             self._unlearned = dict(zip(unlearned.keys, unlearned.base_losses.tolist(), strict=True))
@@ -123,7 +130,7 @@ class MethodRun:
             self._appearances = Appearances(Subject(self.module.loss, {}, self.module.views, self.data.queries, list))
         with ExactFloat32():
             self._measure()
-        say(f"Scoring by {self.called} on {self.device} …")
+        self._say(f"Scoring by {self.called} on {self.device} …")
         keys = self._keys
         subject = self._subject(unlearned)
         scores = self.method.scores(subject)
@@ -145,8 +152,8 @@ class MethodRun:
         content["seconds"] += time.monotonic() - started
         write_run(self.folder, content)
         if self.skipped:
-            say(f"{self.skipped} bad samples were left out.")
-        say(f"{len(keys)} samples scored into {shard_path(self.folder, '*').parent}.")
+            self._say(f"{self.skipped} bad samples were left out.")
+        self._say(f"{len(keys)} samples scored into {shard_path(self.folder, '*').parent}.")
 
     def _check_queries(self) -> None:
         """Refuse sets and regions, of which methods know nothing, and queries without the views that they need."""
