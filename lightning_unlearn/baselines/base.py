@@ -61,7 +61,7 @@ class Baseline(ABC):
     """
 
     name: ClassVar[str]
-    needs_fisher: ClassVar[bool] = False
+    needs_fisher: bool = False
     needs_query_views: ClassVar[bool] = False
     columns: ClassVar[Sequence[str] | None] = None
     rise: float | None = None
