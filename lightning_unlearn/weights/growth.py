@@ -207,5 +207,7 @@ def _numbers(parts: Sequence[Tensor]) -> Tensor:
         # A use's product is rounded, and so is the sum with those before it, the last use first.
         sums = torch.stack([part.double().sum(0) for part in reversed(parts)])
         between = sums.square().sum(0) + sums.cumsum(0)[1:].square().sum(0)
-    partial = joined.cumsum(0).square().sum(0).sqrt()
-    return torch.stack([joined.sum(0), joined.square().sum(0), partial, between])
+    partial = joined.cumsum(0)
+    return torch.stack(
+        [joined.sum(0), joined.square().sum(0), partial.square().sum(0).sqrt(), between, partial.abs().sum(0)]
+    )

@@ -78,3 +78,18 @@ def test_tf32_counts_only_where_it_is_used() -> None:
         assert unit_of(torch.float32, "cuda", linear) == tf32
     assert unit_of(torch.float64, "cuda", convolution) == 2.0**-53
     assert unit_of(torch.bfloat16, "cpu", linear) == bfloat16
+
+
+def test_a_bias_of_equal_numbers_is_rounded_one_way() -> None:
+    """The mean over a prediction has one gradient everywhere, and a convolution's kernel adds its parts one by one."""
+    layer = nn.Conv2d(8, 3, 3, padding=1)
+    growth, capture = GradientGrowth({"layer": layer}), GradientCapture({"layer": layer}, layer)
+    growth.attach()
+    capture.attach()
+    layer(torch.randn(64, 8, 16, 16, generator=torch.Generator().manual_seed(0))).flatten(1).mean(1).sum().backward()
+    assert layer.bias is not None
+    assert layer.bias.grad is not None
+    sums = {name: growth.summed(name, uses) for name, uses in capture.take_uses().items()}
+    found, names = growth.differences(sums, growth.take())
+    assert names == [("layer", "weight"), ("layer", "bias")]
+    assert float(found.max()) < 1
