@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from benches import Bench
-from method_settings import DEFAULT, DEFAULT_OF, DEFAULT_SETTINGS, METHODS
+from method_settings import CONSENSUS_DEFAULT, CONSENSUS_FIXED, DEFAULT_OF, DEFAULT_SETTINGS, METHODS
 from packed import open_study
 from score_files import is_scored, read, read_costs
+from together import by_default
 from torch import Tensor
 
 from lightning_unlearn.evaluation.floors import Floors
@@ -31,7 +32,7 @@ from lightning_unlearn.metrics import (
 )
 from lightning_unlearn.scores.table import ScoreTable
 
-OURS = DEFAULT
+OURS = CONSENSUS_FIXED
 # What papers report of two methods, the better one first: Zheng et al. (arXiv 2311.00500), Park et al. (arXiv
 # 2303.14186), Lin et al. (ICLR 2025); the last two by leave-K-out, Wang et al. (arXiv 2406.09408 and 2511.10721).
 REPORTED = (
@@ -166,6 +167,9 @@ def chosen_tables(
     for method, setting in DEFAULT_SETTINGS.items():
         if DEFAULT_OF in found and setting in found[DEFAULT_OF][1]:
             found[method] = (setting, {setting: found[DEFAULT_OF][1][setting]})
+    table = by_default(bench)
+    if table is not None and selection in (None, "all"):
+        found[CONSENSUS_FIXED] = (CONSENSUS_DEFAULT, {CONSENSUS_DEFAULT: table})
     return found
 
 

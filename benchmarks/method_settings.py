@@ -67,6 +67,11 @@ CONSENSUS_PARTS: dict[str, list[tuple[str, str]]] = {
     **{f"DAS + D-TRAK + unlearning {rise}": [_DAS, _D_TRAK, unlearned] for rise, unlearned in _RISES.items()},
 }
 CONSENSUS_DEFAULT = "DAS + D-TRAK + unlearning 30%"
+# The same of the weights that fit everywhere.
+CONSENSUS_TEXT = "consensus_text"
+CONSENSUS_TEXT_PARTS: list[tuple[str, str]] = [
+    (method, setting.removesuffix(SELECTIONS["all"])) for method, setting in CONSENSUS_PARTS[CONSENSUS_DEFAULT]
+]
 # Of customised models alone: the losses before customising, in the place of those after unlearning a query.
 UNDONE = "undone"
 WITHOUT_WEIGHTS = ("random", "pixel_similarity", "text_similarity")
@@ -77,6 +82,7 @@ LABELS = {
     DEFAULT: "**unlearning with the defaults (ours)**",
     CONSENSUS: "**several asked together (ours)**",
     CONSENSUS_FIXED: "**the same, as `Consensus` asks them (ours)**",
+    CONSENSUS_TEXT: "`Consensus` with the keys and values of the text alone (ours)",
     DEFAULT_ALL: "the defaults with all weights (ours)",
     DEFAULT_DIFFERENCE: "the defaults with the difference as rule (ours)",
     "unlearning_ekfac": "unlearning, EKFAC Fisher, tuned (ours)",

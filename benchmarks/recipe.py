@@ -32,7 +32,7 @@ from sweep_settings import CENTRE, DEFAULTS, DEFAULTS_WHOLE, HALFWAY, PLAINLY, T
 from torch import Tensor
 
 from lightning_unlearn.data.files import write_atomically
-from lightning_unlearn.unlearning.fitting import DATA_DRAWS
+from lightning_unlearn.unlearning.problem import DATA_DRAWS
 
 DAMPINGS, RISES = (0.001, 0.1, 1.0), (0.3, 1.0, 3.0)
 RECIPE = Unlearned(fisher="diagonal", parameters="text_kv", noise="per_sample")

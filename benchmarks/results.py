@@ -185,8 +185,12 @@ def _pictures(page: Page, sizes: Sequence[int]) -> list[str]:
     return lines
 
 
-INTRODUCTION = """\
+START = """\
 # Results
+
+"""
+READING = """\
+## How to read it
 
 Made by `python benchmarks/results.py` from the numbers of finished models and the scores in this folder; see
 [README.md](README.md) for how to make those again. Intervals are 95 % bootstrap intervals: over queries and models for
@@ -224,8 +228,10 @@ def main() -> None:
             parts.append(text(page))
             print(f"{bench.name}: {len(page.rows)} methods judged in {seconds:.0f} s of processor time")
     benches = all_benches()
-    first, why = "\n".join([*transfer(benches), *tried(benches)]), "\n".join(defaults(benches))
-    arguments.output.write_text(INTRODUCTION + (first and first + "\n") + (why and why + "\n") + "\n".join(parts))
+    first = "\n".join(transfer(benches))
+    then = "\n".join([*tried(benches), *defaults(benches)])
+    content = START + (first and first + "\n") + READING + (then and then + "\n") + "\n".join(parts)
+    arguments.output.write_text(content)
     print(f"Results: {arguments.output}")
 
 

@@ -19,6 +19,7 @@ from lightning_unlearn.scores.table import ScoreTable
 
 Scores = dict[str, Tensor]
 COSTS = "costs.json"
+TRIALS = "trials"  # steps that no method has; self_adjusted_step.py
 
 
 def files(bench: Bench, method: str) -> dict[str, Path]:
@@ -68,6 +69,17 @@ def read(bench: Bench, method: str, selection: str | None = None) -> dict[str, S
     paths = files(bench, method)
     chosen = [paths.get(selection, paths[CHOSEN])] if selection else [p for p in paths.values() if p.is_file()]
     return {setting: table for path in chosen for setting, table in _tables(path).items()}
+
+
+def trials_file(bench: Bench) -> Path:
+    """The file of scores by steps that were only tried."""
+    return bench.folder / "scores" / f"{TRIALS}.parquet"
+
+
+def read_trials(bench: Bench) -> dict[str, ScoreTable]:
+    """Score tables by steps that were only tried, by their settings."""
+    path = trials_file(bench)
+    return _tables(path) if path.is_file() else {}
 
 
 def _tables(path: Path) -> dict[str, ScoreTable]:

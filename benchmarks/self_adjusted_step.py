@@ -1,11 +1,12 @@
 """Whether a step that the model itself limits, and views weighted by their loss, are as good as fixed ones.
 
     python benchmarks/self_adjusted_step.py digits --queries 10
+    python benchmarks/self_adjusted_step.py digits --keep     # scores of all queries, for consensus_tried.py
 
 A step goes as far as a fixed rise, or until the real rise is so small a share of the first-order one ("linear"). Rules
-are those of the package, and the ratio of a sample's summed losses: (ΣU - ΣB) / (ΣU + ΣB), in which a view whose base
-loss is next to nothing has next to no say. A line for each selection of weights, step and rule: the linear
-datamodelling score over the first queries that choose, by the models that choose.
+are those of the package, the difference over each second view, and the ratio of a sample's summed losses:
+(ΣU - ΣB) / (ΣU + ΣB), in which a view whose base loss is next to nothing has next to no say. A line for each selection
+of weights, step and rule: the linear datamodelling score over the first queries that choose, by the models that choose.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from common import quiet
 from judged import Half, evidence
 from method_settings import DAMPING, SELECTIONS
 from methods import config, fisher_source, fit_and_predict
+from score_files import trials_file, write
 from torch import Tensor
 
 from lightning_unlearn.draws.views import Views
@@ -53,6 +55,9 @@ def losses(bench: Bench, parameters: str, step: str, queries: list[str], views: 
         rule: torch.cat([rules.score(rule, one.base, one.unlearned).cpu() for one in predictions])[order]
         for rule in rules.RULES
     }
+    scores["difference, each second view"] = torch.cat(
+        [rules.score("difference", one.base[..., 1::2], one.unlearned[..., 1::2]).cpu() for one in predictions]
+    )[order]
     scores["ratio of sums"] = torch.cat([ratio_of_sums(one.base, one.unlearned).cpu() for one in predictions])[order]
     return module.results, scores
 
@@ -64,6 +69,15 @@ def judged(half: Half, scores: Tensor, queries: list[str]) -> float:
     return sum(half.mean_of(columns, query) for query in queries) / len(queries)
 
 
+def keep(bench: Bench, steps: list[str]) -> None:
+    """Score all queries by some steps, all weights."""
+    queries, found = [query.key for query in bench.samples("queries")], {}
+    for step in steps:
+        _, scores = losses(bench, "all", step, queries, 10)
+        found |= {f"{step}, {rule}{SELECTIONS['all']}": values for rule, values in scores.items()}
+    write(trials_file(bench), bench.plan().keys, found, add=False)
+
+
 def main() -> None:
     """Measure, and print."""
     parser = bench_parser(__doc__)
@@ -71,10 +85,14 @@ def main() -> None:
     parser.add_argument("--views", type=int, default=10)
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
     parser.add_argument("--weights", nargs="+", choices=SELECTIONS, default=list(SELECTIONS))
+    parser.add_argument("--keep", action="store_true", help="only write scores of all queries, all weights")
     arguments = parser.parse_args()
     bench = Bench(arguments.bench)
     quiet()
     torch.set_num_threads(1)
+    if arguments.keep:
+        keep(bench, arguments.steps)
+        return
     choosing, _ = evidence(bench)
     queries = sorted(choosing.queries)[: arguments.queries]
     for parameters in arguments.weights:

@@ -21,6 +21,8 @@ from method_settings import (
     CONSENSUS_DEFAULT,
     CONSENSUS_FIXED,
     CONSENSUS_PARTS,
+    CONSENSUS_TEXT,
+    CONSENSUS_TEXT_PARTS,
     DEFAULT_OF,
     DEFAULT_SETTINGS,
     LABELS,
@@ -29,9 +31,9 @@ from method_settings import (
 from packed import is_packed, open_study
 from score_files import is_scored, read
 from shown import difference
+from together import together
 from torch import Tensor
 
-from lightning_unlearn.baselines.consensus import combined
 from lightning_unlearn.evaluation.judging import scores_of
 from lightning_unlearn.evaluation.results import Value
 
@@ -99,12 +101,14 @@ def ask(bench: Bench) -> Asked:
         for method in METHODS
         if is_scored(bench, method)
     }
-    scores[CONSENSUS] = {
-        name: combined({part: scores[part[0]][part[1]] for part in parts}, dict.fromkeys(parts, 1.0))
-        for name, parts in CONSENSUS_PARTS.items()
-        if all(part[1] in scores.get(part[0], {}) for part in parts)
+    tables = {
+        name: together(bench, parts)
+        for name, parts in {**CONSENSUS_PARTS, CONSENSUS_TEXT: CONSENSUS_TEXT_PARTS}.items()
     }
-    scores[CONSENSUS_FIXED] = {CONSENSUS_DEFAULT: scores[CONSENSUS][CONSENSUS_DEFAULT]}
+    asked = {name: scores_of(table, plan.keys, choosing.order) for name, table in tables.items() if table is not None}
+    scores[CONSENSUS_TEXT] = {CONSENSUS_DEFAULT: asked.pop(CONSENSUS_TEXT)}
+    scores[CONSENSUS_FIXED] = {CONSENSUS_DEFAULT: asked[CONSENSUS_DEFAULT]}
+    scores[CONSENSUS] = asked
     for name, setting in DEFAULT_SETTINGS.items():
         scores[name] = {setting: scores[DEFAULT_OF][setting]}
     chosen = {
@@ -145,23 +149,31 @@ def transfer(benches: Sequence[Bench]) -> list[str]:
     methods = [method for method in asked[0].chosen if all(method in one.chosen for one in asked)]
     rows = sorted((row_of(method, asked) for method in methods), key=lambda row: row.worst.mean)
     names = " | ".join(one.bench.name for one in asked)
+    least = rows[0]
     lines = [
         "## On a bench that nobody tuned for",
         "",
-        "Each method's setting is chosen on all benches but one (mean LDS on their choosing halves) and reported on "
-        "that one, for each in turn. Regret is what it then lacks to the best tuned method of that bench, which "
-        "was chosen on the bench itself: "
-        + "; ".join(f"{one.bench.name}: {LABELS[one.best[0]].replace('**', '')}, {one.best[1]}" for one in asked)
-        + ". The method with the smallest worst regret stands first. No setting of a row has seen the bench that it is "
-        "reported on, but the first two benches have been seen by whoever chose what is tried.",
+        f"{len(asked)} small models were each trained again dozens to hundreds of times on half of their pictures, "
+        "which shows what a generated picture owes to which of them. **LDS** says how well a method foretells that: 1 "
+        "is perfect, 0 is chance. Each method comes with the setting that did best on the *other* benches, as on a "
+        "model that nobody tuned for. **Worst regret** is what it lacks, on the bench where it lacks most, to the best "
+        f"method tuned on that very bench; the smallest stands first ({LABELS[least.method].replace('**', '')}).",
         "",
-        f"| method | settings, as chosen for each bench on the others | LDS on {names} | mean regret | worst regret |",
-        "|---|---|" + "---|" * len(asked) + "---|---|",
+        f"| method | LDS on {names} | worst regret | mean regret | settings, as chosen on the others |",
+        "|---|" + "---|" * len(asked) + "---|---|---|",
     ]
     for row in rows:
         settings = "; ".join(dict.fromkeys(row.settings))
         cells = " | ".join(f"{value:.3f}" for value in row.lds)
-        lines.append(f"| {LABELS[row.method]} | {settings} | {cells} | {row.mean:+.3f} | {difference(row.worst)} |")
+        lines.append(f"| {LABELS[row.method]} | {cells} | {difference(row.worst)} | {row.mean:+.3f} | {settings} |")
+    lines += [
+        "",
+        "A setting is chosen by the mean LDS on the choosing halves of all benches but one, and everything is reported "
+        "on the reporting halves. The best tuned methods, whose settings were chosen on the bench itself: "
+        + "; ".join(f"{one.bench.name}: {LABELS[one.best[0]].replace('**', '')}, {one.best[1]}" for one in asked)
+        + ". No setting of a row has seen the bench that it is reported on, but digits and emoji were seen by "
+        "whoever chose what is tried.",
+    ]
     missing = [bench.name for bench in benches if bench.name not in [one.bench.name for one in asked]]
     if missing:
         lines += ["", f"Not in the table, since too few of its models are trained yet: {', '.join(missing)}."]

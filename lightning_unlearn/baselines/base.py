@@ -69,9 +69,9 @@ class Baseline(ABC):
     """
 
     name: ClassVar[str]
-    needs_fisher: ClassVar[bool] = False
+    needs_fisher: bool = False
     needs_query_views: ClassVar[bool] = False
-    gradient_kinds: ClassVar[int] = 0
+    gradient_kinds: int = 0
     columns: ClassVar[Sequence[str] | None] = None
     rise: float | None = None
     every: int = 1

@@ -1,4 +1,4 @@
-"""Several methods asked together: DAS, D-TRAK and unlearning, each standardised, and their mean."""
+"""Several methods asked together: DAS, D-TRAK and unlearning or influence, each standardised, and their mean."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lightning_unlearn.baselines.base import Baseline, Subject
 from lightning_unlearn.baselines.d_trak import DTRAK
 from lightning_unlearn.baselines.das import DAS
 from lightning_unlearn.baselines.gradients import shared_gradients
+from lightning_unlearn.baselines.influence import Influence
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.scores.agreement import standardised
 
@@ -31,6 +32,9 @@ class Consensus(Baseline):
     over the data; unlearning comes from the subject: the rise of the loss as it is (rule ``difference``) after a
     modest step. All parts look at the weights that are chosen, and are at their best with all of them.
 
+    The influence function is what unlearning gives for an infinitely small step. In the place of unlearning it costs no
+    call of its own for each query, and a few views are enough (benchmarks/RESULTS.md, "The cheap end").
+
     Args:
         rise: Relative rise of a query's own loss by its unlearning.
         das_ridge: λ of DAS, as a share of the mean squared length of a training gradient.
@@ -41,6 +45,8 @@ class Consensus(Baseline):
         every: Of the draws of timestep and noise on which DAS and D-TRAK look at a sample, unlearning looks at each so
             manyth (:attr:`Views.every`), or at more where that divides them. By default at each other one: a second
             look costs one call a query, and the gradients one pass for all queries.
+        influence: Weight of the influence function, which needs a Fisher.
+        influence_damping: Share of each layer's mean Fisher that is added to it for the influence function.
 
     Raises:
         InputError: If a number is out of range, or fewer than two methods are asked.
@@ -48,7 +54,7 @@ class Consensus(Baseline):
 
     name: ClassVar[str] = "consensus"
     needs_query_views: ClassVar[bool] = True
-    gradient_kinds: ClassVar[int] = 2
+    gradient_kinds = 2
 
     def __init__(
         self,
@@ -59,8 +65,10 @@ class Consensus(Baseline):
         d_trak: float = 1.0,
         unlearning: float = 1.0,
         every: int = 2,
+        influence: float = 0.0,
+        influence_damping: float = 0.001,
     ) -> None:
-        weights = {DAS.name: das, DTRAK.name: d_trak, UNLEARNED: unlearning}
+        weights = {DAS.name: das, DTRAK.name: d_trak, UNLEARNED: unlearning, Influence.name: influence}
         if not all(0 <= weight < math.inf for weight in weights.values()) or sum(map(bool, weights.values())) < 2:
             raise InputError(
                 "A consensus needs finite weights that are not negative, and at least two methods with a weight above "
@@ -73,9 +81,14 @@ class Consensus(Baseline):
         self.every = every
         self.rise = rise if unlearning else None
         self.das_ridge, self.d_trak_ridge = das_ridge, d_trak_ridge
-        self.das, self.d_trak, self.unlearning = das, d_trak, unlearning
+        self.das, self.d_trak, self.unlearning, self.influence = das, d_trak, unlearning, influence
+        self.influence_damping = influence_damping
+        self.needs_fisher = bool(influence)
+        if influence:  # the Fisher is of whole gradients, which can't be sketched
+            self.gradient_kinds = 0
         self._weights = {name: weight for name, weight in weights.items() if weight}
-        self._methods = [DAS(das_ridge), DTRAK(d_trak_ridge)]
+        self._methods: list[DAS | DTRAK | Influence] = [DAS(das_ridge), DTRAK(d_trak_ridge)]
+        self._methods += [Influence(influence_damping)]
 
     def parts(self, subject: Subject) -> Mapping[str, Tensor]:
         """The scores of each method that is asked; see :meth:`Baseline.parts`.

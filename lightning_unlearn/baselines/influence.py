@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_unlearn.baselines.base import Baseline, Subject
 from lightning_unlearn.baselines.gradients import query_gradients, training_gradients
-from lightning_unlearn.baselines.per_sample import Gradients
+from lightning_unlearn.baselines.per_sample import Gradients, Output
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher import Fisher
 from lightning_unlearn.weights.parameters import layer_parameters, layer_specs
@@ -33,7 +33,8 @@ class Influence(Baseline):
     """
 
     name: ClassVar[str] = "influence"
-    needs_fisher: ClassVar[bool] = True
+    output: ClassVar[Output] = "loss"
+    needs_fisher = True
     needs_query_views: ClassVar[bool] = True
 
     def __init__(self, damping: float = 0.1) -> None:
@@ -52,8 +53,8 @@ class Influence(Baseline):
         """
         fisher = _fisher(subject)
         fisher.to("cpu").finalize(self.damping)
-        queries = _precondition(fisher, subject, query_gradients(subject, "loss"))
-        return torch.cat([batch.products(queries) for batch in training_gradients(subject, "loss")])
+        queries = _precondition(fisher, subject, query_gradients(subject, self.output))
+        return torch.cat([batch.products(queries) for batch in training_gradients(subject, self.output)])
 
 
 def _fisher(subject: Subject) -> Fisher:

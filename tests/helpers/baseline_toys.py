@@ -15,8 +15,9 @@ from lightning_unlearn.data.samples import Sample, SampleBatch, decode_sample
 from lightning_unlearn.diffusion.objective import Objective
 from lightning_unlearn.draws.views import Views
 from lightning_unlearn.fisher import Fisher
+from lightning_unlearn.weights.capture import GradientCapture
 from lightning_unlearn.weights.deltas import NetworkLoss
-from lightning_unlearn.weights.parameters import layer_parameters, select_layers
+from lightning_unlearn.weights.parameters import layer_parameters, layer_specs, select_layers
 
 
 def samples(count: int, captions: Sequence[int] = (1,), *, flip: bool = False, prefix: str = "sample") -> list[Sample]:
@@ -52,6 +53,25 @@ def subject(
     layers = select_layers(network, parameters)
     loss = NetworkLoss(network, objective or ToyObjective())
     return Subject(loss, layers, views or Views(timesteps=2), queries, batches, fisher, keep)
+
+
+def taken(kind: type[Fisher], toy: Subject) -> Fisher:
+    """A Fisher of the toy from one backward pass over its samples, or one for each of its stages."""
+    fisher = kind(layer_specs(toy.layers))
+    for weight in toy.loss.network.parameters():
+        weight.requires_grad_(True)
+    for stage in fisher.stages or (None,):
+        if fisher.stage != stage:
+            fisher.next_stage()
+        for batch in toy.batches():
+            for view in toy.views.of(batch, ToyObjective.num_timesteps):
+                with GradientCapture(toy.layers) as capture:
+                    noise, timesteps = view.noise.double(), view.timesteps
+                    views = type(view.batch)(view.batch.latents.double(), {"text": view.batch.text.double()})
+                    toy.loss(views, timesteps, noise).sum().backward()
+                fisher.update(capture.take())
+    toy.loss.network.zero_grad()
+    return fisher
 
 
 def enlarged(latents: Tensor) -> Tensor:

@@ -6,15 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from baseline_toys import samples, subject, toy_look, views_of
+from baseline_toys import samples, subject, taken, toy_look, views_of
 from reference_baselines import das, feature, residual, trak
 from torch import Tensor
 from toys import ToyObjective
 
-from lightning_unlearn.baselines import DAS, DTRAK, Consensus, Subject
+from lightning_unlearn.baselines import DAS, DTRAK, Consensus, Influence, Subject
 from lightning_unlearn.baselines.consensus import combined
 from lightning_unlearn.draws.views import Views
 from lightning_unlearn.errors import InputError
+from lightning_unlearn.fisher import FISHERS
 from lightning_unlearn.scores.agreement import standardised
 
 TRAINING, QUERIES = samples(6, (1, 2)), samples(3, (2, 1), prefix="query")
@@ -73,6 +74,27 @@ def test_parts_are_what_each_method_says_alone() -> None:
     torch.testing.assert_close(parts["das"], DAS(0.05).scores(toy()), rtol=1e-9, atol=0)
     torch.testing.assert_close(parts["d_trak"], DTRAK(0.2).scores(toy()), rtol=1e-9, atol=0)
     assert torch.equal(parts["unlearning"], unlearned)
+
+
+def test_influence_stands_in_for_unlearning_by_the_same_pass() -> None:
+    fisher = taken(FISHERS["diagonal"], toy())
+    calls: list[int] = []
+    together = replace(toy(), fisher=fisher)
+    together.loss.network.register_forward_hook(lambda *_: calls.append(1))
+    method = Consensus(das_ridge=0.05, d_trak_ridge=0.2, unlearning=0.0, influence=2.0, influence_damping=0.3)
+    assert (method.rise, method.needs_fisher, Consensus().needs_fisher) == (None, True, False)
+    found = method.scores(together)
+    of_all = len(calls)
+    alone = Influence(0.3).scores(replace(toy(), fisher=fisher))
+    torch.testing.assert_close(method.parts(together)["influence"], alone, rtol=1e-9, atol=0)
+    torch.testing.assert_close(found, slow_mean([*slow_parts(toy()), alone], [1.0, 1.0, 2.0]), rtol=1e-7, atol=1e-7)
+    calls.clear()
+    kernels = toy()
+    kernels.loss.network.register_forward_hook(lambda *_: calls.append(1))
+    Consensus(unlearning=0.0).scores(kernels)
+    # Only the queries' own gradients are one pass more.
+    queries = sum(1 for _ in VIEWS.of(next(iter(subject(QUERIES, [], VIEWS).batches())), ToyObjective.num_timesteps))
+    assert of_all <= len(calls) + queries
 
 
 def test_both_kernels_see_the_views_that_each_sees_alone() -> None:

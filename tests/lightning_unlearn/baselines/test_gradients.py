@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from baseline_toys import samples, subject, toy_look, views_of
+from baseline_toys import samples, subject, taken, toy_look, views_of
 from reference import damped_matrix
 from reference_baselines import cosine, feature, influence, residual
 from torch import Tensor, nn
@@ -20,9 +20,7 @@ from lightning_unlearn.data.batches import collate_samples
 from lightning_unlearn.data.samples import Sample, SampleBatch
 from lightning_unlearn.draws.views import Views
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.fisher import FISHERS, Fisher
-from lightning_unlearn.weights.capture import GradientCapture
-from lightning_unlearn.weights.parameters import layer_specs
+from lightning_unlearn.fisher import FISHERS
 
 VIEWS = Views(timesteps=2, noises=2, seed=3)
 TRAINING, QUERIES = samples(5, (1, 3, 2), flip=True), samples(3, (2, 1), flip=True, prefix="query")
@@ -171,25 +169,6 @@ def test_a_sample_without_gradient_scores_zero() -> None:
 
 
 # ---------------------------------------------------------------------- influence
-
-
-def taken(kind: type[Fisher], toy: Subject) -> Fisher:
-    """A Fisher of the toy from one backward pass over its samples, or one for each of its stages."""
-    fisher = kind(layer_specs(toy.layers))
-    for weight in toy.loss.network.parameters():
-        weight.requires_grad_(True)
-    for stage in fisher.stages or (None,):
-        if fisher.stage != stage:
-            fisher.next_stage()
-        for batch in toy.batches():
-            for view in toy.views.of(batch, ToyObjective.num_timesteps):
-                with GradientCapture(toy.layers) as capture:
-                    noise, timesteps = view.noise.double(), view.timesteps
-                    views = type(view.batch)(view.batch.latents.double(), {"text": view.batch.text.double()})
-                    toy.loss(views, timesteps, noise).sum().backward()
-                fisher.update(capture.take())
-    toy.loss.network.zero_grad()
-    return fisher
 
 
 @pytest.mark.parametrize("damping", [0.01, 1.0])
