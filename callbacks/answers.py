@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, LightningDataModule, Trainer
-from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch import nn
 
 from lightning_unlearn.baselines import Baseline
@@ -71,7 +71,7 @@ def answer(
     module = UnlearningModule(network, asked.objective, fisher, asked.parameters, strategy, copy.deepcopy(asked.views))
 
     def unlearned(place: Path, rule: Any, *, keep_deviations: bool = False) -> ScoreTable:
-        on_bad_sample = getattr(data, "on_bad_sample", "error")
+        on_bad_sample: Any = getattr(data, "on_bad_sample", "error")
         writer = ScoreWriter(str(place), rule, on_bad_sample, keep_deviations=keep_deviations)
         trainer = _trainer(place, device, writer)
         trainer.fit(module, data)

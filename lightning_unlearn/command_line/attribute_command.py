@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_unlearn.baselines import Baseline, Consensus
+from lightning_unlearn.baselines.consensus import UNLEARNED
 from lightning_unlearn.baselines.method_run import MethodRun
 from lightning_unlearn.callbacks import ScoreWriter
 from lightning_unlearn.command_line.automatic_method import automatic_method, say_of_weights
@@ -19,7 +20,7 @@ from lightning_unlearn.command_line.race_command import RaceRun, check_race
 from lightning_unlearn.command_line.run_report import write_report
 from lightning_unlearn.command_line.scoring_words import wait_for_scores
 from lightning_unlearn.command_line.trainer_cli import TrainerCLI, attribution_parts, one_sentence
-from lightning_unlearn.command_line.unlearning_run import UNLEARNED, scored_by, step_of, unlearn, unlearned_for
+from lightning_unlearn.command_line.unlearning_run import scored_by, step_of, unlearn, unlearned_for
 from lightning_unlearn.datamodules import AttributionDataModule
 from lightning_unlearn.errors import InputError, some_of
 from lightning_unlearn.scores.racing import Race
@@ -147,7 +148,8 @@ def _by_index(
             step_of(consensus, module)
     if cli.config.race is not None or cli.config.keep_deviations:
         raise InputError("An index says itself who is scored exactly; leave race and keep_deviations out.")
-    rule, flips = ("difference", "max") if consensus is not None else (cli.config.rule, cli.config.flips)
+    rule: Any = "difference" if consensus is not None else cli.config.rule
+    flips: Any = "max" if consensus is not None else cli.config.flips
     writer = ScoreWriter(str(output / UNLEARNED), rule, data.on_bad_sample, flips)
     IndexRun(
         cli.config.index,

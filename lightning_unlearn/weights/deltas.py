@@ -83,9 +83,9 @@ class NetworkLoss(nn.Module):
         self._widened = None if half_type(self.network) is None else WidenedWeights(self.network)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        applied = super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._widen()  # it may have cast the weights
-        return applied
+        return self
 
     @property
     def device(self) -> torch.device:
