@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import io
+import re
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +27,8 @@ LARGEST_SIDE = 384  # pixels of a picture in the page; larger ones are made smal
 LARGEST_IN_FILE = 192  # the same where thousands of them lie in files
 LARGEST_PNG = 128  # up to this side a PNG is hardly larger than a JPEG, and exact
 LARGEST_COARSE = 48  # up to this side pixels are enlarged as squares, not smoothed
+# Files of pictures, whole or not.
+OURS = re.compile(r"[0-9a-f]{24}\.(png|webp|tmp)")
 
 
 @dataclass(frozen=True)
@@ -96,15 +101,20 @@ class InFiles(Album):
             temporary.replace(path)
         return Picture(f"{self.NAME}/{path.name}", *image.size, coarse=max(image.size) <= LARGEST_COARSE)
 
-    def keep_only(self, addresses: set[str]) -> None:
-        """Remove the files that no page shows.
 
-        Args:
-            addresses: Of the pictures that are shown.
-        """
-        for path in self.folder.iterdir():
-            if f"{self.NAME}/{path.name}" not in addresses and path.suffix in (".png", ".webp", ".tmp"):
-                path.unlink(missing_ok=True)
+def remove_pictures(folder: Path, shown: Collection[str] = ()) -> None:
+    """Remove the pictures that an earlier report left, and no page shows.
+
+    Args:
+        folder: Of the pages.
+        shown: Addresses of the pictures that are shown.
+    """
+    for path in (folder / InFiles.NAME).glob("*"):
+        if f"{InFiles.NAME}/{path.name}" not in shown and OURS.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+    for empty in (folder / InFiles.NAME, folder):
+        with contextlib.suppress(OSError):  # not there, or not empty
+            empty.rmdir()
 
 
 def image_of(sample: Sample) -> Image.Image | None:

@@ -16,7 +16,7 @@ from lightning_unlearn.report.groups import Membership, Share, counted, draw, ov
 from lightning_unlearn.report.kept import keep_queries, keep_samples
 from lightning_unlearn.report.near_copies import near_copies
 from lightning_unlearn.report.pages import MOST_ON_ONE, Pages
-from lightning_unlearn.report.pictures import InFiles, InPage
+from lightning_unlearn.report.pictures import InFiles, InPage, remove_pictures
 from lightning_unlearn.report.ranking import Ranking, depth, ends_of, fetched, looked_at
 from lightning_unlearn.report.records import assertion, query_record, report_record
 from lightning_unlearn.report.words import flatten, named_methods, without_folders
@@ -126,8 +126,7 @@ def _write(
 
     pages = Pages(path, table, _common(table, copies, len(codes), len(looked), bool(groups), recorded))
     pages.write(contents(), over)
-    if isinstance(album, InFiles):
-        album.keep_only(pages.shown)
+    remove_pictures(folder, pages.shown)
     machine = path.with_suffix(".json")
     write_atomically(machine, json_with_digest(report_record(table, records, copies, len(codes), over)))
     said = assertion(table, asked, [path, machine], recorded)

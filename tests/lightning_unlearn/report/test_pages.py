@@ -19,6 +19,7 @@ from report_toys import Page, chromium, encoded_picture, needs_browser, sample_o
 from lightning_unlearn.data.samples import Sample
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.report import pages, pictures
+from lightning_unlearn.report.ranking import Ranking, ends_of
 from lightning_unlearn.report.report import write_report
 from lightning_unlearn.scores.table import ScoreTable
 
@@ -77,26 +78,19 @@ def test_five_copies_of_one_picture_are_one_row_with_its_members(tmp_path: Path)
     assert rows[0]["near_copies"][1] == {"key": "image-0003", "rank": 4, "score": 7.0}
 
 
-def test_ties_and_races_rank_copies_as_the_table_does(tmp_path: Path) -> None:
-    table, samples = _copies()
-    level = replace(table, scores=np.zeros_like(table.scores))
-    _write(tmp_path / "level", level, samples, top=10, bottom=0)
-    race = {"top": 2, "holds": True, "finished": {}, "confidence": 0.95}
-    raced = replace(table, finished=np.arange(10) % 3 == 0, run={**table.run, "race": race})
-    for name, one in (("level", level), ("raced", raced)):
-        if name == "level":
-            record = json.loads((tmp_path / name / "report.json").read_text())
-            (row,) = [image for image in record["queries"][0]["most_influential"] if "near_copies" in image]
-            assert [(copy["rank"], copy["key"]) for copy in row["near_copies"]] == [
-                (place + 1, one.keys[line]) for place, line in enumerate(one.order("query-0")) if line in (1, 3, 6, 9)
-            ]
-        else:
-            from lightning_unlearn.report.ranking import Ranking, ends_of
-
-            groups = dict.fromkeys(["image-0000", "image-0004"], ("image-0000", "image-0004"))
-            ranked = Ranking(one, {}, groups).top("query-0", ends_of(one, "query-0", 10, 0), 10)
-            order = one.order("query-0").tolist()
-            assert [(copy.key, copy.rank) for copy in ranked[0].copies] == [("image-0004", order.index(4) + 1)]
+@pytest.mark.parametrize("raced", [False, True])
+def test_ties_and_races_rank_copies_as_the_table_does(raced: bool) -> None:
+    table, _ = _copies()
+    table = replace(table, keys=list(reversed(table.keys)), scores=np.float32([[number // 4] for number in range(10)]))
+    if raced:
+        table = replace(table, finished=np.arange(10) % 3 == 0, run={**table.run, "race": {"top": 2}})
+    group = tuple(table.keys[row] for row in (0, 2, 5, 8, 9))
+    ranked = Ranking(table, {}, dict.fromkeys(group, group)).top("query-0", ends_of(table, "query-0", 10, 0), 6)
+    order = [table.keys[row] for row in table.order("query-0")]
+    (row,) = [image for image in ranked if image.key in group]
+    assert [(row.rank, row.key), *((copy.rank, copy.key) for copy in row.copies)] == [
+        (place, key) for place, key in enumerate(order, 1) if key in group
+    ]
 
 
 def test_without_pictures_it_says_that_nothing_was_looked_for(tmp_path: Path) -> None:
@@ -215,6 +209,8 @@ def test_a_shorter_report_leaves_no_page_or_picture_of_the_longer_and_the_same_r
     _many(tmp_path / "new", monkeypatch, queries=4)
     assert _tree(tmp_path / "new") == _tree(tmp_path / "again")
     assert len(longer) > len(_tree(tmp_path / "new"))
+    _many(tmp_path / "new", monkeypatch, queries=2)
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"report.html", "report.json", "assertion.json"}
 
 
 def test_captions_that_the_first_page_searches_are_data_and_cut_where_they_are_too_many(
@@ -242,8 +238,11 @@ def test_pictures_in_files_are_small_and_kept_once(tmp_path: Path) -> None:
     assert len(set(shown)) == 1
     (path,) = album.folder.iterdir()
     assert (shown[0].address, shown[0].width, shown[0].height) == (f"pictures/{path.name}", 192, 96)
-    album.keep_only(set())
-    assert not list(album.folder.iterdir())
+    (tmp_path / "pictures" / "of somebody else.png").write_text("")
+    pictures.remove_pictures(tmp_path, {shown[0].address})
+    assert path.exists()
+    pictures.remove_pictures(tmp_path)
+    assert [one.name for one in album.folder.iterdir()] == ["of somebody else.png"]
 
 
 # ---------------------------------------------------------------------- in a browser
