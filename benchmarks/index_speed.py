@@ -184,8 +184,8 @@ def main() -> None:
     )
     lines = [
         f"{small['samples']:,} samples, {small['numbers']} numbers of each kind, {small['bytes_a_sample']} bytes a "
-        f"sample: a query {small['seconds']} s, {small['seconds_with_gradients']} s with its gradients (medians of {TIMES}); "
-        f"kernels once {small['seconds_first_opened']} s",
+        f"sample: a query {small['seconds']} s, {small['seconds_with_gradients']} s with its gradients "
+        f"(medians of {TIMES}); kernels once {small['seconds_first_opened']} s",
         f"{many['samples']:,} samples, {many['numbers']} numbers of each kind: a query {many['seconds']} s, the first "
         f"{many['seconds_first']} s; opened in {many['seconds_opened']} s, kernels once "
         f"{many['seconds_first_opened']} s",
