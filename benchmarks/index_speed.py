@@ -6,7 +6,7 @@
 First part: the sample model, and an index of so many samples as it would keep them, at the default size with all
 weights; what its vectors hold does not matter for the time, so they are the queries' own with noise. A query is asked
 20 times, its own gradients counted and not. Second part, in a process of its own: a random index of 1,000,000 samples
-with fresh keys and 384 numbers of each kind (`lightning-unlearn index --numbers 384`); memory before and after five
+with fresh keys and 256 numbers of each kind (`lightning-unlearn index --numbers 256`); memory before and after five
 queries. Threads are what the environment gives, and one a core for the index's own products. The kernels are decomposed
 once, before; how long that takes is told, too. Bars: medians of 1 s without and 5 s with the query's gradients; 2 s for
 the large one, and memory that does not grow with queries by more than what an answer takes.
@@ -44,7 +44,7 @@ from lightning_unlearn.weights.projection import Projection
 
 A_SHARD = 10_000
 TIMES = 20
-LARGE_NUMBERS = 384
+LARGE_NUMBERS = 256
 
 
 def sample_parts() -> tuple[UnlearningModule, list[Sample]]:
