@@ -1,8 +1,7 @@
 """Write INDEX.md: what index_recall.py and index_speed.py have measured.
 
-python benchmarks/index_recall.py --json > benchmarks/index_recall.json
-python benchmarks/index_speed.py --json > benchmarks/index_speed.json
-python benchmarks/index_page.py
+First the two, `python benchmarks/index_recall.py --json > benchmarks/index_recall.json` and the same of the other, then
+`python benchmarks/index_page.py`.
 """
 
 from __future__ import annotations
@@ -16,9 +15,10 @@ PAGE = FOLDER / "INDEX.md"
 HEAD = """\
 # What an index keeps
 
-Made by `python benchmarks/index_page.py` from what `python benchmarks/index_recall.py` and `python benchmarks/index_speed.py`
-have measured; their first lines say how. The full answer is `attribute --method Consensus` with all weights (DAS, D-TRAK and
-unlearning); the index's own is DAS and D-TRAK of projected gradients.
+Made by `python benchmarks/index_page.py` from what `python benchmarks/index_recall.py` and
+`python benchmarks/index_speed.py` have measured; their first lines say how. The full answer is
+`attribute --method Consensus` with all weights (DAS, D-TRAK and unlearning); the index's own is DAS and D-TRAK of
+projected gradients.
 """
 
 
@@ -33,8 +33,8 @@ def recall_lines(found: dict[str, dict[str, Any]]) -> list[str]:
     lines = [
         "## Shortlists",
         "",
-        "Of the first 1, 3 and 10 by the full answer, how many are in the shortlist of the index; means over queries. The "
-        "marked row has 5 % of the samples (1 % from 5,000 on), at least 10.",
+        "Of the first 1, 3 and 10 by the full answer, how many are in the shortlist of the index; means over queries. "
+        "The marked row has 5 % of the samples (1 % from 5,000 on), at least 10.",
         "",
         "| bench | samples | shortlist | first 1 | first 3 | first 10 |",
         "|---|---|---|---|---|---|",
@@ -54,7 +54,7 @@ def lds_lines(found: dict[str, dict[str, Any]]) -> list[str]:
         "",
         "Linear datamodelling score on the choosing and the reporting half of the evidence.",
         "",
-        "| bench | the index | DAS and D-TRAK of whole gradients | the full answer | bytes a sample | numbers of each kind |",
+        "| bench | the index | DAS and D-TRAK of whole gradients | the full answer | bytes a sample | numbers of each |",
         "|---|---|---|---|---|---|",
     ]
     for name, facts in found.items():
@@ -73,10 +73,11 @@ def cost_lines(found: dict[str, dict[str, Any]]) -> list[str]:
         "## Calls",
         "",
         "Passes of one view through the network, a backward pass counting as two; the shortlist is the marked one. The "
-        "paper's recipe has 200 views a sample and no other cost counted than its 128 draws. Seconds are of processor time.",
+        "paper's recipe has 200 views a sample and no other cost counted than its 128 draws. Seconds are of "
+        "processor time.",
         "",
-        "| bench | the index, once | a query with index and shortlist | without an index | the paper's recipe, times the "
-        "query's with an index | seconds once | seconds a query by the index alone, gradients included |",
+        "| bench | the index, once | a query with index and shortlist | without an index | the paper's recipe, times "
+        "the query's with an index | seconds once | seconds a query by the index alone, gradients included |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, facts in found.items():
