@@ -64,6 +64,21 @@ def test_by_default_several_methods_are_asked_on_the_fisher_s_weights(
     assert "unlearning by one half of its views and by the other has" in page
 
 
+def test_a_new_fisher_is_of_all_weights_and_they_are_chosen(
+    content: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    del content["model"]["init_args"]["parameters"]
+    config, fisher = write_config(tmp_path / "toy.yaml", content), tmp_path / "new.safetensors"
+    # The config's own Fisher is of `text_kv`.
+    run("fisher", "--config", config, "--kind", "diagonal", "--passes", "1", "--output", fisher, *QUIET)
+    said = "Weights: 'all' (82 layers, 23,179 weights)."
+    assert said in capsys.readouterr().out
+    run("attribute", "--config", config, "--output", tmp_path / "run", "--model.init_args.fisher", fisher, *QUIET)
+    assert said in capsys.readouterr().out
+    run_record = read_scores(tmp_path / "run").run
+    assert (run_record["parameters"], run_record["unlearning"]["parameters"]) == ("all", "all")
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [
