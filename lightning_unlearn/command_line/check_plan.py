@@ -147,7 +147,7 @@ def plan_of_model(model: Namespace, data: Namespace) -> Plan:
         plan.views = plan.try_to(partial(_made, ours.views, Views)) or plan.views
     if ours.strategy is not None:
         plan.strategy = plan.try_to(partial(_made, ours.strategy)) or plan.strategy
-    elif theirs["targets_by"] is None and theirs["keys"] is None:
+    elif theirs["targets_by"] is None and theirs["keys"] is None and ours.adapter is None:
         plan.method = Consensus()
         plan.strategy = Newton(target_increase=plan.method.rise)
     _add_network(plan, ours)

@@ -15,7 +15,9 @@ from lightning_unlearn.datamodules import AttributionDataModule, TrainingDataMod
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fisher import FISHERS, Targets
 from lightning_unlearn.training import FisherPass
+from lightning_unlearn.unlearning.chosen import AUTO
 from lightning_unlearn.unlearning.module import UnlearningModule
+from lightning_unlearn.weights.parameters import automatic_selection
 
 
 def fisher(arguments: list[str]) -> None:
@@ -63,8 +65,11 @@ def fisher(arguments: list[str]) -> None:
             each = f", one for {' and one for '.join(stages)}" if stages else ""
             raise InputError(f"--passes must be at least {max(1, len(stages))}{each}, but is {passes}.")
         targets = cli.config.targets
-        # An older Fisher that stands in the config says nothing of the new one.
         parameters = module.parameters_asked
+        if parameters == AUTO:
+            # An older Fisher that stands in the config says nothing of the new one.
+            parameters, why = automatic_selection(module.network)
+            say(f"Weights: {parameters!r} ({why}).")
         frozen = FisherPass(module.network, module.objective, parameters, cli.config.seed, targets)
         trainer.fit_loop.max_epochs = passes
         output = Path(cli.config.output).absolute()

@@ -54,7 +54,7 @@ def test_each_query_says_how_sure_it_is(config: str, tmp_path: Path) -> None:
     written = json.loads((folder / "run.json").read_text())
     assert written["parts"] == ["das", "d_trak", "unlearning"]
     for target in written["targets"].values():
-        assert target["sure"]["words"] in ("methods agree", "caption only", "not sure")
+        assert target["sure"]["words"] in ("methods agree", "caption only", "pixels only", "not sure")
         assert 0 <= target["sure"]["first_ten"] <= 1
     page = (folder / "report.html").read_text()
     assert all(target["sure"]["words"] in page.lower() for target in written["targets"].values())

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from command_toys import SAMPLES, run, toy_config, write_config
-from toys import DIM, LATENT, TOKENS, told, toy_fields
+from toys import DIM, LATENT, TOKENS, tiny_unet, told, toy_fields
 
 from lightning_unlearn.baselines.consensus import Consensus
+from lightning_unlearn.command_line.automatic_method import automatic_method
 from lightning_unlearn.command_line.cli import main
 from lightning_unlearn.data.shards import encode_sample, write_shards
+from lightning_unlearn.datamodules import AttributionDataModule
+from lightning_unlearn.diffusion.objective import DenoisingObjective
 from lightning_unlearn.scores.files import read_scores
+from lightning_unlearn.unlearning.module import UnlearningModule
 
 QUIET = ["--trainer.enable_progress_bar", "false"]
 ALONE = "Unlearning alone scores the images, without D-TRAK and DAS beside it, since "
@@ -59,6 +64,21 @@ def test_by_default_several_methods_are_asked_on_the_fisher_s_weights(
     assert "unlearning by one half of its views and by the other has" in page
 
 
+def test_a_new_fisher_is_of_all_weights_and_they_are_chosen(
+    content: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    del content["model"]["init_args"]["parameters"]
+    config, fisher = write_config(tmp_path / "toy.yaml", content), tmp_path / "new.safetensors"
+    # The config's own Fisher is of `text_kv`.
+    run("fisher", "--config", config, "--kind", "diagonal", "--passes", "1", "--output", fisher, *QUIET)
+    said = "Weights: 'all' (82 layers, 23,179 weights)."
+    assert said in capsys.readouterr().out
+    run("attribute", "--config", config, "--output", tmp_path / "run", "--model.init_args.fisher", fisher, *QUIET)
+    assert said in capsys.readouterr().out
+    run_record = read_scores(tmp_path / "run").run
+    assert (run_record["parameters"], run_record["unlearning"]["parameters"]) == ("all", "all")
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [
@@ -92,6 +112,28 @@ def test_what_only_unlearning_can_do_is_done_by_it(
     assert status == 0, said.err
     assert "unlearning" in read_scores(tmp_path / "run").run
     assert "method" not in read_scores(tmp_path / "run").run
+
+
+@pytest.mark.parametrize(
+    ("processes", "origin", "why"),
+    [
+        (2, {}, "since the others work in one process, and the Trainer has 2."),
+        (
+            1,
+            {"adapter": "lora.safetensors"},
+            "since of few pictures that a model was customised with it finds far more",
+        ),
+    ],
+)
+def test_what_the_others_can_not_or_do_worse(
+    processes: int, origin: dict[str, Any], why: str, content: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = UnlearningModule(tiny_unet(), DenoisingObjective(), "identity")
+    module.origin |= origin
+    data = AttributionDataModule("shards", "queries")  # not looked at
+    trainer: Any = SimpleNamespace(world_size=processes, precision="32-true")
+    assert automatic_method(module, data, trainer, []) is None
+    assert why in capsys.readouterr().out
 
 
 def test_what_does_not_fit_in_memory_is_done_by_unlearning(
