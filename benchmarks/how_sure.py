@@ -86,6 +86,17 @@ def foretells(queries: list[Query], measure: str) -> dict[str, object] | None:
     return {"correlation": round(found, 3), "interval": ends(rank_correlation(values[rows], above[rows]))}
 
 
+def by_bench(queries: list[Query]) -> dict[str, dict[str, tuple[int, float]]]:
+    """Bench to words to how many of its queries are called so, and their mean LDS."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for query in queries:
+        found.setdefault(query.bench, {}).setdefault(query.sure.words, []).append(query.lds)
+    return {
+        bench: {words: (len(some), round(sum(some) / len(some), 3)) for words, some in under.items()}
+        for bench, under in found.items()
+    }
+
+
 def main() -> None:
     """Measure, and print."""
     arguments = parser(__doc__).parse_args()
@@ -102,6 +113,8 @@ def main() -> None:
         interval = ends(lds[drawn(len(some))].mean(1))
         details[words] = {"queries": len(some), "lds": round(float(lds.mean()), 3), "interval": interval}
         lines.append(f"“{words}”: {len(some)} queries, mean LDS {float(lds.mean()):.3f} {interval}")
+    details["benches"] = by_bench(queries)
+    lines.append(f"by bench, queries and mean LDS: {details['benches']}")
     gap, met = float("nan"), False
     if under[AGREE] and under[UNSURE]:
         sure, unsure = (torch.tensor([q.lds for q in under[words]], dtype=torch.float64) for words in (AGREE, UNSURE))

@@ -50,6 +50,11 @@ def how_sure() -> list[str]:
             row = found[words]
             low, high = row["interval"]
             lines.append(f"| {words} | {row['queries']} | {row['lds']:.3f} [{low:.3f}, {high:.3f}] |")
+    benches = [
+        f"{name}: " + ", ".join(f"{words} {count} ({lds:.3f})" for words, (count, lds) in sorted(under.items()))
+        for name, under in found.get("benches", {}).items()
+    ]
+    lines += ["", f"How many on each bench, and their mean LDS: {'; '.join(benches)}."] * bool(benches)
     return [*lines, ""]
 
 

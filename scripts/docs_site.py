@@ -20,7 +20,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
-from results_table import results_table
+from results_table import removals_table, results_table
 
 from lightning_unlearn.diffusion.families import FAMILIES
 
@@ -37,6 +37,7 @@ PAGES = {
 LINKS = {"README.md": "measuring.md", "RESULTS.md": "benches.md"}
 COMMANDS_PAGE = "reference/commands.md"
 RESULTS_TABLE = "<!-- results table -->"
+REMOVALS_TABLE = "<!-- removals table -->"
 FAMILIES_TABLE = "<!-- families table -->"
 
 _staged: list[tempfile.TemporaryDirectory[str]] = []
@@ -103,6 +104,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return re.sub(r"\]\(([A-Z]+\.md)\)", lambda found: f"]({LINKS.get(found[1], found[1])})", text)
     if RESULTS_TABLE in markdown:
         markdown = markdown.replace(RESULTS_TABLE, results_table())
+    if REMOVALS_TABLE in markdown:
+        markdown = markdown.replace(REMOVALS_TABLE, removals_table())
     if FAMILIES_TABLE in markdown:
         markdown = markdown.replace(FAMILIES_TABLE, families_table())
     return markdown
