@@ -68,7 +68,7 @@ def asked(folder: Path, **settings: Any) -> AttributionLogger:
     # A size of step that no loss has to be searched for, on the keys and values of the text.
     chosen: dict[str, Any] = {"views": Views(2), "top": TOP, "strict": True, **settings}
     if "method" not in chosen:
-        chosen.setdefault("strategy", Newton(alpha=0.01, N=1))
+        chosen.setdefault("strategy", Newton(alpha=2e-5, N=1))
     queries = chosen.get("prompts") is None
     fisher = chosen.pop("fisher", None) or FisherAccumulator("network", fisher="diagonal")
     return AttributionLogger(chosen.pop("data", None) or data_of(folder, queries=queries), fisher, **chosen)
@@ -240,7 +240,7 @@ def test_wandb_holds_pictures_and_numbers(logged: dict[str, Any]) -> None:
     (files,) = logged["root"].glob("wandb/offline-run-*/files")
     for query in table.queries:
         assert found[f"attribution/{query}/top_score"][1] == pytest.approx(table.top(query, 1)[0][1])
-        pictures = found[f"attribution/{query}"][1]
+        pictures = {name: found[f"attribution/{query}/{name}"][1] for name in ("captions", "filenames")}
         # What is generated has a picture only where its latent is one.
         said = pictures["captions"][-TOP:]
         assert [caption.split(" · ")[1] for caption in said] == [key for key, _ in table.top(query, TOP)]
@@ -248,8 +248,8 @@ def test_wandb_holds_pictures_and_numbers(logged: dict[str, Any]) -> None:
         assert len(pictures["filenames"]) == len(pictures["captions"]) >= TOP
         assert all((files / name).stat().st_size > 0 for name in pictures["filenames"])
     assert found["sample_losses/samples"] == [24]
-    assert len(found["sample_losses/worst"][0]["filenames"]) == TOP
-    rows = json.loads((files / found["attribution/sources"][1]["path"]).read_text())
+    assert len(found["sample_losses/worst/filenames"][0]) == TOP
+    rows = json.loads((files / found["attribution/sources/path"][1]).read_text())
     assert [tuple(row[:3]) for row in rows["data"]] == [
         (query, rank, key) for query in table.queries for rank, (key, _) in enumerate(table.top(query, TOP), 1)
     ]
@@ -283,7 +283,7 @@ def test_the_answer_is_the_one_that_attribute_gives_afterwards(tmp_path: Path) -
         network,
         DenoisingObjective(),
         str(tmp_path / "fisher.safetensors"),
-        strategy=Newton(alpha=0.01, N=1),
+        strategy=Newton(alpha=2e-5, N=1),
         views=Views(2),
     )
     quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "accelerator": "cpu"}
