@@ -28,15 +28,19 @@ def aside() -> Iterator[None]:
         Nothing.
     """
     talk = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    level = talk.level
+    level, raised = talk.level, None
     with isolate_rng(), warnings.catch_warnings(), torch.enable_grad():
         # What a Trainer of ours says of the machine was said by the user's own.
         talk.setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", message=r".*(does not have many workers|LeafSpec|tensorboardX).*")
         try:
             yield
+        except BaseException as error:  # past which isolate_rng would restore nothing
+            raised = error
         finally:
             talk.setLevel(level)
+    if raised is not None:
+        raise raised
 
 
 def frozen_copy(network: nn.Module) -> nn.Module:

@@ -85,7 +85,7 @@ class AttributionLogger(WithFisher):
         fisher: FisherAccumulator | None = None,
         objective: Objective | None = None,
         prompts: list[Any] | None = None,
-        generate: Generate | int | None = None,
+        generate: int | Generate | None = None,
         every_n_epochs: int | None = None,
         top: int = 8,
         method: Baseline | None = None,

@@ -89,6 +89,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, text in {**named("yaml", "yaml"), **named("python", "py")}.items():
         (tmp_path / name).write_text(text)
     shutil.copy(ROOT / "configs" / "train_sample.yaml", tmp_path / "train.yaml")
+    for name, of_toys in (("shards", "train"), ("queries", "queries")):
+        (tmp_path / name).symlink_to(toy_folder() / of_toys)
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.png").touch()
     (tmp_path / "pictures" / "a.txt").write_text("a caption\n")
@@ -127,6 +129,9 @@ def test_python_runs(text: str, place: Path, finished: Path) -> None:
     exec(code, names)
     if "your_module" in before:
         assert (place / "fisher.safetensors").is_file()
+    if "AttributionLogger" in text:
+        assert list(place.rglob("step=*/sources.csv"))
+        assert list(place.rglob("sample_losses.csv"))
     for kind in names.values():
         if isinstance(kind, type) and kind.__module__ == "block" and not issubclass(kind, Family):
             assert_is_an_objective(kind)
