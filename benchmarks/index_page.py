@@ -54,7 +54,7 @@ def lds_lines(found: dict[str, dict[str, Any]]) -> list[str]:
         "",
         "Linear datamodelling score on the choosing and the reporting half of the evidence.",
         "",
-        "| bench | the index | DAS and D-TRAK of whole gradients | the full answer | bytes a sample | numbers of each |",
+        "| bench | the index | DAS and D-TRAK of whole gradients | the full answer | bytes a sample | numbers each |",
         "|---|---|---|---|---|---|",
     ]
     for name, facts in found.items():

@@ -27,7 +27,7 @@ from lightning_unlearn.datamodules import AttributionDataModule
 from lightning_unlearn.draws.views import Views
 from lightning_unlearn.index.kernel_file import KERNELS
 from lightning_unlearn.index.record import INDEX_FILE
-from lightning_unlearn.index.shard_file import widened
+from lightning_unlearn.index.rows import widened
 from lightning_unlearn.unlearning.module import UnlearningModule
 
 SCRIPT = Path(__file__).parents[2] / "helpers" / "index_toys.py"
