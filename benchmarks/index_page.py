@@ -1,7 +1,7 @@
 """Write INDEX.md: what index_recall.py and index_speed.py have measured.
 
-First the two, `python benchmarks/index_recall.py --json > benchmarks/index_recall.json` and the same of the other, then
-`python benchmarks/index_page.py`.
+First `python benchmarks/index_recall.py BENCH --json > benchmarks/BENCH/index.json` of each bench, and
+`python benchmarks/index_speed.py --json > benchmarks/index_speed.json`; then `python benchmarks/index_page.py`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ projected gradients.
 
 def benches() -> dict[str, dict[str, Any]]:
     """What index_recall.py has measured, by bench."""
-    found = json.loads((FOLDER / "index_recall.json").read_text())
-    return {name: facts for name, facts in found.items() if isinstance(facts, dict) and "recall" in facts}
+    found = {path.parent.name: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*/index.json"))}
+    return {name: facts[name] for name, facts in found.items()}
 
 
 def recall_lines(found: dict[str, dict[str, Any]]) -> list[str]:
@@ -54,7 +54,7 @@ def lds_lines(found: dict[str, dict[str, Any]]) -> list[str]:
         "",
         "Linear datamodelling score on the choosing and the reporting half of the evidence.",
         "",
-        "| bench | the index | DAS and D-TRAK of whole gradients | the full answer | bytes a sample | numbers of each |",
+        "| bench | the index | DAS and D-TRAK of whole gradients | the full answer | bytes a sample | numbers each |",
         "|---|---|---|---|---|---|",
     ]
     for name, facts in found.items():

@@ -38,7 +38,8 @@ from lightning_unlearn.data.samples import Sample
 from lightning_unlearn.datamodules import AttributionDataModule
 from lightning_unlearn.index.index_pass import OUTPUTS
 from lightning_unlearn.index.record import index_digest, index_fingerprints, write_index
-from lightning_unlearn.index.shard_file import Rows, write_shard
+from lightning_unlearn.index.rows import Rows
+from lightning_unlearn.index.shard_file import write_shard
 from lightning_unlearn.weights.parameters import layer_specs
 from lightning_unlearn.weights.projection import Projection
 

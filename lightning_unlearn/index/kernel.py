@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.index.shard_file import ShardFile, powers, widened
+from lightning_unlearn.index.rows import powers, widened
+from lightning_unlearn.index.shard_file import ShardFile
 
 # Beyond so many numbers, products with queries are in float32.
 EXACT_NUMBERS = 2**26
@@ -151,7 +152,7 @@ class IndexKernel:
             rest[start : start + len(rows)] -= solved.square().sum(0)
 
         vectors.rows(take)
-        return cls(factor, rest)
+        return cls(factor, rest.clamp(min=torch.finfo(torch.float64).eps))  # rounding may leave less than nothing
 
     def influences(self, vectors: Vectors, queries: Tensor) -> Tensor:
         """The regression's weight of each sample for each query.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import reference_baselines as slow
 import torch
@@ -27,7 +29,7 @@ from lightning_unlearn.datamodules import AttributionDataModule
 from lightning_unlearn.draws.views import Views
 from lightning_unlearn.index.kernel_file import KERNELS
 from lightning_unlearn.index.record import INDEX_FILE
-from lightning_unlearn.index.shard_file import widened
+from lightning_unlearn.index.rows import widened
 from lightning_unlearn.unlearning.module import UnlearningModule
 
 SCRIPT = Path(__file__).parents[2] / "helpers" / "index_toys.py"
@@ -36,7 +38,10 @@ SHARDS = -(-SAMPLES // SAMPLES_PER_SHARD)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("index-toys")
+    """With shards and queries."""
+    made = tmp_path_factory.mktemp("index-toys")
+    toy_index_data(made)
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +143,25 @@ def test_cuts_and_order_of_shards_change_nothing(made: Path, folder: Path, tmp_p
     assert_same(tmp_path / "index", tmp_path / "other")
 
 
+def test_rows_are_in_the_order_of_their_shard_whatever_batches_pictures_of_several_sizes_make(
+    folder: Path, tmp_path: Path
+) -> None:
+    fields = ragged_fields(range(5))
+    for one in fields[1::2]:
+        for name in ("latent.npy", "latent_flip.npy"):
+            one[name] = npy_bytes(np.load(io.BytesIO(one[name]))[..., :6].copy())
+    write_shards(fields, tmp_path / "train", samples_per_shard=5)
+    data = AttributionDataModule(str(tmp_path / "train"), str(folder / "queries"), batch_size=2)
+    make_index(toy_index_module(), data, tmp_path / "index")
+    index = Index.open(tmp_path / "index")
+    assert index.keys == [one["__key__"] for one in fields]
+    assert [list(captions) for captions in index.captions] == [json.loads(one["json"])["captions"] for one in fields]
+    one_by_one = AttributionDataModule(str(tmp_path / "train"), str(folder / "queries"), batch_size=1)
+    make_index(toy_index_module(), one_by_one, tmp_path / "other")
+    assert_same(tmp_path / "index", tmp_path / "other", bits=False)
+
+
 def test_added_shards_give_what_making_it_anew_gives(made: Path, folder: Path, tmp_path: Path) -> None:
-    toy_index_data(folder)
     first = sorted((folder / f"train-{SAMPLES}").glob("*.tar"))[:1]
     some = AttributionDataModule([str(path) for path in first], str(folder / "queries"), batch_size=3)
     make_index(toy_index_module(), some, tmp_path / "index")
@@ -153,7 +175,6 @@ def test_added_shards_give_what_making_it_anew_gives(made: Path, folder: Path, t
 
 
 def test_two_processes_make_what_one_makes(made: Path, folder: Path, tmp_path: Path) -> None:
-    toy_index_data(folder)
     job = {"folder": str(folder), "out": str(tmp_path / "index"), "trainer": {"strategy": "ddp", "devices": 2}}
     (tmp_path / "job.json").write_text(json.dumps(job))
     run_ranks(str(SCRIPT), tmp_path / "job.json", processes=2)
@@ -163,7 +184,6 @@ def test_two_processes_make_what_one_makes(made: Path, folder: Path, tmp_path: P
 
 
 def test_a_killed_run_goes_on_with_the_shards_that_are_missing(made: Path, folder: Path, tmp_path: Path) -> None:
-    toy_index_data(folder)
     out = tmp_path / "index"
     job = {"folder": str(folder), "out": str(out), "stall": 1, "trainer": {}}
     (tmp_path / "job.json").write_text(json.dumps(job))

@@ -17,7 +17,7 @@ from lightning_unlearn.baselines.gradients import query_gradients_of, training_g
 from lightning_unlearn.baselines.per_sample import Output, join
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.index.kernel import IndexKernel, Vectors
-from lightning_unlearn.index.shard_file import halved, widened
+from lightning_unlearn.index.rows import halved, widened
 from lightning_unlearn.weights.parameters import layer_specs
 from lightning_unlearn.weights.projection import Projection
 
