@@ -10,7 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from lightning_unlearn.command_line.ask_request import Question, Request
+from lightning_unlearn.command_line.ask_questions import Question
+from lightning_unlearn.command_line.ask_request import Request
 from lightning_unlearn.command_line.command_parts import say
 from lightning_unlearn.data.files import write_atomically
 from lightning_unlearn.data.shards import MANIFEST

@@ -7,6 +7,7 @@ the states of the training caption that says the same are taken, and that is sai
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +20,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from lightning_unlearn.command_line.ask_queries import PICTURES, SHARDS, Maker
-from lightning_unlearn.command_line.ask_request import Question
+from lightning_unlearn.command_line.ask_questions import Question
 from lightning_unlearn.command_line.command_parts import say
 from lightning_unlearn.datamodules.reading import read_samples
 from lightning_unlearn.datamodules.sources import list_shards
@@ -80,8 +81,11 @@ def _without_beginning(words: str) -> str:
 
 def _near(prompt: str, known: dict[str, Any]) -> list[str]:
     """Captions that share a word with a prompt, or some others."""
-    words = set(prompt.split())
-    return [*sorted((name for name in known if words & set(name.split())), key=len), "tiger", "cherries", "sushi"][:3]
+    # Captions are full of "with", "face" and the like: the rarest word that is shared counts.
+    counts = Counter(word for name in known for word in set(name.split()))
+    words = sorted((word for word in set(prompt.split()) if word in counts), key=lambda word: (counts[word], word))
+    shared = [name for word in words if len(word) > 2 for name in known if word in name.split()]
+    return list(dict.fromkeys([*shared, "tiger", "cherries", "sushi"]))[:3]
 
 
 def _encoded(questions: Sequence[Question]) -> tuple[Array, list[str]]:
