@@ -86,7 +86,7 @@ class AskRun:
         on_cpu = (self.config.get("trainer") or {}).get("accelerator") == "cpu"
         self.machine = Machine.this(torch.device("cpu") if on_cpu else None)
         self.answer = self.folder.answer(f"{self.queries.name}-{answer_digest(self.config, self.method)}")
-        self.states: Any = None  # of the sample model's prompts
+        self.states: Any = None  # of the sample model's prompts, and where they are from
 
     @property
     def sample(self) -> Path | None:
@@ -128,8 +128,8 @@ class AskRun:
     def _checked_model(self) -> tuple[Plan, Any]:
         """What ``check`` knows of the model; refused, if it can't be asked, before its pictures are prepared."""
         if self.sample is not None and not is_prepared(self.queries):
-            self.states, said = text_states(self.request.questions, self.sample / "shards")
-            say_states(self.request.questions, said)
+            self.states = text_states(self.request.questions, self.sample / "shards")
+            say_states(self.request.questions, self.states[1])
         elif self.sample is None:
             _hush()
         parsed = _parsed(self.config)
@@ -208,7 +208,7 @@ class AskRun:
         gallery.show(questions, queries)
         gc.collect()
         if self.sample is not None:
-            _command("prepare", sample_words(queries, questions, self.states))
+            _command("prepare", sample_words(queries, questions, self.states[0]))
             return
         place = self.folder.shards if self.request.images is not None else Path(self.request.shards[0])
         manifest = read_manifest(place) if place.is_dir() else {}
@@ -218,8 +218,7 @@ class AskRun:
         request = self.request
         if self.sample is None:
             return pipeline_maker(request, self.kind, self.config, self.machine.device)
-        states = {question.key: self.states[row] for row, question in enumerate(request.questions)}
-        return sample_maker(self.config, states, request.steps)
+        return sample_maker(self.config, request.questions, *self.states, request.steps)
 
     def _take_fisher(self, passes: int) -> None:
         place, ours = self.config["model"]["init_args"].get("fisher"), self.folder.fisher

@@ -99,12 +99,16 @@ def _encoded(questions: Sequence[Question]) -> tuple[Array, list[str]]:
     return states, [str(source.about["encoder"])] * len(questions)
 
 
-def sample_maker(config: dict[str, Any], states: dict[str, Array], steps: int | None) -> Maker:
+def sample_maker(
+    config: dict[str, Any], questions: Sequence[Question], states: Array, said: Sequence[str], steps: int | None
+) -> Maker:
     """What generates the pictures of the sample model.
 
     Args:
         config: Of the sample, whose variables are set.
-        states: A question's key to its prompt's states ``(1, 10, 384)``.
+        questions: With prompts.
+        states: Of each ``(Q, 1, 10, 384)``.
+        said: Where the states of each are from.
         steps: Of the sampler; by default those of the queries that ship.
 
     Returns:
@@ -114,15 +118,21 @@ def sample_maker(config: dict[str, Any], states: dict[str, Array], steps: int | 
     model = plain["model"]["init_args"]
     network = load_network(instantiate_class((), model["network"]), model["weights"])
     objective, taken = DenoisingObjective(), steps or STEPS
+    rows = {question.key: row for row, question in enumerate(questions)}
 
     def make(question: Question) -> tuple[Image.Image, dict[str, Any]]:
         assert question.seed is not None
-        text = torch.from_numpy(states[question.key]).float()
+        row = rows[question.key]
+        text = torch.from_numpy(states[row]).float()
         shape = (3, SIZE, SIZE)
         pixels = generate(network, objective, {"text": text}, shape, [question.seed], taken)[0].clamp(-1, 1)
         picture = Image.fromarray(((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
         shown = picture.resize((SHOWN, SHOWN), Image.Resampling.NEAREST)
-        return shown, {"kind": "generated", **how_generated(objective, question.seed, taken)}
+        return shown, {
+            "kind": "generated",
+            "read_as": said[row],
+            **how_generated(objective, question.seed, taken),
+        }
 
     return make
 
