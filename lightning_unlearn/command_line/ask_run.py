@@ -218,7 +218,8 @@ class AskRun:
         request = self.request
         if self.sample is None:
             return pipeline_maker(request, self.kind, self.config, self.machine.device)
-        return sample_maker(self.config, request.questions, *self.states, request.steps)
+        states, said = self.states
+        return sample_maker(self.config, request.questions, states, said, request.steps)
 
     def _take_fisher(self, passes: int) -> None:
         place, ours = self.config["model"]["init_args"].get("fisher"), self.folder.fisher

@@ -10,10 +10,11 @@ import random
 import shutil
 import sys
 import tempfile
+import time
 from pathlib import Path
 
-import ask_toys
 from drill import PROGRAM, Report, check_files, check_words, finish, same_files
+from lora_toys import write_sdxl
 from processes import Script
 
 from lightning_unlearn.scores.files import read_scores
@@ -36,7 +37,7 @@ def drill(count: int, seed: int) -> Report:
     report, draw = Report(), random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="asks-") as place:
         folder = Path(place)
-        named = ask_toys.write_sdxl(folder)
+        named = write_sdxl(folder)
 
         def words(out: Path) -> list[str]:
             return ["ask", *named, *ASKED, "--output", str(out)]
@@ -65,8 +66,6 @@ def drill(count: int, seed: int) -> Report:
 
 def _seconds(words: list[str], folder: Path) -> float:
     """How long an undisturbed run takes, once the system has read its files."""
-    import time
-
     started = time.monotonic()
     with Script(PROGRAM, *words, folder=folder) as script:
         assert script.wait(600) == 0, script.said()

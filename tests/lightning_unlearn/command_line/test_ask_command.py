@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ask_toys
+import lora_toys
 import pytest
 import yaml
 from command_toys import run
@@ -34,7 +34,7 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sdxl(toys: Path) -> list[str]:
-    return ask_toys.write_sdxl(toys)
+    return lora_toys.write_sdxl(toys)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_a_lora_on_sdxl_and_a_kohya_folder_become_a_report(answered: Path) -> No
     assert "a dog on the moon" in (answered / "report.html").read_text()
     table = only_table(answered)
     assert table.queries == ["a-dog-on-the-moon-seed-7"]
-    assert len(table.keys) == ask_toys.PICTURES
+    assert len(table.keys) == lora_toys.PICTURES
     (query,) = queries(answered)
     made = {name: query.metadata[name] for name in ("kind", "seed", "steps", "adapter", "scheduler")}
     scheduler = "EulerDiscreteScheduler"
@@ -166,7 +166,7 @@ def test_stopped_at_any_stage_it_goes_on_and_ends_with_the_same_answer(
 
 
 def test_a_lora_on_flux_becomes_a_report(toys: Path) -> None:
-    flux = ask_toys.write_flux(toys)
+    flux = lora_toys.write_flux(toys)
     run("ask", *flux, *ASKED, "--output", toys / "flux_answer")
     assert only_table(toys / "flux_answer").queries == ["a-dog-on-the-moon-seed-7"]
     objective = config(toys / "flux_answer")["model"]["init_args"]["objective"]
