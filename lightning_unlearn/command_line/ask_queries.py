@@ -10,7 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from lightning_unlearn.command_line.ask_request import Question, Request
+from lightning_unlearn.command_line.ask_questions import Question
+from lightning_unlearn.command_line.ask_request import Request
 from lightning_unlearn.command_line.command_parts import say
 from lightning_unlearn.data.files import write_atomically
 from lightning_unlearn.data.shards import MANIFEST
@@ -127,7 +128,9 @@ class Gallery:
         for question in left:
             picture, facts = maker(question)
             stream, place = io.BytesIO(), self.place(question)
-            picture.save(stream, "PNG")
+            # Which way is up is prepare's choice.
+            exif = picture.getexif()
+            picture.save(stream, "PNG", **({"exif": exif} if exif else {}))
             # What is known of a picture comes before it, since it says that both are there.
             write_atomically(place.with_suffix(".json"), json.dumps(facts).encode())
             write_atomically(place, stream.getvalue())
@@ -162,9 +165,9 @@ def given_picture(question: Question) -> tuple[Image.Image, dict[str, Any]]:
     """
     assert question.picture is not None
     with Image.open(question.picture) as picture:
-        exif, kept = picture.getexif(), picture.copy()
-    # PNG keeps pixels as they are; which way is up is prepare's choice.
-    kept.info = {"exif": exif.tobytes()} if exif else {}
+        kept = picture.copy()
+        kept.info |= {"exif": picture.info["exif"]} if "exif" in picture.info else {}
+    # PNG keeps pixels as they are, in the modes that it has.
     if kept.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
         kept = kept.convert("RGB")
     return kept, {"kind": "given", "of": question.picture.name}

@@ -28,6 +28,8 @@ from lightning_unlearn.weights.deltas import NetworkLoss
 from lightning_unlearn.weights.parameters import LayerSpec, layer_parameters
 
 Found = TypeVar("Found")
+# Of a call without and with its backward pass.
+CallsMemory = tuple[CallMemory | None, CallMemory | None]
 
 FLOAT32 = 4
 # How often the search of a step measures a target's losses: the median of both benches (benchmarks/RESULTS.md).
@@ -96,12 +98,13 @@ def sizes_of(network: nn.Module, layers: dict[str, LayerSpec], inputs: dict[str,
     return Sizes(bytes_of([*network.parameters(), *network.buffers()]), numbers * width, numbers * FLOAT32, fisher)
 
 
-def stages_of(plan: Plan, passes: int = 5) -> list[Stage]:
+def stages_of(plan: Plan, passes: int = 5, calls: CallsMemory | None = None) -> list[Stage]:
     """What each stage takes.
 
     Args:
         plan: With a network, an objective, chosen layers and a first sample.
         passes: Of the Fisher over the training samples.
+        calls: What :func:`calls_memory` found, if it was asked already.
 
     Returns:
         Fisher, unlearning, scoring and, where other methods are asked, too, their gradients; no Fisher if there is one.
@@ -112,8 +115,9 @@ def stages_of(plan: Plan, passes: int = 5) -> list[Stage]:
     fed = inputs_of(plan.network, plan.objective, plan.sample, list(plan.layers))
     sizes = sizes_of(plan.network, plan.layers, fed)
     samples = plan.samples or 0
-    calls = (plan.network, plan.objective, plan.sample, list(plan.layers))
-    forward, backward = calls_memory(*calls, checkpointing=plan.checkpointing)
+    forward, backward = calls or calls_memory(
+        plan.network, plan.objective, plan.sample, list(plan.layers), checkpointing=plan.checkpointing
+    )
     stages = []
     if plan.fisher is None:
         held = sizes.network + STATES_OF_FISHER * sizes.fisher
@@ -162,7 +166,7 @@ def _unlearning(plan: Plan, sizes: Sizes, backward: CallMemory | None) -> Stage:
 
 def calls_memory(
     network: nn.Module, objective: Objective, sample: Sample, layers: list[str], *, checkpointing: bool = False
-) -> tuple[CallMemory | None, CallMemory | None]:
+) -> CallsMemory:
     """What a call of the loss takes, without and with its backward pass.
 
     Args:
