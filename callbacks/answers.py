@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, LightningDataModule, Trainer
-from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch import nn
 
 from lightning_unlearn.baselines import Baseline

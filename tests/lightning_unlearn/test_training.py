@@ -98,7 +98,8 @@ def test_loss_is_the_objectives_mean() -> None:
     again = ToyObjective()(module.network, objective.views[0], objective.timesteps[0], objective.noise[0])
     assert again.shape == (3,)
     assert torch.equal(outputs["loss"], again.mean())
-    assert torch.equal(outputs["sample_losses"], again) and not outputs["sample_losses"].requires_grad
+    assert torch.equal(outputs["sample_losses"], again)
+    assert not outputs["sample_losses"].requires_grad
     assert torch.equal(outputs["timesteps"], objective.timesteps[0])
     assert outputs["keys"] == batch.keys
 
