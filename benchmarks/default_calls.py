@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,7 @@ def counted() -> Iterator[Counter[str]]:
     handle = register_module_forward_hook(note)
     for name, measure in measures.items():
         # A function, so that it is bound as a method.
-        setattr(FixedDraws, name, lambda *given, measure=measure, **named: watched(partial(measure), *given, **named))
+        setattr(FixedDraws, name, lambda *given, measure=measure, **named: watched(measure, *given, **named))
     try:
         yield counts
     finally:
@@ -72,12 +71,23 @@ def main() -> None:
     """Count, and print."""
     arguments_parser = parser(__doc__)
     arguments_parser.add_argument("--work", type=Path, default=Path("runs/default_calls"))
+    arguments_parser.add_argument("options", nargs="*", help="more options of `lightning-unlearn attribute`, after --")
     arguments = arguments_parser.parse_args()
     found: dict[str, Counter[str]] = {}
     for name, method in METHODS.items():
         options = ["--config", str(CONFIGS / "sample.yaml"), "--output", str(arguments.work / name)]
         with counted() as counts:
-            if command(["attribute", *options, "--method", method, "--trainer.enable_progress_bar", "false"]):
+            if command(
+                [
+                    "attribute",
+                    *options,
+                    "--method",
+                    method,
+                    "--trainer.enable_progress_bar",
+                    "false",
+                    *arguments.options,
+                ]
+            ):
                 raise SystemExit(1)
         found[name] = counts
     totals = {name: counts.total() for name, counts in found.items()}

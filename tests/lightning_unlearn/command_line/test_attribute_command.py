@@ -100,7 +100,7 @@ def test_attribute_leaves_deltas_scores_settings_and_a_report(attributed: Path) 
     assert len(list((attributed / "scores").glob("*.parquet"))) == len(settings["shards"]) == 5
     assert settings["views"]["timesteps"] == 2
     for result in settings["targets"].values():
-        assert result["rise"] == pytest.approx(0.3, rel=1e-3)
+        assert result["rise"] == pytest.approx(0.5, rel=1e-3)
     table = read_scores(attributed)
     assert table.queries == ["query-00000", "query-00001"]
     assert np.isfinite(table.scores).all()

@@ -64,6 +64,7 @@ def module(lora: str, **settings: Any) -> UnlearningModule:
 
 def test_selection_is_the_adapters_weights_and_nothing_else(lora: str) -> None:
     assert set(select_layers(network(lora), "adapter")) == WEIGHTS
+    assert set(select_layers(network(lora), "auto")) == WEIGHTS
     with pytest.raises(InputError, match="no adapter whose weights could be chosen"):
         select_layers(tiny_unet(), "adapter")
     for selection in ("text_kv", "all"):
