@@ -158,7 +158,9 @@ class AskRun:
         questions, concept = self.request.questions, self.request.concept
         plan.queries = len(questions)
         plan.targets = len({str(question.said_of(concept)) for question in questions}) if concept else plan.queries
-        memory = calls_memory(plan.network, plan.objective, plan.sample, list(plan.layers))
+        memory = calls_memory(
+            plan.network, plan.objective, plan.sample, list(plan.layers), checkpointing=plan.checkpointing
+        )
         chosen = self.config["data"]["init_args"]
         for name, size in zip(BATCHES, batches_that_fit(plan, memory, self.machine), strict=True):
             if size < getattr(plan, name) and name not in chosen:
