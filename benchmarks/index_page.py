@@ -84,7 +84,7 @@ def cost_lines(found: dict[str, dict[str, Any]]) -> list[str]:
         counted = facts["calls"]
         lines.append(
             f"| {name} | {counted['once']:,} | {counted['with_index']:,} | {counted['full']:,} | "
-            f"{counted['recipe_over_with_index']} | {facts['seconds_once']} | {facts['seconds_a_query']} |"
+            f"{counted['recipe_over_with_index']} | {facts['seconds_once'] or '–'} | {facts['seconds_a_query']} |"
         )
     return lines
 
