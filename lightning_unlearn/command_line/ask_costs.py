@@ -41,6 +41,7 @@ LEAST_PASSES, MOST_PASSES = 5, 20
 # Of a pipeline's sampler, where nobody says it; with guidance each looks at two views, as most do.
 USUAL_STEPS = 50
 VIEWS_A_STEP = 2
+GRADIENTS = "gradients"
 WITHOUT_GRADIENTS = ("unlearning", "Undone", "Random", "PixelSimilarity", "TextSimilarity", "EncoderSimilarity")
 
 
@@ -202,7 +203,9 @@ def forecast(
     assert plan.objective is not None
     assert plan.sample is not None
     pictures = Stage("pictures", evaluations, 0, None, 0)
-    stages = [pictures, *stages_of(plan, passes, memory), _gradients(plan, method)]
+    stages = [pictures, *stages_of(plan, passes, memory)]
+    if method is not None and all(stage.name != GRADIENTS for stage in stages):
+        stages.append(_gradients(plan))
     stages = [stage for stage in stages if stage.forward and not _left_out(stage.name, method)]
     flops = view_flops(plan.network, plan.objective, plan.sample)
     layers = sum(1 for part in plan.network.modules() if not any(part.children()))
@@ -247,16 +250,15 @@ def _left_out(stage: str, method: str | None) -> bool:
         return not needs_fisher(method)
     if stage in ("unlearning", "scoring"):
         return method not in (None, "unlearning", Consensus.__name__)
-    return False
+    return stage == GRADIENTS and method in WITHOUT_GRADIENTS
 
 
-def _gradients(plan: Plan, method: str | None) -> Stage:
+def _gradients(plan: Plan) -> Stage:
     """The pass of methods that compare gradients of all samples on all views."""
     assert plan.sample is not None
-    captions = len(plan.sample.captions)
-    captions = captions if plan.views.captions is None else min(captions, plan.views.captions)
+    captions = min(len(plan.sample.captions), plan.views.captions or len(plan.sample.captions))
     views = ((plan.samples or 0) + plan.queries) * plan.views.draws * (1 + plan.views.flips) * captions
-    return Stage("gradients", 0 if method in WITHOUT_GRADIENTS else views, views, None, 0)
+    return Stage(GRADIENTS, views, views, None, 0)
 
 
 def about(seconds: float) -> str:
