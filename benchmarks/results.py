@@ -15,8 +15,10 @@ from pathlib import Path
 from benches import BENCHES, Bench
 from customised_page import customised
 from judged import Page, Row, judge
+from lora_page import adapters
 from method_settings import LABELS, plain
 from plots import plot
+from selections import selections
 from settings_page import against_recipe, defaults, swept
 from shown import difference, shown
 from transfer import all_benches, transfer
@@ -126,6 +128,7 @@ def text(page: Page) -> str:
             f"{_bytes(costs['bytes_once'])} | {_bytes(costs['peak_bytes'])} |"
         )
     lines += customised(page.bench)
+    lines += adapters(page.bench)
     lines += swept(page.bench)
     lines += against_recipe(page.bench, page.ceiling)
     return "\n".join(lines) + "\n"
@@ -224,7 +227,7 @@ def main() -> None:
             parts.append(text(page))
             print(f"{bench.name}: {len(page.rows)} methods judged in {seconds:.0f} s of processor time")
     benches = all_benches()
-    first, why = "\n".join([*transfer(benches), *tried(benches)]), "\n".join(defaults(benches))
+    first, why = "\n".join([*transfer(benches), *selections(benches), *tried(benches)]), "\n".join(defaults(benches))
     arguments.output.write_text(INTRODUCTION + (first and first + "\n") + (why and why + "\n") + "\n".join(parts))
     print(f"Results: {arguments.output}")
 

@@ -3,10 +3,10 @@
     python scripts/make_icons.py                        # takes the packages from npm into a temporary folder
     python scripts/make_icons.py --packages FOLDER      # takes them from there, as `npm pack` writes them
 
-A picture is cut to what is drawn and brought to one size, so that sets differ by style and not by margins. A latent is a
-picture with each 2x2 block's pixels as channels, (4, 6, 6) for (1, 12, 12). Beside the token states a sample has their
-mean as pooled text, as networks of Stable Diffusion 3's class take it. The set that an icon comes from is a group
-field of its json.
+A picture is cut to what is drawn and brought to one size, so that sets differ by style and not by margins. A latent is
+a picture with each 2x2 block's pixels as channels, (4, 6, 6) for (1, 12, 12). Beside the token states a sample has
+their mean as pooled text, as networks of Stable Diffusion 3's class take it. The set that an icon comes from is a
+group field of its json.
 
 Needs ``pip install lightning-unlearn[bench]`` and npm. Run twice on one machine it gives the same bytes.
 """
@@ -63,7 +63,9 @@ def drawings(folder: Path) -> Iterator[tuple[str, str, str, bytes]]:
             else:
                 # In these sets the other form is a box around it, or the outline of a line.
                 forms = plain + [(plain[0][0], place) for place in icons.filled if not icons.boxed]
-            wanted[concept] = [(caption, place, [f"package/{place.format(n)}" for n in names]) for caption, place in forms]
+            wanted[concept] = [
+                (caption, place, [f"package/{place.format(n)}" for n in names]) for caption, place in forms
+            ]
         with tarfile.open(taken(icons.package, folder)) as tar:
             there = set(tar.getnames())
             for concept, forms_of in wanted.items():
@@ -80,9 +82,7 @@ def drawn(svg: bytes) -> Array:
     import resvg_py
     from PIL import Image
 
-    png = resvg_py.svg_to_bytes(
-        svg_string=svg.decode(), width=DRAWN_AT, height=DRAWN_AT, skip_system_fonts=True
-    )
+    png = resvg_py.svg_to_bytes(svg_string=svg.decode(), width=DRAWN_AT, height=DRAWN_AT, skip_system_fonts=True)
     ink = Image.open(io.BytesIO(bytes(png))).convert("RGBA").getchannel("A")
     ink = ink.crop(ink.point(lambda value: 255 * (value > 8)).getbbox())
     square = Image.new("L", (max(ink.size),) * 2)
@@ -106,7 +106,9 @@ def chosen(folder: Path) -> list[dict[str, Any]]:
 
 def sources(sets: set[str]) -> str:
     """A page that names each set, its licence and whom it is of."""
-    rows = [f"| {name} | `{SETS[name].package}` | {SETS[name].licence} | {SETS[name].copyright} |" for name in sorted(sets)]
+    rows = [
+        f"| {name} | `{SETS[name].package}` | {SETS[name].licence} | {SETS[name].copyright} |" for name in sorted(sets)
+    ]
     return "\n".join(
         [
             "# Where the icons come from",
