@@ -47,14 +47,14 @@ from lightning_unlearn.scores import rules
 from lightning_unlearn.training import FisherPass
 from lightning_unlearn.unlearning.module import UnlearningModule
 
-RANK, STEPS, BATCH, RATE = 4, 200, 32, 4e-3
+RANK, STEPS, BATCH, RATE = 4, 120, 32, 5e-3
 QUERIES = 2  # pictures of each model
 FISHER_PASSES = 2
 VIEWS = 5  # timesteps on which a picture is looked at
 LAYERS = r".*\.attn[12]\.(to_[qkv]|to_out\.0)"  # of the LoRA, and what is asked of the merged model
 SELECTIONS = {"adapter": {"parameters": "adapter"}, "merged": {"parameters": "attention", "merge": True}}
 UNLEARNED_BY = ("rise 30%", "rise 300%", "halfway")
-WITH_WEIGHTS = ("d_trak", "das", "influence_ekfac", "gradient_similarity")
+WITH_WEIGHTS = ("d_trak", "das", "influence_ekfac")
 UNLEARNING = "unlearning_ekfac"
 # As Consensus asks them.
 ASKED = {

@@ -100,8 +100,8 @@ def selections(benches: Sequence[Bench]) -> list[str]:
         "",
         "By `python benchmarks/selections.py`: what the named selections of weights are worth for each method that is "
         "asked, LDS on the reporting half, its setting chosen on the other half within each selection. A "
-        "U-Net's `text_kv` are the keys and values of its attention to the text; those of a joint-attention transformer are of "
-        "the stream that the text enters by.",
+        "U-Net's `text_kv` are the keys and values of its attention to the text; those of a joint-attention "
+        "transformer are of the stream that the text enters by.",
         "",
         "| bench | method | weights | setting | LDS | less that of `all` |",
         "|---|---|---|---|---|---|",
