@@ -13,8 +13,9 @@ from common import pixels_of_blocks
 from torch import Tensor
 
 from lightning_unlearn.command_line.fisher_command import fisher
+from lightning_unlearn.data.conditions import first_captions
 from lightning_unlearn.data.samples import Sample
-from lightning_unlearn.data.shards import encode_sample, write_shards
+from lightning_unlearn.data.shards import encode_sample, npy_bytes, write_shards
 from lightning_unlearn.diffusion.sampling import generate, how_generated
 from lightning_unlearn.evaluation import Run, fit_run
 from lightning_unlearn.fingerprints import digest
@@ -37,8 +38,8 @@ def make_base(bench: Bench) -> None:
     different_ones = len(order)
     order *= bench.settings.get("pictures_a_caption", 1)
     steps = bench.settings["sampling_steps"]
-    text = torch.cat([sample.text[:1] for sample in order])
-    made = generate(module.network, module.objective, {"text": text}, samples[0].latent.shape, range(len(order)), steps)
+    conditions = first_captions([sample.conditions for sample in order])
+    made = generate(module.network, module.objective, conditions, samples[0].latent.shape, range(len(order)), steps)
     pictures = made.clamp(-1, 1)
     good = [recognised(bench, picture, sample, samples) for picture, sample in zip(pictures, order, strict=True)]
     checked = min(different_ones, 50)
@@ -48,7 +49,8 @@ def make_base(bench: Bench) -> None:
         if fine and len(fields) < bench.settings["queries"]:
             about = {"captions": sample.captions[:1], **how_generated(module.objective, seed, steps), "clipped": True}
             name = f"query-{len(fields):02d}"
-            fields.append(encode_sample(name, picture.numpy(), sample.text[:1].numpy(), about))
+            others = {f"{n}.npy": npy_bytes(v[:1].numpy()) for n, v in sample.conditions.items() if n != "text"}
+            fields.append(encode_sample(name, picture.numpy(), sample.text[:1].numpy(), about) | others)
     write_shards(fields, bench.folder / "queries", name="queries")
     print(f"{len(fields)} queries in {bench.folder / 'queries'}")
     show(bench, pictures[:different_ones], good[:different_ones])

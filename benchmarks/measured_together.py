@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from lightning_unlearn.data.conditions import first_captions
 from lightning_unlearn.data.samples import Sample, ViewBatch
-from lightning_unlearn.diffusion.objective import DenoisingObjective
-from lightning_unlearn.diffusion.sampling import trajectory
+from lightning_unlearn.diffusion.sampling import Samplable, trajectory
 from lightning_unlearn.draws.unlearning_draws import draw_for_target
 from lightning_unlearn.evaluation import Measuring, Outcome
 from lightning_unlearn.evaluation.measuring import PARTS, rounded
@@ -33,7 +33,7 @@ class Together(nn.Module):
     def __init__(
         self,
         network: nn.Module,
-        objective: DenoisingObjective,
+        objective: Samplable,
         queries: Sequence[Sample],
         measure: Measuring,
         device: str,
@@ -56,7 +56,8 @@ class Together(nn.Module):
             for query in queries
         ]
         self.latents = torch.stack([query.latent for query in queries]).to(device)
-        self.text = torch.cat([query.text for query in queries]).to(device)
+        given = first_captions([query.conditions for query in queries])
+        self.conditions = {name: values.to(device) for name, values in given.items()}
         self.rows = torch.arange(len(queries), device=device).repeat_interleave(measure.draws)
         self.timesteps, self.noise = (torch.cat(values).to(device) for values in zip(*drawn, strict=True))
 
@@ -65,10 +66,10 @@ class Together(nn.Module):
         if chosen is None:
             seeds = [query.metadata["seed"] for query in self.queries]
             shape = self.latents.shape[1:]
-            *_, last = trajectory(self.network, self.objective, {"text": self.text}, shape, seeds, self.steps)
+            *_, last = trajectory(self.network, self.objective, self.conditions, shape, seeds, self.steps)
             return last.latents
         rows = self.rows[chosen]
-        views = ViewBatch(self.latents[rows], {"text": self.text[rows]})
+        views = ViewBatch(self.latents[rows], {name: values[rows] for name, values in self.conditions.items()})
         return self.objective(self.network, views, self.timesteps[chosen], self.noise[chosen])
 
     @torch.no_grad()

@@ -23,6 +23,10 @@ RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0)
 SIZES = ("rise 30%", "rise 100%", "rise 300%", "halfway")
 # Whatever works with weights is tried on both selections; what stands after a setting's name.
 SELECTIONS = {CHOSEN: "", "all": ", all weights"}
+# On a bench whose `more_selections` names them these are tried, too, with the methods that are asked together: for
+# what `auto` should mean alone (selections.py), so that in the tables all methods are tuned on as many settings.
+MORE_SELECTIONS = {"attention": ", attention", "feed_forward": ", feed-forward", "linear": ", all linear"}
+ENDS = SELECTIONS | MORE_SELECTIONS
 
 # Method to its settings. All get eight a selection of weights, or what there is to choose.
 BASELINE_SETTINGS: dict[str, dict[str, Baseline]] = {
@@ -66,6 +70,7 @@ CONSENSUS_PARTS: dict[str, list[tuple[str, str]]] = {
     **{f"D-TRAK + unlearning {rise}": [_D_TRAK, unlearned] for rise, unlearned in _RISES.items()},
     **{f"DAS + D-TRAK + unlearning {rise}": [_DAS, _D_TRAK, unlearned] for rise, unlearned in _RISES.items()},
 }
+ASKED_TOGETHER = (DEFAULT_OF, "d_trak", "das")
 CONSENSUS_DEFAULT = "DAS + D-TRAK + unlearning 30%"
 # The same of the weights that fit everywhere.
 CONSENSUS_TEXT = "consensus_text"

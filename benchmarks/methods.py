@@ -30,8 +30,8 @@ from lightning.pytorch import Trainer
 from method_settings import (
     BASELINE_SETTINGS,
     DAMPING,
+    ENDS,
     METHODS,
-    SELECTIONS,
     UNLEARNING,
     WITH_FISHER,
     WITHOUT_WEIGHTS,
@@ -94,7 +94,7 @@ def unlearning_scores(
         keys = [key for prediction in predictions for key in prediction.batch.keys]
         for rule in rules.RULES:
             rows = [rules.score(rule, prediction.base, prediction.unlearned).cpu() for prediction in predictions]
-            scores[f"{size}, {rule}{SELECTIONS[parameters]}"] = torch.cat(rows)
+            scores[f"{size}, {rule}{ENDS[parameters]}"] = torch.cat(rows)
     return scores, keys, 0
 
 
@@ -117,9 +117,7 @@ def baseline_scores(
         keep=True,
     )
     with ExactFloat32():
-        scores = {
-            setting + SELECTIONS[parameters]: BASELINE_SETTINGS[name][setting].scores(subject) for setting in settings
-        }
+        scores = {setting + ENDS[parameters]: BASELINE_SETTINGS[name][setting].scores(subject) for setting in settings}
     keys = [key for batch in subject.batches() for key in batch.keys]
     # What a method keeps of the training images for later queries: their gradients, if it takes any.
     if name in WITHOUT_WEIGHTS:
@@ -195,7 +193,7 @@ def main() -> None:
     parser = bench_parser(__doc__)
     parser.add_argument("methods", nargs="*", choices=[[], *METHODS], help="all by default")
     parser.add_argument("--costs", action="store_true", help="measure costs, and keep no scores")
-    parser.add_argument("--here", choices=SELECTIONS, help=argparse.SUPPRESS)
+    parser.add_argument("--here", choices=ENDS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     bench = Bench(arguments.bench)
     work = keep_costs if arguments.costs else keep_scores

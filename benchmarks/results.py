@@ -15,8 +15,10 @@ from pathlib import Path
 from benches import BENCHES, Bench
 from customised_page import customised
 from judged import Page, Row, judge
+from lora_page import adapters
 from method_settings import LABELS, plain
 from plots import plot
+from selections import selections
 from settings_page import against_recipe, defaults, swept
 from shown import difference, shown
 from transfer import all_benches, transfer
@@ -126,6 +128,7 @@ def text(page: Page) -> str:
             f"{_bytes(costs['bytes_once'])} | {_bytes(costs['peak_bytes'])} |"
         )
     lines += customised(page.bench)
+    lines += adapters(page.bench)
     lines += swept(page.bench)
     lines += against_recipe(page.bench, page.ceiling)
     return "\n".join(lines) + "\n"
@@ -229,7 +232,7 @@ def main() -> None:
             print(f"{bench.name}: {len(page.rows)} methods judged in {seconds:.0f} s of processor time")
     benches = all_benches()
     first = "\n".join(transfer(benches))
-    then = "\n".join([*tried(benches), *defaults(benches)])
+    then = "\n".join([*selections(benches), *tried(benches), *defaults(benches)])
     content = START + (first and first + "\n") + READING + (then and then + "\n") + "\n".join(parts)
     arguments.output.write_text(content)
     print(f"Results: {arguments.output}")

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from benches import CHOSEN, Bench
-from method_settings import SELECTIONS, SIZES, WITHOUT_WEIGHTS
+from method_settings import ASKED_TOGETHER, ENDS, SELECTIONS, SIZES, WITHOUT_WEIGHTS
 from torch import Tensor
 
 from lightning_unlearn.data.files import write_atomically
@@ -24,7 +24,9 @@ TRIALS = "trials"  # steps that no method has; self_adjusted_step.py
 
 def files(bench: Bench, method: str) -> dict[str, Path]:
     """Selection of weights to the file of a method's scores with it."""
-    selections = [CHOSEN] if method in WITHOUT_WEIGHTS else SELECTIONS
+    selections = [CHOSEN] if method in WITHOUT_WEIGHTS else [*SELECTIONS]
+    if method in ASKED_TOGETHER:
+        selections += bench.settings.get("more_selections", [])
     ends = {selection: "" if selection == CHOSEN else f"-{selection}" for selection in selections}
     return {selection: bench.folder / "scores" / f"{method}{end}.parquet" for selection, end in ends.items()}
 
@@ -65,9 +67,10 @@ def write(path: Path, keys: list[str], scores: Scores, add: bool) -> None:
 
 
 def read(bench: Bench, method: str, selection: str | None = None) -> dict[str, ScoreTable]:
-    """A method's score tables by its settings, or by those with a selection of weights if it has any."""
+    """A method's score tables by its settings with the usual selections, or with one of weights if it has any."""
     paths = files(bench, method)
-    chosen = [paths.get(selection, paths[CHOSEN])] if selection else [p for p in paths.values() if p.is_file()]
+    usual = [path for name, path in paths.items() if name in SELECTIONS and path.is_file()]
+    chosen = [paths.get(selection, paths[CHOSEN])] if selection else usual
     return {setting: table for path in chosen for setting, table in _tables(path).items()}
 
 
@@ -118,5 +121,5 @@ def all_costs(bench: Bench) -> dict[str, dict[str, float]]:
 
 def read_costs(bench: Bench, method: str, setting: str) -> dict[str, float] | None:
     """What a method cost under one of its settings, if that was measured."""
-    selection = next(name for name in reversed(SELECTIONS) if setting.endswith(SELECTIONS[name]))
+    selection = next(name for name in reversed(ENDS) if setting.endswith(ENDS[name]))
     return all_costs(bench).get(files(bench, method)[selection].stem)

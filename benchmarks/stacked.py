@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -25,10 +25,12 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from measured_together import Together
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_unlearn.command_line.retraining_cli import RetrainingCLI
+from lightning_unlearn.data.conditions import Conditions, first_captions
 from lightning_unlearn.data.samples import Sample, SampleBatch, ViewBatch
-from lightning_unlearn.diffusion.objective import Objective
+from lightning_unlearn.diffusion.contract import Objective
 from lightning_unlearn.evaluation import Measuring, Outcome, Run, Training, fit_run
 from lightning_unlearn.evaluation.study import Study
 from lightning_unlearn.training import DiffusionModule
@@ -98,17 +100,20 @@ class _Loss(nn.Module):
         self.network = network
         self.objective = objective
 
-    def forward(self, latents: Tensor, text: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
-        return self.objective(self.network, ViewBatch(latents, {"text": text}), timesteps, noise).mean()
+    def forward(self, latents: Tensor, conditions: Conditions, timesteps: Tensor, noise: Tensor) -> Tensor:
+        return self.objective(self.network, ViewBatch(latents, conditions), timesteps, noise).mean()
 
 
-def plain_attention(network: Any) -> nn.Module:
-    """A network whose attention is written out, since vmap has no rule for torch's own."""
-    from diffusers.models.attention_processor import AttnProcessor
+def plain_attention() -> AbstractContextManager[None]:
+    """Attention written out in whatever network, since vmap has no rule for torch's own kernels."""
+    return sdpa_kernel(SDPBackend.MATH)
 
-    network.set_attn_processor(AttnProcessor())  # type: ignore[no-untyped-call]
-    made: nn.Module = network
-    return made
+
+def constant_buffers(network: nn.Module, recorded: Sequence[Recorded]) -> None:
+    """See that what of a network is no weight is the same in all models: those of a stack share it."""
+    for name, value in network.named_buffers():
+        alike = all(torch.equal(one.state[name], value.cpu()) for one in recorded if name in one.state)
+        assert alike, f"{name} differs from model to model, or changes in training"
 
 
 def train(
@@ -132,9 +137,9 @@ def train(
     assert trainer.gradient_clip_algorithm in (None, "norm")
     average: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     assert all(type(callback) is EMAWeightAveraging for callback in average), "no other callback is known here"
-    loss = _Loss(plain_attention(module.network).to(device), module.objective)
+    constant_buffers(module.network, recorded)
+    loss = _Loss(module.network.to(device), module.objective)
     names = dict(loss.named_parameters())
-    assert not dict(loss.named_buffers())
     stack = {
         name: torch.stack([one.state[name.removeprefix("network.")] for one in recorded]).to(device) for name in names
     }
@@ -144,13 +149,16 @@ def train(
     averaged: dict[str, Tensor] = {}
     of_all = vmap(lambda values, *batch: functional_call(loss, values, batch), randomness="error")
     latents = torch.stack([sample.latent for sample in samples]).to(device)
-    text = torch.stack([sample.text[0] for sample in samples]).to(device)
+    given = first_captions([sample.conditions for sample in samples])
+    conditions = {name: values.to(device) for name, values in given.items()}
     for step in range(recorded[0].rows.shape[0]):
         rows, timesteps, noise = (
             torch.stack([getattr(one, name)[step] for one in recorded]).to(device, non_blocking=True)
             for name in ("rows", "timesteps", "noise")
         )
-        of_all(weights, latents[rows], text[rows], timesteps, noise).sum().backward()
+        shown = {name: values[rows] for name, values in conditions.items()}
+        with plain_attention():
+            of_all(weights, latents[rows], shown, timesteps, noise).sum().backward()
         if trainer.gradient_clip_val:
             _clip(list(weights.values()), trainer.gradient_clip_val)
         optimizer.step()
@@ -160,6 +168,7 @@ def train(
         for callback in average:
             _average(callback, averaged, weights, step)
     found = averaged or weights
+    constant_buffers(module.network, recorded)
     module.network.eval()
     return module, {name.removeprefix("network."): value.detach() for name, value in found.items()}
 
@@ -213,7 +222,8 @@ def train_all(
                 ended = time.monotonic()
                 measure = Measuring(queries, **measuring(bench))
                 together = Together(module.network, module.objective, queries, measure, how.device)
-                outcomes = together.outcomes(weights, pictures=bool(pictures & set(part)))
+                with plain_attention():
+                    outcomes = together.outcomes(weights, pictures=bool(pictures & set(part)))
             for run, outcome in zip(part, outcomes, strict=True):
                 yield run, outcome, (ended - begun) / len(part)
             each = [f"{seconds / len(part):.2f}" for seconds in (said - begun, ended - said, time.monotonic() - ended)]

@@ -27,6 +27,7 @@ from method_settings import (
     DEFAULT_SETTINGS,
     LABELS,
     METHODS,
+    plain,
 )
 from packed import is_packed, open_study
 from score_files import is_scored, read
@@ -174,10 +175,18 @@ def transfer(benches: Sequence[Bench]) -> list[str]:
         + ". No setting of a row has seen the bench that it is reported on, but digits and emoji were seen by "
         "whoever chose what is tried.",
     ]
+    unasked = {method for one in asked for method in one.chosen} - set(methods)
+    if unasked:
+        names = ", ".join(f"{plain(method)} ({_lacking(method, asked)})" for method in LABELS if method in unasked)
+        lines += ["", f"Not in the table, since a bench has no scores of them yet: {names}."]
     missing = [bench.name for bench in benches if bench.name not in [one.bench.name for one in asked]]
     if missing:
         lines += ["", f"Not in the table, since too few of its models are trained yet: {', '.join(missing)}."]
     return [*lines, ""]
+
+
+def _lacking(method: str, asked: Sequence[Asked]) -> str:
+    return ", ".join(one.bench.name for one in asked if method not in one.chosen)
 
 
 def all_benches() -> list[Bench]:
