@@ -23,7 +23,7 @@ from lightning_unlearn.weights.parameters import SELECTIONS, layer_specs, select
 LABEL = 14
 
 
-class _CheckCLI(TrainerCLI):
+class CheckCLI(TrainerCLI):
     """Parses a config and makes nothing of it."""
 
     def instantiate_classes(self) -> None:
@@ -49,7 +49,7 @@ def check(arguments: list[str]) -> None:
         "missing. No weights are loaded."
     )
     with quiet(steps=True), one_sentence():
-        cli = _CheckCLI("check", arguments, description, options, **BARE)
+        cli = CheckCLI("check", arguments, description, options, **BARE)
         config = cli.config
         names = {part: str(config[part] and config[part].class_path) for part in ("model", "data")}
         for part, name in (("model", "UnlearningModule"), ("data", "AttributionDataModule")):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_unlearn.command_line.check_memory import CallMemory, FusedAttention, bytes_of, call_memory
 from lightning_unlearn.command_line.check_plan import Plan
@@ -21,6 +23,8 @@ from lightning_unlearn.fisher.kronecker import matrix_shape
 from lightning_unlearn.unlearning.problem import DATA_DRAWS
 from lightning_unlearn.weights.deltas import NetworkLoss
 from lightning_unlearn.weights.parameters import LayerSpec, layer_parameters
+
+Found = TypeVar("Found")
 
 FLOAT32 = 4
 # How often the search of a step measures a target's losses: the median of both benches (benchmarks/RESULTS.md).
@@ -149,10 +153,44 @@ def calls_memory(
     Returns:
         Of a forward pass, and of both; ``None`` where the network's code can't be run without numbers.
     """
+    measured = partial(_without_numbers, network, objective, sample, layers, call_memory)
+    return measured(learns=False), measured(learns=True)
+
+
+def view_flops(network: nn.Module, objective: Objective, sample: Sample) -> int | None:
+    """The products and sums of a forward pass of one view.
+
+    Args:
+        network: On the meta device.
+        objective: Its loss.
+        sample: Whose shapes the view has.
+
+    Returns:
+        Their number; ``None`` where the network's code can't be run without numbers.
+    """
+
+    def counted(call: Callable[[int], Any]) -> int:
+        with FlopCounterMode(display=False) as counter:
+            call(1)
+        return counter.get_total_flops()
+
+    return _without_numbers(network, objective, sample, [], counted, learns=False)
+
+
+def _without_numbers(
+    network: nn.Module,
+    objective: Objective,
+    sample: Sample,
+    layers: list[str],
+    measure: Callable[[Callable[[int], Any]], Found],
+    *,
+    learns: bool,
+) -> Found | None:
+    """Measure a call of the loss, made for a number of views on the meta device."""
     losses_of = {"loss": NetworkLoss(network, objective), "prediction": NetworkLoss(network, _Prediction())}
     chosen = layer_parameters({name: network.get_submodule(name) for name in layers})
 
-    def call(views: int, *, learns: bool, what: str, place: str) -> Any:
+    def call(views: int, *, what: str, place: str) -> Any:
         batch, noise = _views(network, sample, views)
         timesteps = torch.zeros(views, dtype=torch.int64, device=place)
         weights: dict[str, Tensor] = {}
@@ -164,18 +202,15 @@ def calls_memory(
                 losses.sum().backward()  # type: ignore[no-untyped-call]
         return losses
 
-    def measured(learns: bool) -> CallMemory | None:
-        # Some losses look their timesteps up on the CPU, and some networks want them where they are themselves. A loss
-        # adds next to nothing to what its network takes.
-        for what, place in (("loss", "meta"), ("loss", "cpu"), ("prediction", "meta")):
-            try:
-                return call_memory(partial(call, learns=learns, what=what, place=place))
-            except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
-                if isinstance(error, InputError) and what == "loss":
-                    raise
-        return None
-
-    return measured(False), measured(True)
+    # Some losses look their timesteps up on the CPU, and some networks want them where they are themselves. A loss
+    # adds next to nothing to what its network takes.
+    for what, place in (("loss", "meta"), ("loss", "cpu"), ("prediction", "meta")):
+        try:
+            return measure(partial(call, what=what, place=place))
+        except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+            if isinstance(error, InputError) and what == "loss":
+                raise
+    return None
 
 
 class _Prediction(Objective):

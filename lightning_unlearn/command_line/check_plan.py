@@ -109,6 +109,21 @@ def plan_of(model: Namespace, data: Namespace) -> Plan:
     Returns:
         The plan; what is missing stands in it.
     """
+    plan = plan_of_model(model, data)
+    _add_data(plan, data.init_args)
+    return plan
+
+
+def plan_of_model(model: Namespace, data: Namespace) -> Plan:
+    """What a config describes before there are shards.
+
+    Args:
+        model: As in :func:`plan_of`.
+        data: As in :func:`plan_of`; its numbers alone are looked at.
+
+    Returns:
+        The plan without samples and queries.
+    """
     ours, theirs = model.init_args, data.init_args
     plan = Plan(
         selection=ours.parameters,
@@ -122,7 +137,6 @@ def plan_of(model: Namespace, data: Namespace) -> Plan:
     if ours.strategy is not None:
         plan.strategy = plan.try_to(partial(_made, ours.strategy)) or plan.strategy
     _add_network(plan, ours)
-    _add_data(plan, theirs)
     for name in ("weights", "adapter"):
         if ours[name] is not None and not Path(ours[name]).exists():
             plan.missing.append(f"There is no {name} file or folder {ours[name]}.")

@@ -20,7 +20,8 @@ usage: lightning-unlearn COMMAND [--config FILE] [--print_config] [options]
 Which training images made this picture possible?
 
 commands:
-  attribute   score all training images for queries, by unlearning or another --method, and write a report: the main job
+  ask         a model and the folder of its training pictures to a page that answers, in one command: start here
+  attribute   score all training images for queries, by unlearning or another --method, and write a report
   fit         unlearn queries (or train a model): Lightning's fit
   predict     score training images under the deltas of a checkpoint: Lightning's predict
   fisher      take the Fisher of a trained model, by passes over its training shards
@@ -34,6 +35,7 @@ commands:
 """
 # Each command is the function of its name in the module `NAME_command`, which is imported only then.
 COMMANDS = (
+    "ask",
     "attribute",
     "fit",
     "predict",

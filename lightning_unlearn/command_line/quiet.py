@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 _WARNINGS = (
     r"Found \d+ module\(s\) in eval mode",  # on purpose
@@ -62,3 +63,23 @@ def quiet(*warned: str, steps: bool = False) -> Iterator[None]:
         warnings.formatwarning = usual
         for logger in loggers:
             logger.removeFilter(wanted)
+
+
+@contextmanager
+def each_warning_once() -> Iterator[None]:
+    """While it lasts, what several commands in turn would warn of is said by the first of them.
+
+    Yields:
+        Nothing.
+    """
+    said: set[str] = set()
+    usual = warnings.showwarning
+
+    def show(message: Warning | str, *about: Any, **more: Any) -> None:
+        if str(message) not in said:
+            said.add(str(message))
+            usual(message, *about, **more)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
