@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lightning_unlearn.errors import InputError as InputError
     from lightning_unlearn.fisher import Fisher as Fisher
     from lightning_unlearn.fisher import load_fisher as load_fisher
+    from lightning_unlearn.index import Index as Index
     from lightning_unlearn.preparation import prepare as prepare
     from lightning_unlearn.scores.files import read_scores as read_scores
     from lightning_unlearn.scores.racing import Race as Race
@@ -40,6 +41,7 @@ _PLACES = {
     "Fisher": "fisher",
     "FisherAccumulator": "callbacks",
     "FlowMatchingObjective": "diffusion.flow_matching",
+    "Index": "index",
     "InputError": "errors",
     "Mirrored": "strategies",
     "Newton": "strategies",

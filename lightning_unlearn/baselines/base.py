@@ -13,6 +13,7 @@ from lightning_unlearn.data.samples import Sample, SampleBatch
 from lightning_unlearn.draws.views import Views
 from lightning_unlearn.fisher import Fisher
 from lightning_unlearn.weights.deltas import NetworkLoss
+from lightning_unlearn.weights.projection import Projection
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Subject:
         fisher: Of the chosen layers, with its sums, for methods that need one.
         unlearned: ``(N, Q)`` by how much each sample's loss rose where a query was unlearned, for methods that ask
             unlearning, too.
+        projection: Brings gradients to few numbers as they are taken; ``None`` for whole gradients.
         keep: Whether the gradients of all samples stay in memory (``N`` times the chosen weights, in float32), so that
             each kind of gradient is computed once for any number of methods and settings.
         cache: What was computed, by what it depends on.
@@ -45,6 +47,7 @@ class Subject:
     fisher: Fisher | None = None
     keep: bool = False
     unlearned: Tensor | None = None
+    projection: Projection | None = None
     cache: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 

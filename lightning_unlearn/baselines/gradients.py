@@ -106,21 +106,42 @@ def query_gradients(subject: Subject, output: Output, *, per_timestep: bool = Fa
     """
     key = ("queries", output, per_timestep)
     if key not in subject.cache:
-        check_query_views(subject.queries, subject.views)
-        forms: dict[str, list[int]] = {}
-        for number, query in enumerate(subject.queries):
-            forms.setdefault(form_of(query), []).append(number)
-        parts = [
-            numbers[start : start + QUERIES_AT_ONCE]
-            for numbers in forms.values()
-            for start in range(0, len(numbers), QUERIES_AT_ONCE)
-        ]
-        batches = [collate_samples("queries", [subject.queries[number] for number in part]) for part in parts]
-        found_of = [batch_gradients(subject, batch, output, per_timestep=per_timestep) for batch in batches]
-        came = [number for part in parts for number in part]
-        subject.cache[key] = join(found_of).rows([came.index(number) for number in range(len(came))])
-    found: Gradients = subject.cache[key]
-    return found
+        found = query_gradients_of(subject, [output], per_timestep=per_timestep)
+        subject.cache[key] = found[output]
+    kept: Gradients = subject.cache[key]
+    return kept
+
+
+def query_gradients_of(
+    subject: Subject, outputs: Sequence[Output], *, per_timestep: bool = False
+) -> dict[Output, Gradients]:
+    """Gradients of the queries by several output functions; see :func:`query_gradients`. They are not kept.
+
+    Args:
+        subject: The model and the queries.
+        outputs: Of which output functions.
+        per_timestep: Whether each view's gradient is brought to length 1 before the mean.
+
+    Returns:
+        Output function to the gradients of all ``Q`` queries, in their order.
+
+    Raises:
+        InputError: If flips are scored and a query has none.
+    """
+    check_query_views(subject.queries, subject.views)
+    forms: dict[str, list[int]] = {}
+    for number, query in enumerate(subject.queries):
+        forms.setdefault(form_of(query), []).append(number)
+    parts = [
+        numbers[start : start + QUERIES_AT_ONCE]
+        for numbers in forms.values()
+        for start in range(0, len(numbers), QUERIES_AT_ONCE)
+    ]
+    batches = [collate_samples("queries", [subject.queries[number] for number in part]) for part in parts]
+    found = [batch_gradients_of(subject, batch, outputs, per_timestep=per_timestep) for batch in batches]
+    came = [number for part in parts for number in part]
+    order = [came.index(number) for number in range(len(came))]
+    return {output: join([of_batch[output] for of_batch in found]).rows(order) for output in outputs}
 
 
 def check_query_views(queries: Sequence[Sample], views: Views) -> None:

@@ -67,10 +67,10 @@ class RidgeKernel:
             cross = torch.cat([batch.products(queries.parameters) for batch in training])
             kernel = cls(left, left.mT @ cross, values, values, errors)
         else:
-            features = torch.cat([_wide(batch) for batch in training])
+            features = torch.cat([batch.wide() for batch in training])
             values, basis = torch.linalg.eigh(features.mT @ features)
             left = features @ basis
-            right = (_wide(queries) @ basis).mT
+            right = (queries.wide() @ basis).mT
             kernel = cls(left, right, torch.ones_like(values), values.clamp(min=0), errors)
         if not kernel.eigenvalues.sum() > 0:
             raise InputError("No gradient reaches the chosen layers for any training sample; choose other parameters.")
@@ -215,14 +215,9 @@ def projector(like: Gradients, dimensions: int, seed: int) -> Projector:
 
     def project(gradients: Gradients) -> Gradients:
         joined = torch.cat([gradients.parameters[name] for name in like.parameters], 1)
-        return Gradients({"projection": basic.project(joined, model_id=0)}, gradients.errors)
+        return Gradients({"projection": basic.project(joined, model_id=0)}, gradients.errors, gradients.losses)
 
     return project
-
-
-def _wide(gradients: Gradients) -> Tensor:
-    """All parameters' gradients side by side: ``(B, P)`` float64."""
-    return torch.cat([gradient.double() for gradient in gradients.parameters.values()], 1)
 
 
 def _gram(batches: list[Gradients]) -> Tensor:

@@ -20,14 +20,17 @@ from lightning_unlearn.weights.differing import what_differs
 from lightning_unlearn.weights.growth import GradientGrowth
 from lightning_unlearn.weights.parameters import layer_parameters
 from lightning_unlearn.weights.precision import ExactFloat32
+from lightning_unlearn.weights.projection import Projection
 
 Output = Literal["loss", "square", "mean"]
 
-# Of each view: the loss as the objective has it, and the mean square and mean of what the network predicts.
+# Of each view: the loss as the objective has it, and the mean square and sum of what the network predicts. The sum is
+# brought to a mean once it is a gradient: the one at the last layer's output is then 1 everywhere, and its sums are
+# exact; sums of a thousand times 1/768 are all rounded in one direction, and would seem to be another layer's.
 OUTPUTS: dict[Output, Callable[[Tensor, Tensor], Tensor]] = {
     "loss": lambda losses, predictions: losses,
     "square": lambda losses, predictions: predictions.square().flatten(1).mean(1),
-    "mean": lambda losses, predictions: predictions.flatten(1).mean(1),
+    "mean": lambda losses, predictions: predictions.flatten(1).sum(1),
 }
 # Columns of gradients that are widened to float64 at a time.
 COLUMNS = 2**15
@@ -41,12 +44,15 @@ class Gradients:
 
     Attributes:
         parameters: Parameter name (or ``"projection"``) to gradients ``(B, numel)``, float32 or wider, on the CPU.
+            Where the subject projects gradients, the numbers that are left of each.
         errors: ``(B,)`` float64: each sample's root mean squared error of the prediction (the root of the loss), mean
             over its views.
+        losses: ``(B,)`` float64: each sample's loss, mean over its views.
     """
 
     parameters: Mapping[str, Tensor]
     errors: Tensor
+    losses: Tensor
 
     def __len__(self) -> int:
         return len(self.errors)
@@ -61,7 +67,16 @@ class Gradients:
             Their gradients.
         """
         rows = torch.tensor(numbers)
-        return Gradients({name: gradient[rows] for name, gradient in self.parameters.items()}, self.errors[rows])
+        chosen = {name: gradient[rows] for name, gradient in self.parameters.items()}
+        return Gradients(chosen, self.errors[rows], self.losses[rows])
+
+    def wide(self) -> Tensor:
+        """All parameters' gradients side by side.
+
+        Returns:
+            ``(B, P)`` float64.
+        """
+        return torch.cat([gradient.double() for gradient in self.parameters.values()], 1)
 
     def squared_norms(self) -> Tensor:
         """The squared length of each sample's gradient.
@@ -103,6 +118,7 @@ def join(parts: Sequence[Gradients]) -> Gradients:
     return Gradients(
         {name: torch.cat([part.parameters[name] for part in parts]) for name in names},
         torch.cat([part.errors for part in parts]),
+        torch.cat([part.losses for part in parts]),
     )
 
 
@@ -155,18 +171,18 @@ def mean_gradients_of(
             not its gradient.
     """
     parameters = layer_parameters(subject.layers)
+    sizes = {name: weight.numel() for name, weight in parameters.items()}
+    if subject.projection is not None:
+        sizes = subject.projection.sizes
     # The chosen weights may be an adapter's, wider than the base that sees the views.
     first, some = next(subject.loss.network.parameters()), next(iter(parameters.values()))
     device, dtype = first.device, first.dtype
     wide = torch.promote_types(some.dtype, torch.float32)
     sums = {
-        output: {
-            name: torch.zeros(len(keys), weight.numel(), device=device, dtype=wide)
-            for name, weight in parameters.items()
-        }
+        output: {name: torch.zeros(len(keys), numbers, device=device, dtype=wide) for name, numbers in sizes.items()}
         for output in outputs
     }
-    errors, counts = torch.zeros(len(keys), dtype=torch.float64), torch.zeros(len(keys), dtype=torch.float64)
+    errors, mean_losses, counts = (torch.zeros(len(keys), dtype=torch.float64) for _ in range(3))
     with (
         ExactFloat32(),
         _differentiable(subject),
@@ -176,25 +192,29 @@ def mean_gradients_of(
         for view in views:
             view = cast_view(view, device, dtype)
             losses = subject.loss(view.batch, view.timesteps, view.noise)
+            predictions = seen[-1].to(losses.dtype)
             rows, counted = view.rows.to(device), _counted(view, shares)
             for number, output in enumerate(outputs, 1):
-                values = OUTPUTS[output](losses, seen[-1].to(losses.dtype))
+                values = OUTPUTS[output](losses, predictions)
                 # So that hooks see what passes; the sum of a batch's gradients is only for comparison.
                 own = torch.autograd.grad(
                     values.sum(), list(parameters.values()), allow_unused=True, retain_graph=number < len(outputs)
                 )
                 uses = capture.take_uses()
                 _refuse_what_differs(subject, uses, dict(zip(parameters, own, strict=True)))
-                found = _flat(by_layer(uses), parameters, len(view.rows))
+                found = _flat(by_layer(uses), parameters, len(view.rows), subject.projection)
+                if output == "mean":
+                    found = {name: gradient / predictions[0].numel() for name, gradient in found.items()}
                 if per_timestep:
                     norms = torch.stack([gradient.square().sum(1) for gradient in found.values()]).sum(0).sqrt()
                     found = {name: gradient / norms.clamp(min=TINY)[:, None] for name, gradient in found.items()}
                 for name, gradient in found.items():
                     sums[output][name].index_add_(0, rows, _weighted(gradient, counted))
-            errors.index_add_(0, view.rows.cpu(), _weighted(losses.detach().sqrt().cpu().double(), counted))
+            for total, measured in ((errors, losses.detach().sqrt()), (mean_losses, losses.detach())):
+                total.index_add_(0, view.rows.cpu(), _weighted(measured.cpu().double(), counted))
             counts.index_add_(0, view.rows.cpu(), counted)
             seen.clear()
-    return {output: _means(keys, totals, errors, counts) for output, totals in sums.items()}
+    return {output: _means(keys, totals, (errors, mean_losses), counts) for output, totals in sums.items()}
 
 
 def _counted(view: View, shares: Sequence[Sequence[float]] | None) -> Tensor:
@@ -210,14 +230,16 @@ def _weighted(values: Tensor, counted: Tensor) -> Tensor:
     return torch.where(factors > 0, factors * values, 0.0)
 
 
-def _means(keys: Sequence[str], sums: Mapping[str, Tensor], errors: Tensor, counts: Tensor) -> Gradients:
+def _means(
+    keys: Sequence[str], sums: Mapping[str, Tensor], measured: tuple[Tensor, Tensor], counts: Tensor
+) -> Gradients:
     """Sums over views, divided by their number; refused where they are not finite."""
     means = {name: (total / counts.to(total)[:, None]).cpu() for name, total in sums.items()}
     finite = torch.stack([mean.isfinite().all(1) for mean in means.values()]).all(0)
     if not finite.all():
         bad = next(key for key, fine in zip(keys, finite.tolist(), strict=True) if not fine)
         raise InputError(f"The gradient of {bad!r} is not finite; check the sample and the model.")
-    return Gradients(means, errors / counts)
+    return Gradients(means, *(total / counts for total in measured))
 
 
 def _refuse_what_differs(subject: Subject, uses: Mapping[str, list[Use]], own: Mapping[str, Tensor | None]) -> None:
@@ -236,8 +258,10 @@ def _refuse_what_differs(subject: Subject, uses: Mapping[str, list[Use]], own: M
             raise InputError(what_differs(name, kind, subject.layers[name], sums.get(name), grown.get((name, kind))))
 
 
-def _flat(captured: Mapping[str, CapturedLayer], parameters: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
-    """Parameter name to each row's gradient ``(b, numel)``; layers that no gradient reached are left out."""
+def _flat(
+    captured: Mapping[str, CapturedLayer], parameters: Mapping[str, Tensor], rows: int, projection: Projection | None
+) -> dict[str, Tensor]:
+    """Parameter name to each row's ``(b, numel)``, or what a projection leaves; without layers that none reached."""
     found: dict[str, Tensor] = {}
     for name, layer in captured.items():
         if len(layer) != rows:
@@ -245,6 +269,9 @@ def _flat(captured: Mapping[str, CapturedLayer], parameters: Mapping[str, Tensor
                 f"Layer {name} sees {len(layer)} rows for {rows} samples, so a row is not a sample; leave it out by "
                 "patterns."
             )
+        if projection is not None:
+            found |= projection.of(name, layer)
+            continue
         found[f"{name}.weight"] = layer.weight_gradients().flatten(1)
         if f"{name}.bias" in parameters:
             found[f"{name}.bias"] = layer.bias_gradients()

@@ -25,6 +25,7 @@ commands:
   fit         unlearn queries (or train a model): Lightning's fit
   predict     score training images under the deltas of a checkpoint: Lightning's predict
   fisher      take the Fisher of a trained model, by passes over its training shards
+  index       keep of each training image what new queries need, so that they cost no pass over the data
   evaluate    train again without the images that methods name, and see whether the model can still make the picture
   race        choose the samples that a race of several `predict`s goes on with, or write its table
   check       say what a config describes, what each stage will take, and what is missing; it loads no weights
@@ -40,6 +41,7 @@ COMMANDS = (
     "fit",
     "predict",
     "fisher",
+    "index",
     "evaluate",
     "race",
     "check",

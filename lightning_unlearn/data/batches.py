@@ -144,6 +144,7 @@ def collate_samples(shard: str, samples: Sequence[Sample], **markers: Any) -> Sa
         latents_flip=torch.stack(flips) if flips else None,
         caption_weights=_caption_weights(samples),
         masks=_masks(samples),
+        metadata=[sample.metadata for sample in samples],
         **markers,
     )
 

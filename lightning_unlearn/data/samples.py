@@ -142,6 +142,7 @@ class SampleBatch:
         places: ``B`` places in the shard, by which rows of a table are ordered; empty where nobody asks for them.
         caption_weights: Of each sample, the shares of its captions in training; ``None`` if all are alike.
         masks: ``(B, H, W)``, which part of each latent training looked at; ``None`` for all of it.
+        metadata: ``B`` samples' json; empty where nobody put it there.
     """
 
     shard: str
@@ -156,6 +157,7 @@ class SampleBatch:
     places: list[int] = field(default_factory=list)
     caption_weights: list[list[float]] | None = None  # no tensor, which a Trainer's precision would round
     masks: Tensor | None = None
+    metadata: list[dict[str, Any]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.keys)
