@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_unlearn.data.samples import Sample
+from lightning_unlearn.preparation.asked import Made
 
 Scores = NDArray[np.float64]
 
@@ -48,19 +49,6 @@ class GroupRow:
     mean: float
     low: float
     high: float
-
-
-@dataclass(frozen=True)
-class Made:
-    """A query that was made of what a person gave.
-
-    Attributes:
-        sample: With a picture to look at, if there is one.
-        notes: Sentences that the person should know, e.g. that a prompt was cut.
-    """
-
-    sample: Sample
-    notes: Sequence[str] = ()
 
 
 class QueryMaker(Protocol):

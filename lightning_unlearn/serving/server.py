@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Awaitable, Callable, MutableMapping
+from importlib.util import find_spec
 from typing import Any, NoReturn
 
 from lightning_unlearn.errors import InputError
@@ -75,22 +76,15 @@ def application(desk: Desk, hosts: tuple[str, ...] = LOOPBACK) -> Any:
 
     Returns:
         The application.
-
-    Raises:
-        InputError: If Gradio is not installed.
     """
+    check_installed()
     os.environ |= QUIET
-    os.environ.setdefault("GRADIO_TEMP_DIR", tempfile.mkdtemp(prefix="lightning-unlearn-serve-"))
-    try:
-        import gradio
-        from fastapi import FastAPI, Request
-        from fastapi.responses import PlainTextResponse, Response
-        from gradio import processing_utils
-        from starlette.middleware.trustedhost import TrustedHostMiddleware
-    except ImportError as error:
-        raise InputError(
-            f'The page needs Gradio, which is missing here ({error}); `pip install "lightning-unlearn[serve]"`.'
-        ) from None
+    import gradio
+    from fastapi import FastAPI, Request
+    from fastapi.responses import PlainTextResponse, Response
+    from gradio import processing_utils
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
     from lightning_unlearn.serving import files, page
 
     # Gradio would fetch a picture whose address is given in its place.
@@ -133,6 +127,16 @@ def application(desk: Desk, hosts: tuple[str, ...] = LOOPBACK) -> Any:
     return Guarded(TrustedHostMiddleware(app, allowed_hosts=list(hosts)))
 
 
+def check_installed() -> None:
+    """See that Gradio is here, before a model is loaded.
+
+    Raises:
+        InputError: If it is not.
+    """
+    if find_spec("gradio") is None:
+        raise InputError('The page needs Gradio, which is missing here; `pip install "lightning-unlearn[serve]"`.')
+
+
 async def _refuse(url: str) -> NoReturn:
     raise InputError("Addresses are not fetched; drop a file of this machine.")
 
@@ -149,15 +153,16 @@ def run(desk: Desk, host: str, port: int, say: Callable[[str], None]) -> None:
     Raises:
         InputError: If nobody can listen there.
     """
-    app = application(desk, LOOPBACK if host in LOOPBACK else ("*",))
-    import uvicorn
+    with listening(host, port) as sock, tempfile.TemporaryDirectory(prefix="lightning-unlearn-serve-") as dropped:
+        # Pictures that are dropped lie there while the server runs.
+        os.environ["GRADIO_TEMP_DIR"] = dropped
+        app = application(desk, LOOPBACK if host in LOOPBACK else ("*",))
+        import uvicorn
 
-    sock = listening(host, port)
-    shown = f"[{host}]" if ":" in host else host
-    say(f"Serving at http://{shown}:{sock.getsockname()[1]}/ until it is stopped (Ctrl-C).")
-    if host not in LOOPBACK:
-        say("Whoever reaches this machine may ask, and see the training pictures.")
-    with sock:
+        shown = f"[{host}]" if ":" in host else host
+        say(f"Serving at http://{shown}:{sock.getsockname()[1]}/ until it is stopped (Ctrl-C).")
+        if host not in LOOPBACK:
+            say("Whoever reaches this machine may ask, and see the training pictures.")
         uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, ws="none")).run(sockets=[sock])
 
 
