@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from lightning_unlearn.report.words import number
+from lightning_unlearn.report.words import number, sureness
 from lightning_unlearn.serving.desk import Asked, Desk
 from lightning_unlearn.serving.fragments import Source, sources
 
@@ -107,7 +107,8 @@ def as_picture(desk: Desk, asked: Asked) -> bytes:
     card = Image.new("RGB", (WIDTH, height), PAPER)
     draw = ImageDraw.Draw(card)
     _place(card, draw, query_picture(asked), MARGIN, MARGIN, OWN)
-    _lines(draw, asked.prompt, MARGIN, MARGIN + OWN + 20, OWN, 34, 5, INK, bold=True)
+    below = _lines(draw, asked.prompt, MARGIN, MARGIN + OWN + 20, OWN, 34, 3, INK, bold=True)
+    _lines(draw, sureness(asked.answer.sure), MARGIN, below + 8, OWN, 18, 3, MUTED)
     for place, source in enumerate(first):
         left = MARGIN + OWN + 2 * GAP + (place % COLUMNS) * (side + GAP)
         _source(card, draw, source, left, MARGIN + (place // COLUMNS) * (side + 118), side)

@@ -51,23 +51,31 @@ class Page:
             _html(fragments.heading(TITLE, len(desk.pictures.keys), desk.provenance))
             with gradio.Tabs(selected=ASK) as tabs:
                 with gradio.Tab("Ask", id=ASK):
-                    prompt = gradio.Textbox(
-                        label="Prompt", lines=2, max_lines=8, elem_id="prompt", max_length=LONGEST_PROMPT
-                    )
-                    with gradio.Accordion("A picture that is there already, or another seed", open=False):
-                        picture: Any = gradio.Image(
-                            label="Picture",
-                            type="filepath",
-                            image_mode=None,
-                            sources=["upload", "clipboard"],
-                            height=220,
-                            elem_id="dropped",
-                            buttons=[],
-                        )
-                        # What can't be read as a picture gets our sentence, not Pillow's error.
-                        picture.preprocess = _path_of
-                        seed = gradio.Number(label="Seed of a generated picture", value=0, precision=0, minimum=0)
-                    button = gradio.Button("Ask", variant="primary", elem_id="ask")
+                    with gradio.Row(equal_height=True):
+                        with gradio.Column(scale=3, min_width=260):
+                            prompt = gradio.Textbox(
+                                label="Prompt",
+                                placeholder="What a picture is generated with, or was",
+                                lines=3,
+                                max_lines=8,
+                                max_length=LONGEST_PROMPT,
+                                elem_id="prompt",
+                            )
+                            with gradio.Row(equal_height=True):
+                                seed = gradio.Number(label="Seed", value=0, precision=0, min_width=90, scale=1)
+                                button = gradio.Button("Ask", variant="primary", elem_id="ask", scale=2, min_width=90)
+                        with gradio.Column(scale=2, min_width=200):
+                            picture: Any = gradio.Image(
+                                label="A picture that is there already",
+                                type="filepath",
+                                image_mode=None,
+                                sources=["upload", "clipboard"],
+                                height=190,
+                                elem_id="dropped",
+                                buttons=[],
+                            )
+                            # What can't be read as a picture gets our sentence, not Pillow's error.
+                            picture.preprocess = _path_of
                     said = _html("", "said")
                     answer = _html("", "answer")
                     by = gradio.Dropdown(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
 import tempfile
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -138,7 +140,9 @@ def check_installed() -> None:
 
 
 async def _refuse(url: str) -> NoReturn:
-    raise InputError("Addresses are not fetched; drop a file of this machine.")
+    import gradio
+
+    raise gradio.Error("Addresses are not fetched; drop a file.", print_exception=False)
 
 
 def run(desk: Desk, host: str, port: int, say: Callable[[str], None]) -> None:
@@ -163,7 +167,18 @@ def run(desk: Desk, host: str, port: int, say: Callable[[str], None]) -> None:
         say(f"Serving at http://{shown}:{sock.getsockname()[1]}/ until it is stopped (Ctrl-C).")
         if host not in LOOPBACK:
             say("Whoever reaches this machine may ask, and see the training pictures.")
-        uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, ws="none")).run(sockets=[sock])
+        logging.getLogger("uvicorn.error").addFilter(_of_the_end)
+        # Pages that are open hold a connection, and would have the server wait for them.
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, ws="none", timeout_graceful_shutdown=1, server_header=False
+        )
+        uvicorn.Server(config).run(sockets=[sock])
+
+
+def _of_the_end(record: logging.LogRecord) -> bool:
+    """Whether a message is worth reading: that open pages are left when the server ends is not."""
+    cancelled = record.exc_info is not None and record.exc_info[0] is asyncio.CancelledError
+    return not cancelled and "graceful shutdown" not in record.getMessage()
 
 
 def listening(host: str, port: int) -> Any:
