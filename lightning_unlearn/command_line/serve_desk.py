@@ -152,8 +152,8 @@ def _shards_of(index: Index, data: AttributionDataModule) -> list[ShardInfo]:
     lacking = [name for name in index.record["shards"] if name not in named]
     if lacking:
         raise InputError(
-            f"The index has a shard {index.record['shards'][lacking[0]]['url']} that the config does not name; name the "
-            "shards that the index was made of."
+            f"The index has a shard {index.record['shards'][lacking[0]]['url']} that the config does not name; name "
+            "the shards that the index was made of."
         )
     changed = [
         named[name].shown for name, about in index.record["shards"].items() if named[name].version != about["version"]

@@ -246,8 +246,8 @@ class NetworkQueries:
         check_picture(picture)
         if self.encoding is None:
             raise InputError(
-                "This model looks at latents, and nothing here makes them of a picture; start serve with the --pipeline "
-                "that has its VAE, or ask with a prompt."
+                "This model looks at latents, and nothing here makes them of a picture; start serve with the "
+                "--pipeline that has its VAE, or ask with a prompt."
             )
         conditions, notes = self.prompts.conditions(prompt)
         item = self.encoding.item(0, Record(key, [prompt], {}, "this picture", picture))
@@ -319,8 +319,8 @@ def check_picture(picture: bytes) -> None:
         raise InputError(f"This file can't be read as a picture; give a whole one ({kinds}).") from None
     if width * height > MOST_PIXELS:
         raise InputError(
-            f"This picture has {width * height / 1e6:,.0f} million pixels, and no more than {MOST_PIXELS / 1e6:.0f} are "
-            "taken; make it smaller."
+            f"This picture has {width * height / 1e6:,.0f} million pixels, and no more than {MOST_PIXELS / 1e6:.0f} "
+            "are taken; make it smaller."
         )
 
 

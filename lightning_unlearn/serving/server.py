@@ -112,9 +112,10 @@ def application(desk: Desk, hosts: tuple[str, ...] = LOOPBACK) -> Any:
     def sentence(request: Request, error: InputError) -> Response:
         return PlainTextResponse(str(error), 400)
 
+    blocks = page.Page(desk).blocks()
     gradio.mount_gradio_app(
         app,
-        page.Page(desk).blocks(),
+        blocks,
         path="/",
         theme=page.theme(),
         head=page.head(),
@@ -126,6 +127,8 @@ def application(desk: Desk, hosts: tuple[str, ...] = LOOPBACK) -> Any:
         mcp_server=False,
         max_file_size="32mb",
     )
+    # Without it an app that is mounted takes the path of any file here for one that was uploaded (Gradio 6.31).
+    blocks.has_launched = True
     return Guarded(TrustedHostMiddleware(app, allowed_hosts=list(hosts)))
 
 
