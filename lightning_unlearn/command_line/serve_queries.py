@@ -117,6 +117,7 @@ def _of_pipeline(
         device,
         adapted=True,
     )
+    maker.pipeline.set_progress_bar_config(disable=True)  # nobody looks at the server
     return PipelineQueries(encoding, lambda prompt, seed: (maker.make(prompt, seed), maker.facts))
 
 
