@@ -30,6 +30,7 @@ commands:
   race        choose the samples that a race of several `predict`s goes on with, or write its table
   check       say what a config describes, what each stage will take, and what is missing; it loads no weights
   report      write the report of a finished run again
+  serve       a page in the browser that answers out of an index: a prompt or a picture, and its sources
   prepare     images and captions, or ready latents and embeddings, to shards
 
 `lightning-unlearn COMMAND --help` lists a command's options. Ready configs: {configs}.
@@ -46,6 +47,7 @@ COMMANDS = (
     "race",
     "check",
     "report",
+    "serve",
     "prepare",
 )
 

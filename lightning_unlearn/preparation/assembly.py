@@ -12,21 +12,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from lightning_unlearn.data.arrays import LARGEST_LATENT, LARGEST_TEXT
-from lightning_unlearn.data.conditions import NUMBERS
-from lightning_unlearn.data.shards import MANIFEST, ShardInfo, encode_sample, write_shards
+from lightning_unlearn.data.shards import MANIFEST, ShardInfo, write_shards
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.preparation.disk import say_size, size_on_disk
-from lightning_unlearn.preparation.inputs import Array, Item, Taken
+from lightning_unlearn.preparation.encoding import Encoding
+from lightning_unlearn.preparation.inputs import Item
 from lightning_unlearn.preparation.layouts import layout_of
-from lightning_unlearn.preparation.loss_masks import loss_mask
-from lightning_unlearn.preparation.pictures import crop_middle, open_picture, to_preview
-from lightning_unlearn.preparation.records import Record
-from lightning_unlearn.preparation.resizing import resized, to_pixels
 from lightning_unlearn.preparation.survey import Survey
 from lightning_unlearn.preparation.tally import Tally
 
@@ -61,6 +55,15 @@ class Assembly:
         survey = self.survey
         self.source, self.reading = survey.source, survey.reading
         self.latents, self.text = survey.latents, survey.text
+        self.encoding = Encoding(
+            survey.latents,
+            survey.text,
+            survey.reading.choices,
+            self.mirrored,
+            self.dtype,
+            self.picture_size,
+            survey.reading.text,
+        )
 
     def write(self, folder: Path, samples_per_shard: int) -> list[ShardInfo]:
         """Check all samples as far as that is quick, then encode them and write shards and manifest.
@@ -153,7 +156,7 @@ class Assembly:
                 self._leave_out(fault)
                 continue
             try:
-                item = self._item(index, record)
+                item = self.encoding.item(index, record)
             except InputError as error:
                 self._leave_out(str(error))
                 continue
@@ -163,23 +166,6 @@ class Assembly:
         if not self.survey.skip:
             raise InputError(fault)
         self.faults.append(fault)
-
-    def _item(self, index: int, record: Record) -> Item:
-        if record.picture is None or (self.latents.crop is None and not self.picture_size):
-            return Item(index, record)
-        place = str(record.picture) if isinstance(record.picture, Path) else record.place
-        choices = self.reading.choices
-        picture = open_picture(record.picture, place, self.latents.mode, choices)
-        pixels, taken, mask = None, None, None
-        if self.latents.crop is not None:
-            shape = choices.bucket(self.latents.crop, picture.height, picture.width)
-            taken = _taken(picture.height, picture.width, *shape)
-            pixels = to_pixels(resized(picture, *shape, choices.resize))
-            if choices.masks in ("loss", "alpha"):
-                mask = loss_mask(record, choices, *shape)
-            picture = crop_middle(picture, *shape)
-        preview = to_preview(picture, self.picture_size) if self.picture_size else None
-        return Item(index, record, pixels, preview, taken, mask)
 
     def _samples(self, total: int, about: dict[str, Any]) -> Iterator[dict[str, Any]]:
         items = self._items()
@@ -201,60 +187,17 @@ class Assembly:
         }
 
     def _encode(self, batch: list[Item], about: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        latents = self._latents(batch, mirrored=False)
-        flips = self._latents(batch, mirrored=True) if self.mirrored else None
-        states = self.text.states(batch)
+        latents, flips, states = self.encoding.arrays(batch)
         about["latent"]["shape"] = list(latents[0].shape)
         about["text"]["shape"] = list(states[0]["text"].shape[1:]) if "text" in states[0] else None
         for row, item in enumerate(batch):
-            facts, captions = self.latents.facts(item.record), {"captions": item.record.captions}
-            numbers = self.latents.numbers(item) | self.survey.classes(item.record)
             try:
-                sample = encode_sample(
-                    item.record.key,
-                    self._stored(latents[row], "latent", item),
-                    {name: self._stored(array, name, item) for name, array in states[row].items()},
-                    {**item.record.metadata, **facts, **self._told(numbers), **captions},
-                    latent_flip=None if flips is None else self._stored(flips[row], "mirrored latent", item),
-                    picture=item.preview,
-                    picture_format="webp",
-                    loss_mask=item.mask,
-                )
+                flip = None if flips is None else flips[row]
+                sample = self.encoding.fields(item, latents[row], flip, states[row], self.survey.classes)
             except InputError as error:
                 self._leave_out(str(error))
                 continue
             yield sample
-
-    def _latents(self, batch: list[Item], *, mirrored: bool) -> list[Array]:
-        """The latents of samples; pictures of one shape are encoded together."""
-        alike: dict[Any, list[int]] = {}
-        for row, item in enumerate(batch):
-            alike.setdefault(row if item.pixels is None else item.pixels.shape, []).append(row)
-        found: dict[int, Array] = {}
-        for rows in alike.values():
-            latents = self.latents.latents([batch[row] for row in rows], mirrored=mirrored)
-            found |= dict(zip(rows, latents, strict=True))
-        return [found[row] for row in range(len(batch))]
-
-    def _told(self, numbers: dict[str, list[int]]) -> dict[str, Any]:
-        # An empty object says that there is no text because the network takes none.
-        return {NUMBERS: numbers} if numbers or not self.reading.text else {}
-
-    def _stored(self, array: Array, what: str, item: Item) -> Array:
-        with np.errstate(over="ignore"):
-            stored = np.ascontiguousarray(array, dtype=self.dtype)
-        place = item.record.place
-        largest = LARGEST_LATENT if "latent" in what else LARGEST_TEXT
-        if np.isfinite(array).all() and float(np.abs(array).max()) > largest:  # of float16, NumPy would cast the bound
-            raise InputError(
-                f"The {what} of {place} holds numbers larger than {largest:.0e}, which no shard is read with; scale "
-                "it, or leave the sample out."
-            )
-        if not np.isfinite(stored).all():
-            raise InputError(
-                f"The {what} of {place} holds NaN or numbers too large for {self.dtype}; try dtype=float32."
-            )
-        return stored
 
     def _about(self) -> dict[str, Any]:
         crop = self.latents.crop
@@ -273,10 +216,3 @@ class Assembly:
             "left_out": None,
             "versions": {name: version(name) for name in ("torch", "pillow")},
         }
-
-
-def _taken(height: int, width: int, to_height: int, to_width: int) -> Taken:
-    # As trainers tell it: resized so that it covers what is wanted, then the middle cut out.
-    scale = max(to_height / height, to_width / width)
-    corner = (round((height * scale - to_height) / 2), round((width * scale - to_width) / 2))
-    return Taken((height, width), (max(0, corner[0]), max(0, corner[1])))

@@ -36,6 +36,7 @@ class PictureMaker:
         steps: Of its sampler; by default the pipeline's.
         guidance: Its scale; by default the pipeline's.
         device: Where it runs.
+        adapted: Whether the adapter is on the network already.
 
     Raises:
         InputError: If the pipeline can't be loaded, or makes no pictures.
@@ -51,6 +52,8 @@ class PictureMaker:
         steps: int | None,
         guidance: float | None,
         device: torch.device,
+        *,
+        adapted: bool = False,
     ) -> None:
         check_pipeline(folder)
         self.folder, self.network = folder, network.eval()
@@ -75,7 +78,7 @@ class PictureMaker:
             if name not in parameters:
                 raise InputError(f"{type(self.pipeline).__name__} in {folder} takes no {name}; leave it out.")
             self.settings[name] = value
-        self._changed(adapter, tokens)
+        self._changed(adapter, tokens, adapted)
         self._placed(device)
         told = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
         self.facts: dict[str, Any] = {
@@ -87,8 +90,8 @@ class PictureMaker:
             },
         }
 
-    def _changed(self, adapter: str | None, tokens: tuple[str, ...]) -> None:
-        if adapter is not None:
+    def _changed(self, adapter: str | None, tokens: tuple[str, ...], adapted: bool) -> None:
+        if adapter is not None and not adapted:
             load_adapter(self.network, adapter)
         if changes := TextChanges(adapter, tokens):
             parts = {name: part for name, part in self.pipeline.components.items() if part is not None}
