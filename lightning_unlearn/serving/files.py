@@ -37,7 +37,7 @@ def table(desk: Desk, asked: Asked) -> pa.Table:
     Returns:
         A row for each picture; what the answer is of stands in the table's metadata.
     """
-    order = asked.order
+    order: list[int] = asked.order.tolist()
     keys, captions = desk.pictures.keys, desk.captions.captions
     columns: dict[str, Any] = {
         "rank": np.arange(1, len(order) + 1),

@@ -9,11 +9,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lightning_unlearn.report.figures import Picture, picture_of
+from lightning_unlearn.report.pictures import Picture
 from lightning_unlearn.report.words import flatten, number, share, sureness
 from lightning_unlearn.serving.contract import GroupRow
 from lightning_unlearn.serving.desk import Asked, Desk, Helped, rank_of
-from lightning_unlearn.serving.pictures import Shown
+from lightning_unlearn.serving.pictures import Shown, picture_of
 
 SHOWN = 12
 GROUPS_SHOWN = 12

@@ -98,7 +98,7 @@ class Page:
                 concurrency_limit=4,
                 show_progress_on=[said],
             )
-            quick = {"concurrency_id": "look", "concurrency_limit": 8, "show_progress": "hidden"}
+            quick: Any = {"concurrency_id": "look", "concurrency_limit": 8, "show_progress": "hidden"}
             by.input(self._groups, [current, by], [groups], api_name="groups", **quick)
             gradio.on([words.submit], self._search, [words], [found], api_name="search", **quick)
             for part in (answer, found, one):
@@ -110,7 +110,7 @@ class Page:
                     **quick,
                 )
         blocks.queue(max_size=LONGEST_QUEUE, default_concurrency_limit=8, api_open=False)
-        return blocks
+        return blocks  # type: ignore[no-any-return]
 
     def _ask(self, prompt: str, seed: float | None, path: str | None, by: str | None, tokens: list[str]) -> list[Any]:
         try:
@@ -137,7 +137,7 @@ class Page:
 
     def _groups(self, token: str, by: str | None) -> str:
         asked = self.desk.asked(token)
-        if asked is None or by not in self.desk.fields:
+        if asked is None or by is None or by not in self.desk.fields:
             return ""
         return fragments.groups(asked, by, self.desk.groups(asked, by))
 

@@ -18,7 +18,7 @@ from lightning_unlearn.data.addresses import is_address
 from lightning_unlearn.data.samples import PICTURE_FIELDS, Sample
 from lightning_unlearn.data.shards import ShardInfo
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.report.figures import Picture, picture_of
+from lightning_unlearn.report.pictures import InPage, Picture, image_of
 
 Fetch = Callable[[ShardInfo, frozenset[str]], Mapping[str, Sample]]
 # So many are kept; a small picture has some kilobytes.
@@ -144,3 +144,16 @@ def _content(stream: Any, place: _Place) -> bytes:
 def _shown(sample: Sample) -> Shown:
     facts = {name: value for name, value in sample.metadata.items() if name not in _NO_FACTS}
     return Shown(sample.key, sample.captions, facts, picture_of(sample))
+
+
+def picture_of(sample: Sample) -> Picture | None:
+    """A sample's picture within the page.
+
+    Args:
+        sample: The sample.
+
+    Returns:
+        ``None`` if there is none to show.
+    """
+    image = image_of(sample)
+    return None if image is None else InPage().place(image)
