@@ -20,13 +20,12 @@ from lightning_unlearn.data.shards import ShardInfo, encode_sample, write_shards
 from lightning_unlearn.datamodules.reading import read_samples
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.preparation.asked import Made
-from lightning_unlearn.report.figures import picture_of
 from lightning_unlearn.serving import fragments
 from lightning_unlearn.serving.captions import Captions
 from lightning_unlearn.serving.contract import Answer, GroupRow
 from lightning_unlearn.serving.desk import ANSWERS_KEPT, Desk, Provenance
 from lightning_unlearn.serving.files import as_picture
-from lightning_unlearn.serving.pictures import Pictures
+from lightning_unlearn.serving.pictures import Pictures, picture_of
 
 EVIL = "<script>alert(1)</script>\" onload='alert(2)'"
 
