@@ -155,9 +155,10 @@ def transfer(benches: Sequence[Bench]) -> list[str]:
         "## On a bench that nobody tuned for",
         "",
         f"{NUMBERS[len(asked)]} small models were each trained again dozens to hundreds of times on half of their "
-        "pictures, which shows what a generated picture owes to which of them. **LDS** says how well a method foretells "
-        "that: 1 is perfect, 0 is chance. Each method comes with the setting that did best on the *other* benches, as on a "
-        "model that nobody tuned for. **Worst regret** is what it lacks, on the bench where it lacks most, to the best "
+        "pictures, which shows what a generated picture owes to which of them. **LDS** says how well a method "
+        "foretells that: 1 is perfect, 0 is chance. Each method comes with the setting that did best on the *other* "
+        "benches, as on a model that nobody tuned for. **Worst regret** is what it lacks, on the bench where it lacks "
+        "most, to the best "
         f"method tuned on that very bench; the smallest stands first ({LABELS[least.method].replace('**', '')}).",
         "",
         f"| method | LDS on {names} | worst regret | mean regret | settings, as chosen on the others |",
