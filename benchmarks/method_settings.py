@@ -84,12 +84,12 @@ WITH_FISHER = {"influence": "diagonal", "influence_ekfac": "ekfac"} | {
     name: kind for name, kind in UNLEARNING.items() if kind in FISHER_FILES
 }
 LABELS = {
-    DEFAULT: "**unlearning with the defaults (ours)**",
-    CONSENSUS: "**several asked together (ours)**",
-    CONSENSUS_FIXED: "**the same, as `Consensus` asks them (ours)**",
+    DEFAULT: "unlearning alone with its defaults (ours)",
+    CONSENSUS: "several asked together, which ones chosen elsewhere (ours)",
+    CONSENSUS_FIXED: "**`Consensus`, the default (ours)**",
     CONSENSUS_TEXT: "`Consensus` with the keys and values of the text alone (ours)",
-    DEFAULT_ALL: "the defaults with all weights (ours)",
-    DEFAULT_DIFFERENCE: "the defaults with the difference as rule (ours)",
+    DEFAULT_ALL: "unlearning alone, all weights (ours)",
+    DEFAULT_DIFFERENCE: "unlearning alone with the difference as rule (ours)",
     "unlearning_ekfac": "unlearning, EKFAC Fisher, tuned (ours)",
     "unlearning": "unlearning, diagonal Fisher, tuned (ours)",
     "gradient_ascent": "gradient ascent, no Fisher, tuned (ours)",

@@ -138,7 +138,7 @@ def defaults(benches: list[Bench]) -> list[str]:
         "all weights": ("all weights", "all"),
     }
     lines = [
-        "## The defaults, and why",
+        "## The defaults of unlearning, and why",
         "",
         "An EKFAC Fisher of `text_kv`, damping 0.001, one step that brings the query's loss halfway to the mean loss "
         "of the training pictures, noise that all samples share, the ratio. The rows after the third change one "

@@ -38,6 +38,7 @@ from torch import Tensor
 from lightning_unlearn.evaluation.judging import scores_of
 from lightning_unlearn.evaluation.results import Value
 
+NUMBERS = {2: "Two", 3: "Three", 4: "Four", 5: "Five", 6: "Six"}
 LEAST_MODELS = 10  # subset models of each half, for a bench to be asked
 
 
@@ -154,10 +155,11 @@ def transfer(benches: Sequence[Bench]) -> list[str]:
     lines = [
         "## On a bench that nobody tuned for",
         "",
-        f"{len(asked)} small models were each trained again dozens to hundreds of times on half of their pictures, "
-        "which shows what a generated picture owes to which of them. **LDS** says how well a method foretells that: 1 "
-        "is perfect, 0 is chance. Each method comes with the setting that did best on the *other* benches, as on a "
-        "model that nobody tuned for. **Worst regret** is what it lacks, on the bench where it lacks most, to the best "
+        f"{NUMBERS[len(asked)]} small models were each trained again dozens to hundreds of times on half of their "
+        "pictures, which shows what a generated picture owes to which of them. **LDS** says how well a method "
+        "foretells that: 1 is perfect, 0 is chance. Each method comes with the setting that did best on the *other* "
+        "benches, as on a model that nobody tuned for. **Worst regret** is what it lacks, on the bench where it lacks "
+        "most, to the best "
         f"method tuned on that very bench; the smallest stands first ({LABELS[least.method].replace('**', '')}).",
         "",
         f"| method | LDS on {names} | worst regret | mean regret | settings, as chosen on the others |",
