@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from benches import Bench
-from method_settings import LABELS
+from method_settings import CONSENSUS_FIXED, LABELS
 from shown import difference, shown
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from lightning_unlearn.evaluation.results import value_of
 MEASURE = "average_precision"
 WEIGHTS = {"adapter": "the adapter's", "merged": "`attention`, the adapter merged"}
 WITHOUT = ("pixel_similarity", "random")
+NAMES = LABELS | {CONSENSUS_FIXED: "**several asked together, as `Consensus` asks them (ours)**"}
 
 
 def adapters(bench: Bench) -> list[str]:
@@ -62,7 +63,7 @@ def adapters(bench: Bench) -> list[str]:
         less = measures[MEASURE][second] - rival
         cells.append("–" if method == "pixel_similarity" else difference(value_of(less)))
         weights = "none" if method in WITHOUT else WEIGHTS[selection]
-        lines.append(f"| {LABELS[method]} | {weights} | {count} | {setting} | {' | '.join(cells)} |")
+        lines.append(f"| {NAMES[method]} | {weights} | {count} | {setting} | {' | '.join(cells)} |")
     return lines
 
 
