@@ -12,7 +12,6 @@ from lightning_unlearn.baselines.consensus import Consensus
 from lightning_unlearn.baselines.sketch import kernel_bytes
 from lightning_unlearn.command_line.command_parts import say
 from lightning_unlearn.datamodules import AttributionDataModule
-from lightning_unlearn.preparation.disk import in_words
 from lightning_unlearn.strategies import Newton
 from lightning_unlearn.unlearning.module import UnlearningModule
 from lightning_unlearn.weights.parameters import layer_parameters
@@ -80,6 +79,9 @@ def _in_the_way(method: Baseline, module: UnlearningModule, data: AttributionDat
     needed = kernel_bytes(samples, weights, method.gradient_kinds)
     there = min(MOST_MEMORY, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     if needed > there:
+        # Only here: it imports whatever encodes pictures.
+        from lightning_unlearn.preparation.disk import in_words
+
         return f"what they keep of {samples:,} images takes {in_words(needed)} of memory, of {in_words(there)} here"
     return ""
 

@@ -280,7 +280,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of a finished run, and the YAML file that it was made with beside it."""
     folder = tmp_path_factory.mktemp("whole")
     config = write_config(folder / "toy.yaml")
-    run("attribute", "--config", config, "--output", folder / "run", "--trainer.enable_progress_bar", "false")
+    quiet = ("--trainer.enable_progress_bar", "false")
+    run("attribute", "--config", config, "--method", "unlearning", "--output", folder / "run", *quiet)
     return folder / "run"
 
 
@@ -608,7 +609,8 @@ def test_deltas_that_were_altered(
     shutil.rmtree(altered / "scores")
     capsys.readouterr()
     config = str(whole.parent / "toy.yaml")
-    status = main(["attribute", "--config", config, "--output", str(altered), "--trainer.enable_progress_bar", "false"])
+    quiet = ("--trainer.enable_progress_bar", "false")
+    status = main(["attribute", "--config", config, "--method", "unlearning", "--output", str(altered), *quiet])
     said = capsys.readouterr()
     text = said.err + said.out
     assert "Traceback" not in text

@@ -122,15 +122,12 @@ def test_every_command_has_help_a_config_and_prints_one(command: str, ends: Ends
     assert status == 0
     assert "lightning-unlearn" in out.splitlines()[0]
     assert all(option in out for option in ("--config", "--print_config"))
-    given = {"report": ["--top", "7"], "race": ["--top", "7"], "prepare": ["--output", "shards"]}.get(
-        command, ["--config", config]
-    )
+    own = {"report": ("top", 7), "race": ("top", 7), "prepare": ("output", "shards"), "ask": ("output", "shards")}
+    given = [f"--{own[command][0]}", str(own[command][1])] if command in own else ["--config", config]
     status, out, _ = ends(command, *given, "--print_config")
     assert status == 0
     printed = yaml.safe_load(out)
-    wanted = {"report": ("top", 7), "race": ("top", 7), "prepare": ("output", "shards")}.get(
-        command, ("seed_everything", 0)
-    )
+    wanted = own.get(command, ("seed_everything", 0))
     assert printed[wanted[0]] == wanted[1]
 
 
@@ -191,7 +188,7 @@ def test_missing_config_file_gets_one_sentence(command: str, ends: Ends, tmp_pat
         ("--model", "Unlearned", ["model", "Unlearned"]),
         ("--model.init_args.views", "few", ["'few' is nothing that it takes", "--….views.NAME VALUE"]),
         ("--data.init_args.on_bad_sample", "hide", ["data.on_bad_sample", "Expected one of 'error', 'skip'", "hide"]),
-        ("--method.ridge", "1", ["unlearning has no settings here", "--method NAME"]),
+        ("--method.ridge", "1", ["auto has no settings here", "--method NAME"]),
         ("--top", "0", ["--top must be at least 1"]),
         ("--trainer.accelerator", "gpu", ["No supported gpu backend found."]),
         # As a YAML file says it: jsonargparse then gives more reasons than one.
@@ -239,7 +236,8 @@ def test_what_can_not_be_used_gets_one_sentence(
 
 def test_output_that_can_not_be_made_shows_before_long_work(ends: Ends, config: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    status, out, err = ends("attribute", "--config", config, "--output", tmp_path / "file" / "run")
+    given = ("--method", "unlearning", "--output", tmp_path / "file" / "run")
+    status, out, err = ends("attribute", "--config", config, *given)
     assert_one_sentence(status, err, "file/run", "--output")
     assert "Unlearning" not in out
 

@@ -82,6 +82,7 @@ def test_unlearning_alone_scores_the_shortlist_and_a_second_run_leaves_it(
     config: str, index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wanted = ["attribute", "--config", config, "--output", str(tmp_path / "run"), "--index", str(index)]
+    wanted += ["--method", "unlearning"]
     run(*wanted, "--shortlist", "3", *QUIET)
     table, exact = read_scores(tmp_path / "run"), read_scores(tmp_path / "run" / "unlearning")
     assert exact.run["rule"] == "ratio"
