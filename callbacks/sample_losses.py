@@ -223,6 +223,12 @@ def strata_of(timesteps: Tensor, length: float, density: Tensor | None) -> NDArr
             f"SampleLossLogger was given timesteps from {float(times.min()):g} to {float(times.max()):g}, but the "
             f"schedule runs from 0 to {length:g}; set num_timesteps to its length, e.g. 1.0 for those of a flow."
         )
+    # Of a schedule of many steps a timestep below 1 is its first: a noise level from 0 to 1 would all fall there.
+    if length > 1 and len(times) and bool(((times > 0) & (times < 1)).any()) and bool((times <= 1).all()):
+        raise InputError(
+            f"SampleLossLogger was given timesteps from {float(times.min()):g} to {float(times.max()):g} of a schedule "
+            f"of {length:g}; set num_timesteps to 1.0 if they are noise levels."
+        )
     if density is None:
         places = times / length
     else:

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from lightning_unlearn.callbacks.lower_precision import agreement
+from lightning_unlearn.callbacks.lower_precision import Agreement
 from lightning_unlearn.data.files import check_folder, write_atomically
 from lightning_unlearn.data.samples import Sample
 from lightning_unlearn.data.shards import ShardInfo, shard_id
@@ -79,8 +79,8 @@ class ScoreWriter(Callback):
         self.scored = 0
         self.skipped = 0
         self._open: dict[str, _Open] = {}
-        # Mean rank correlation over queries of the first batch's scores with those in float32, in lower precision.
-        self.agreement: float | None = None
+        # Of the first samples' scores with those in float32, in lower precision.
+        self.agreement = Agreement()
         self._run = ""
         self._started = 0.0
         self._finished: set[str] = set()
@@ -111,7 +111,7 @@ class ScoreWriter(Callback):
         """Refuse to mix runs, and record this one."""
         assert isinstance(pl_module, UnlearningModule)
         pl_module.require_deltas()  # callbacks come before the module, and there is nothing to record without them
-        self._open, self.failures, self.scored, self.skipped = {}, {}, 0, 0
+        self._open, self.failures, self.scored, self.skipped, self.agreement = {}, {}, 0, 0, Agreement()
         self._finished, self._unnoted = set(), False
         self._started = time.monotonic()
         fingerprints = {
@@ -204,9 +204,9 @@ class ScoreWriter(Callback):
         found = reduce_losses(
             outputs.base, outputs.unlearned, self.rule, self.flips, noises, shares, keep_deviations=self.keep_deviations
         )
-        if outputs.exact is not None and len(found.scores) > 2:
+        if outputs.exact is not None:
             exact = score(self.rule, outputs.exact[0], outputs.exact[1:], self.flips, shares)
-            self.agreement = agreement(found.scores, exact, outputs.computed_in)
+            self.agreement.add(found.scores, exact, outputs.computed_in)
         keys = outputs.batch.keys
         shard.places |= zip(keys, outputs.batch.places, strict=False)
         losses = torch.cat([outputs.base[None], outputs.unlearned])  # (1 + Q, B, flips, captions, draws)
@@ -262,11 +262,11 @@ class ScoreWriter(Callback):
                     f"The folder {self.folder} was removed while the run went on; run the same command again."
                 )
             run["seconds"] += time.monotonic() - self._started
-            if self.agreement is not None:
-                run["rank_correlation_with_float32"] = self.agreement
+            if (found := self.agreement.value) is not None:
+                run["rank_correlation_with_float32"] = found
                 rank_zero_info(
-                    f"Scores in {run['precision']} rank the first batch as float32 does with a correlation of "
-                    f"{self.agreement:.3f}."
+                    f"Scores in {run['precision']} rank the first {self.agreement.samples} samples as float32 does "
+                    f"with a correlation of {found:.3f}."
                 )
             with contextlib.suppress(OSError):  # a full disk: the earlier run.json is as good but for the seconds
                 write_run(self.folder, run)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from lightning_unlearn.diffusion.adapters import adapter_scales
@@ -18,6 +18,14 @@ from lightning_unlearn.weights.delta_files import read_targets, sealed_targets
 from lightning_unlearn.weights.deltas import CHECKPOINT_KEY, DeltaStore, NetworkLoss
 from lightning_unlearn.weights.parameters import layer_parameters, select_layers
 from lightning_unlearn.weights.precision import ExactFloat32
+
+
+class _GivesBack(Callback):
+    """Tears the module down where a run fails."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """See :meth:`FrozenModule.configure_callbacks`."""
+        pl_module.teardown(str(trainer.state.stage))
 
 
 class FrozenModule(LightningModule):
@@ -158,6 +166,14 @@ class FrozenModule(LightningModule):
         self._float32.stop()
         self.loss.release()
         self.network._compiled_call_impl = None
+
+    def configure_callbacks(self) -> list[Callback]:
+        """What gives everything back where a fit or predict fails: Lightning calls ``teardown`` only where none does.
+
+        Returns:
+            The callback.
+        """
+        return [_GivesBack()]
 
     def weights_fingerprint(self) -> str:
         """Digest of the network: its weights, and settings that leave no trace in them, such as the number of heads.

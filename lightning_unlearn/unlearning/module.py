@@ -19,7 +19,7 @@ from lightning_unlearn.fisher import Fisher
 from lightning_unlearn.strategies import Newton, Strategy
 from lightning_unlearn.unlearning.fitting import Unlearning
 from lightning_unlearn.unlearning.saving_memory import DTYPES, WeightsType, checkpoint
-from lightning_unlearn.unlearning.scoring import Deviations, measure_losses
+from lightning_unlearn.unlearning.scoring import COMPARED, Deviations, measure_losses
 
 
 class UnlearningModule(Unlearning):
@@ -105,6 +105,7 @@ class UnlearningModule(Unlearning):
         if compile and self.loss.widens:
             raise InputError("Weights in bfloat16 are widened layer by layer, which can't be compiled; choose one.")
         self.compiles = compile
+        self._compared = 0  # samples that were scored in float32, too
         self.views = views or Views()
         # Where the weights came from, as it stands in the record of a run.
         self.origin = {**(origin.record() if origin is not None else {}), **({"adapter": adapter} if adapter else {})}
@@ -116,6 +117,7 @@ class UnlearningModule(Unlearning):
             InputError: If there are none.
         """
         self._exact()
+        self._compared = 0
         self.require_deltas()
         if self.compiles:
             self.network.compile()
@@ -154,8 +156,9 @@ class UnlearningModule(Unlearning):
             )
         measure = partial(measure_losses, self.loss, self.deltas, self.views, batch, self.device)
         losses, exact = measure(), None
-        if batch_idx == 0 and (self.compiles or self.loss.rounds):
+        if len(batch) and self._compared < COMPARED and (self.compiles or self.loss.rounds):
             # Once more in float32, to say how far the ranks agree.
+            self._compared += len(batch)
             with self.loss.exact():
                 exact = measure()
         return Deviations(batch, losses[0], losses[1:], exact, self.computed_in(str(self.trainer.precision)))

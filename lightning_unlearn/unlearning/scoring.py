@@ -14,6 +14,8 @@ from lightning_unlearn.weights.deltas import DeltaStore, NetworkLoss
 
 # Views are held in memory for this many at a time, so that weights are added up once for several calls.
 VIEWS_AT_ONCE = 16
+# So many samples are scored in float32, too, where scores are computed in another way.
+COMPARED = 20
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,8 @@ class Deviations:
         batch: The samples, with the markers of their shard.
         base: ``(B, flips, captions, draws)`` losses under θ₀; NaN where a sample has no such caption.
         unlearned: ``(Q, B, flips, captions, draws)`` losses under θ₀ + δ.
-        exact: For the first batch under autocast, or compiled, both in float32: ``(1 + Q, B, flips, captions, draws)``,
-            base first.
+        exact: Of the first batches, under autocast or compiled, both in float32:
+            ``(1 + Q, B, flips, captions, draws)``, base first.
         computed_in: How the losses were computed, in words.
     """
 

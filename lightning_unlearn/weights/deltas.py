@@ -68,6 +68,7 @@ class NetworkLoss(nn.Module):
         # Not members: they are the network's own.
         self._layers: Mapping[str, nn.Module] = layers or {}
         self._terms = DeltaTerms(self._layers)
+        self._under = False  # whether the call is of other weights
         # Looking for tied weights at every call takes about as long as a small network's forward; they don't change.
         self._tied = self._members(remove_duplicate=False) > self._members(remove_duplicate=True)
         self._widened: WidenedWeights | None = None
@@ -109,6 +110,8 @@ class NetworkLoss(nn.Module):
 
     def forward(self, batch: ViewBatch, timesteps: Tensor, noise: Tensor) -> Tensor:
         """The loss of each view: ``(B,)``; see :meth:`Objective.__call__`."""
+        if not self._under:  # what a checkpointed pass left, perhaps one that failed
+            self._terms.release()
         return self.objective(self.network, batch, timesteps, noise)
 
     def target_weights(self, deltas: Mapping[str, Tensor], target: int) -> dict[str, Tensor]:
@@ -141,9 +144,11 @@ class NetworkLoss(nn.Module):
         """
         if self.checkpointed or self.rounds:
             self._terms.hold(weights)
+            self._under = True
             try:
                 losses: Tensor = self(batch, timesteps, noise)
             finally:
+                self._under = False
                 if not (self.checkpointed and torch.is_grad_enabled()):
                     self._terms.release()
             return losses

@@ -173,3 +173,37 @@ def test_precision_that_gives_another_answer_is_refused(tmp_path: Path) -> None:
 def test_compiling_weights_in_bfloat16_is_refused() -> None:
     with pytest.raises(InputError, match="widened layer by layer, which can't be compiled"):
         module(dtype="bfloat16", compile=True)
+
+
+def test_what_a_failed_fit_had_set_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = module(checkpointing=True)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("as anything may")
+
+    monkeypatch.setattr(found, "on_train_epoch_end", fail)
+    with pytest.raises(RuntimeError, match="as anything may"):
+        trainer(tmp_path).fit(found, data())
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    assert not any(layer._forward_hooks for layer in found.layers.values())
+
+
+def test_a_loss_after_a_checkpointed_pass_is_that_of_the_network() -> None:
+    found = module(tiny_unet(), fisher=None, parameters="linear", checkpointing=True)
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = (torch.randn(4, 3, 8, 8, generator=generator) for _ in range(2))
+    given = ViewBatch(latents, {"text": torch.randn(4, 4, 6, generator=generator)}), torch.tensor([1, 3, 5, 9]), noise
+    plain = found.loss(*given)
+    deltas = {f"{name}.weight": layer.weight.detach()[None] for name, layer in found.layers.items()}
+    assert (found.loss.under(found.loss.target_weights(deltas, 0), *given) != plain).any()
+    assert torch.equal(found.loss(*given), plain)
+
+
+def test_few_samples_a_batch_are_compared_until_there_are_enough(tmp_path: Path) -> None:
+    found, here = module(), data()
+    trainer(tmp_path).fit(found, here)
+    here.batch_size = 7
+    scoring = trainer(tmp_path, ScoreWriter(str(tmp_path)), precision="bf16-mixed")
+    with pytest.raises(InputError, match=r"in bf16-mixed rank the first 21 samples"):
+        scoring.predict(found, here)
