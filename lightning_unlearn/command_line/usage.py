@@ -22,7 +22,7 @@ _AROUND = (
     "Expected a <class 'NoneType'>",
     "Expected a path but",
     # A word that an option takes beside the names of classes.
-    "Expected a typing.Literal['unlearning']",
+    "Expected a typing.Literal['auto', 'unlearning']",
     "object_type=",
 )
 # How it says that a name is no class's.
@@ -68,8 +68,8 @@ def sentence(message: str, bases: Mapping[str, type] | None = None) -> str:
 def _no_class(name: str, option: list[str], base: type | None) -> str:
     """What is wrong with a name that is no class's."""
     last = option[-1].rpartition(".")[2] if option else ""
-    if name == "unlearning":  # the default of --method, whose settings are those of the model
-        return f"unlearning has no settings here; name the method that has them first, as --{last} NAME"
+    if name in ("auto", "unlearning"):  # of --method, whose settings are those of the model
+        return f"{name} has no settings here; name the method that has them first, as --{last} NAME"
     if base is None:
         return f"{name!r} is nothing that it takes; its settings are given one by one, as --….{last}.NAME VALUE"
     return f"There is no class {name}; take {', '.join(_known(base))}, or the import path of a class of yours"

@@ -191,7 +191,7 @@ def test_missing_config_file_gets_one_sentence(command: str, ends: Ends, tmp_pat
         ("--model", "Unlearned", ["model", "Unlearned"]),
         ("--model.init_args.views", "few", ["'few' is nothing that it takes", "--….views.NAME VALUE"]),
         ("--data.init_args.on_bad_sample", "hide", ["data.on_bad_sample", "Expected one of 'error', 'skip'", "hide"]),
-        ("--method.ridge", "1", ["unlearning has no settings here", "--method NAME"]),
+        ("--method.ridge", "1", ["auto has no settings here", "--method NAME"]),
         ("--top", "0", ["--top must be at least 1"]),
         ("--trainer.accelerator", "gpu", ["No supported gpu backend found."]),
         # As a YAML file says it: jsonargparse then gives more reasons than one.
