@@ -40,7 +40,7 @@ def automatic_method(
     method = Consensus()
     why = _asked_for(module, data, trainer, given) or _in_the_way(method, module, data)
     if why:
-        say(f"Unlearning alone scores the images, without D-TRAK and DAS beside it, since {why}.")
+        say(f"The images are scored by unlearning alone, without D-TRAK and DAS beside it, since {why}.")
         return None
     return method
 

@@ -608,7 +608,8 @@ def test_deltas_that_were_altered(
     shutil.rmtree(altered / "scores")
     capsys.readouterr()
     config = str(whole.parent / "toy.yaml")
-    status = main(["attribute", "--config", config, "--output", str(altered), "--trainer.enable_progress_bar", "false"])
+    options = ["--method", "unlearning", "--trainer.enable_progress_bar", "false"]
+    status = main(["attribute", "--config", config, "--output", str(altered), *options])
     said = capsys.readouterr()
     text = said.err + said.out
     assert "Traceback" not in text
