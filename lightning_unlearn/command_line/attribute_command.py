@@ -12,13 +12,13 @@ from lightning_unlearn.baselines import Baseline, Consensus
 from lightning_unlearn.baselines.consensus import UNLEARNED
 from lightning_unlearn.baselines.method_run import MethodRun
 from lightning_unlearn.callbacks import ScoreWriter
-from lightning_unlearn.command_line.automatic_method import automatic_method, say_of_weights
+from lightning_unlearn.command_line.automatic_method import automatic_method
 from lightning_unlearn.command_line.command_parts import BARE, check_top, many, say
 from lightning_unlearn.command_line.index_run import SHORTLIST, IndexRun
 from lightning_unlearn.command_line.quiet import quiet
 from lightning_unlearn.command_line.race_command import RaceRun, check_race
 from lightning_unlearn.command_line.run_report import write_report
-from lightning_unlearn.command_line.scoring_words import wait_for_scores
+from lightning_unlearn.command_line.scoring_words import say_of_weights, wait_for_scores
 from lightning_unlearn.command_line.trainer_cli import TrainerCLI, attribution_parts, one_sentence
 from lightning_unlearn.command_line.unlearning_run import scored_by, step_of, unlearn, unlearned_for
 from lightning_unlearn.datamodules import AttributionDataModule

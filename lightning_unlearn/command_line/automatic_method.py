@@ -1,4 +1,4 @@
-"""What is taken where nobody names it: several methods together, or unlearning where they can't be; the weights."""
+"""The method where nobody names one: several asked together, or unlearning where they can't be."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def automatic_method(
     method = Consensus()
     why = _asked_for(module, data, trainer, given) or _in_the_way(method, module, data)
     if why:
-        say(f"Unlearning alone scores the images, without D-TRAK and DAS beside it, since {why}.")
+        say(f"The images are scored by unlearning alone, without D-TRAK and DAS beside it, since {why}.")
         return None
     return method
 
@@ -84,15 +84,3 @@ def _in_the_way(method: Baseline, module: UnlearningModule, data: AttributionDat
 
         return f"what they keep of {samples:,} images takes {in_words(needed)} of memory, of {in_words(there)} here"
     return ""
-
-
-def say_of_weights(module: UnlearningModule) -> None:
-    """Say which weights are looked at, where nobody named them.
-
-    Args:
-        module: With the chosen weights.
-    """
-    if module.parameters_reason:
-        chosen = module.parameters_selection
-        named = repr(chosen) if isinstance(chosen, str) else f"{len(chosen)} layers"
-        say(f"Weights: {named} ({module.parameters_reason}).")

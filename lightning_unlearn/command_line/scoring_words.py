@@ -16,6 +16,7 @@ from lightning_unlearn.data.targets import targets_of
 from lightning_unlearn.datamodules import AttributionDataModule
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.scores.files import FAILED, SCORES, is_scored, read_run
+from lightning_unlearn.unlearning.module import UnlearningModule
 
 
 class Announcer(Callback):
@@ -68,6 +69,18 @@ class Announcer(Callback):
         # Lightning keeps the bars of the other ranks off; theirs would fall into the middle of what this one says.
         if bar is not None and trainer.is_global_zero:
             bar.enable() if left else bar.disable()
+
+
+def say_of_weights(module: UnlearningModule) -> None:
+    """Say which weights are looked at, where nobody named them.
+
+    Args:
+        module: With the chosen weights.
+    """
+    if module.parameters_reason:
+        chosen = module.parameters_selection
+        named = repr(chosen) if isinstance(chosen, str) else f"{len(chosen)} layers"
+        say(f"Weights: {named} ({module.parameters_reason}).")
 
 
 def targets_in_words(data: AttributionDataModule) -> str:

@@ -20,7 +20,7 @@ from typing_extensions import override
 # Imported so that their classes can be named in a config without a path.
 from lightning_unlearn import callbacks, datamodules, training  # noqa: F401
 from lightning_unlearn.baselines import Baseline
-from lightning_unlearn.command_line.automatic_method import say_of_weights
+from lightning_unlearn.command_line.scoring_words import say_of_weights
 from lightning_unlearn.command_line.signals import current_stop
 from lightning_unlearn.command_line.usage import OneSentence
 from lightning_unlearn.datamodules import AttributionDataModule

@@ -22,7 +22,7 @@ _AROUND = (
     "Expected a <class 'NoneType'>",
     "Expected a path but",
     # A word that an option takes beside the names of classes.
-    "Expected a typing.Literal['unlearning']",
+    "Expected a typing.Literal['auto', 'unlearning']",
     "object_type=",
 )
 # How it says that a name is no class's.

@@ -22,7 +22,7 @@ from lightning_unlearn.scores.files import read_scores
 from lightning_unlearn.unlearning.module import UnlearningModule
 
 QUIET = ["--trainer.enable_progress_bar", "false"]
-ALONE = "Unlearning alone scores the images, without D-TRAK and DAS beside it, since "
+ALONE = "The images are scored by unlearning alone, without D-TRAK and DAS beside it, since "
 
 
 @pytest.fixture
