@@ -11,6 +11,7 @@ from PIL import Image
 from tiny_pipelines import stable_diffusion_xl
 
 from lightning_unlearn.command_line.serve_queries import Questions, query_maker
+from lightning_unlearn.data.samples import Sample
 from lightning_unlearn.datamodules.reading import read_samples
 from lightning_unlearn.draws.views import Views
 from lightning_unlearn.errors import InputError
@@ -43,7 +44,6 @@ def test_a_pipelines_own_parts_answer_as_the_shards_were_prepared(tmp_path: Path
     assert made.picture is not None
     assert (made.metadata["seed"], made.metadata["steps"]) == (3, 2)
     # The network that is asked is the one that generates.
-    assert maker.make.__closure__ is not None
     with torch.no_grad():
         for weight in module.network.parameters():
             weight.zero_()
@@ -53,9 +53,7 @@ def test_a_pipelines_own_parts_answer_as_the_shards_were_prepared(tmp_path: Path
 def test_shards_of_another_encoder_are_refused(tmp_path: Path) -> None:
     pipeline = stable_diffusion_xl.make(tmp_path / "sdxl")
     module = UnlearningModule(str(pipeline), views=Views(timesteps=2))
-    from lightning_unlearn.data.samples import Sample
-
     sample = Sample("one", torch.zeros(4, 8, 8), {"text": torch.zeros(1, 12, 7)}, {"captions": ["a cat"]})
     questions = Questions(str(pipeline), None, (), None, None, [["a cat"]], lambda row: sample, tmp_path)
-    with pytest.raises(InputError, match=r"leave it out|but the training shards hold \(12, 7\)"):
+    with pytest.raises(InputError, match=r"but the training shards hold \(12, 7\)"):
         query_maker(module, questions, CPU)
