@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 from dataclasses import dataclass, field
@@ -27,7 +26,8 @@ from lightning_unlearn.index.record import (
     recorded_shards,
     write_index,
 )
-from lightning_unlearn.index.shard_file import Rows, joined, write_shard
+from lightning_unlearn.index.rows import Rows, joined
+from lightning_unlearn.index.shard_file import write_shard
 from lightning_unlearn.scores.agreement import caption_digests
 
 
@@ -64,6 +64,7 @@ class IndexWriter(Callback):
         self._index = ""
         self._versions: dict[str, str] = {}  # of their content, as it was before the first was read
         self._started = 0.0
+        self._unnoted = False
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -96,7 +97,7 @@ class IndexWriter(Callback):
         """Record the index, before its first shard."""
         assert isinstance(pl_module, IndexPass)
         self._open, self.failures, self.kept, self._skipped, self._finished = {}, {}, 0, 0, set()
-        self._started = time.monotonic()
+        self._started, self._unnoted = time.monotonic(), False
         check_folder(self.folder, "make the index in another folder")
         for name in self._due(trainer):
             (self.folder / FAILED / f"{name}.json").unlink(missing_ok=True)
@@ -174,9 +175,11 @@ class IndexWriter(Callback):
 
     def _fail(self, shard: str, error: str) -> None:
         self.failures[shard] = error
-        with contextlib.suppress(OSError):  # a full disk, or a folder that is gone
+        try:
             (self.folder / FAILED).mkdir(exist_ok=True)
             write_atomically(self.folder / FAILED / f"{shard}.json", json.dumps({"error": error}).encode())
+        except OSError:  # a full disk, or a folder that is gone: others would wait for the note
+            self._unnoted = True
 
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -192,7 +195,7 @@ class IndexWriter(Callback):
             first = next(iter(self.failures.values()))
             message = f"{len(self.failures)} shards could not be indexed, the others are kept. {first}"
             # Raising on one of several ranks ends the others' work; whoever opens the index finds shards missing.
-            if trainer.world_size == 1:
+            if trainer.world_size == 1 or self._unnoted:
                 raise InputError(message)
             print(message)
 

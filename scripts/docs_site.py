@@ -29,6 +29,7 @@ ROOT = Path(__file__).parent.parent
 # Pages of the site that are files of the repository.
 PAGES = {
     "results/benches.md": "benchmarks/RESULTS.md",
+    "results/second_look.md": "benchmarks/INDEX.md",
     "results/measuring.md": "benchmarks/README.md",
     "contribute.md": "CONTRIBUTING.md",
 }

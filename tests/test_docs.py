@@ -69,11 +69,12 @@ class YourModule(DiffusionModule):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of toys, with its deviations."""
+    """A finished run of toys, with its deviations; beside it an index of them."""
     folder = tmp_path_factory.mktemp("finished")
     config = write_config(folder / "toy.yaml")
     step = ("--model.init_args.strategy", "Newton", "--model.init_args.strategy.init_args.target_increase", "0.1")
     run("attribute", "--config", config, "--output", folder / "run", "--keep_deviations", "true", *step, *QUIET)
+    run("index", "--config", config, "--output", folder / "index", *QUIET)
     return folder / "run"
 
 
@@ -117,6 +118,7 @@ def test_python_runs(text: str, place: Path, finished: Path) -> None:
     if RUN_ELSEWHERE in text:
         return
     (place / "attribution").symlink_to(finished)
+    (place / "index").symlink_to(finished.parent / "index")
     names: dict[str, Any] = {"__name__": "block"}
     if "your_module" in text:
         names["your_module"] = YourModule()

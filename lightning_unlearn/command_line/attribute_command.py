@@ -8,16 +8,17 @@ from typing import Any, Literal
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_unlearn.baselines import Baseline
+from lightning_unlearn.baselines import Baseline, Consensus
 from lightning_unlearn.callbacks import ScoreWriter
 from lightning_unlearn.command_line.command_parts import BARE, check_top, many, say
+from lightning_unlearn.command_line.index_run import SHORTLIST, IndexRun
 from lightning_unlearn.command_line.method_run import MethodRun
 from lightning_unlearn.command_line.quiet import quiet
 from lightning_unlearn.command_line.race_command import RaceRun, check_race
 from lightning_unlearn.command_line.run_report import write_report
 from lightning_unlearn.command_line.scoring_words import wait_for_scores
 from lightning_unlearn.command_line.trainer_cli import TrainerCLI, attribution_parts, one_sentence
-from lightning_unlearn.command_line.unlearning_run import unlearn, unlearned_for
+from lightning_unlearn.command_line.unlearning_run import FOLDER, scored_by, step_of, unlearn, unlearned_for
 from lightning_unlearn.datamodules import AttributionDataModule
 from lightning_unlearn.errors import InputError, some_of
 from lightning_unlearn.scores.racing import Race
@@ -48,6 +49,16 @@ def attribute(arguments: list[str]) -> None:
         parser.add_argument(
             "--output", type=str, default="attribution", help="Folder of the run: deltas, scores, report."
         )
+        parser.add_argument(
+            "--index",
+            type=str | None,
+            default=None,
+            help="Folder of an index of the samples (`lightning-unlearn index`): it scores all of them, and only its "
+            "first ones are scored exactly, by unlearning or Consensus.",
+        )
+        parser.add_argument(
+            "--shortlist", type=int, default=SHORTLIST, help="With --index: how many of each query's first ones."
+        )
         parser.add_argument("--top", type=int, default=12, help="How many images the report shows for each query.")
         for name, kind, help_text in (
             ("rule", str, f"How deviations (the changes of an image's loss) become its score: {' or '.join(RULES)}."),
@@ -74,7 +85,9 @@ def attribute(arguments: list[str]) -> None:
         module, data, trainer = attribution_parts(cli)
         check_top(cli.config.top)
         output, method = Path(cli.config.output), cli.config_init["method"]
-        if isinstance(method, Baseline):
+        if cli.config.index is not None:
+            _by_index(cli, method, module, data, trainer, output)
+        elif isinstance(method, Baseline):
             _refuse_options_of_unlearning(cli, method)
             unlearned = unlearned_for(method, module, data, trainer, output)
             MethodRun(method, module, data, trainer, output, unlearned).run()
@@ -109,6 +122,35 @@ def _unlearn_and_score(
         trainer.predict(module, data, return_predictions=False, ckpt_path=str(deltas))
     if trainer.is_global_zero:
         wait_for_scores(output)
+
+
+def _by_index(
+    cli: TrainerCLI, method: Any, module: UnlearningModule, data: AttributionDataModule, trainer: Trainer, output: Path
+) -> None:
+    consensus = method if isinstance(method, Consensus) else None
+    if isinstance(method, Baseline):
+        if consensus is None:
+            raise InputError(
+                f"With --index the shortlist is scored by unlearning or Consensus, not by {type(method).__name__}; "
+                "take one of these, or leave --index out."
+            )
+        _refuse_options_of_unlearning(cli, method)
+        if consensus.rise:
+            step_of(consensus, module)
+    if cli.config.race is not None or cli.config.keep_deviations:
+        raise InputError("An index says itself who is scored exactly; leave race and keep_deviations out.")
+    rule, flips = ("difference", "max") if consensus is not None else (cli.config.rule, cli.config.flips)
+    writer = ScoreWriter(str(output / FOLDER), rule, data.on_bad_sample, flips)
+    IndexRun(
+        cli.config.index,
+        consensus,
+        module,
+        data,
+        trainer,
+        output,
+        cli.config.shortlist,
+        lambda: scored_by(writer, module, data, trainer),
+    ).run({"rule": rule, "flips": flips})
 
 
 def _name_unscored(data: AttributionDataModule, table: ScoreTable) -> None:

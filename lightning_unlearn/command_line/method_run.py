@@ -186,7 +186,7 @@ class MethodRun:
         prints = {name: settings_digest(values) for name, values in settings.items()}
         prints["weights"] = self.module.weights_fingerprint()
         if self.method.columns is None:
-            prints["queries"] = _queries_digest(self.data.queries)
+            prints["queries"] = queries_digest(self.data.queries)
         if self._unlearn is not None:
             prints["unlearning"] = self.module.unlearning_fingerprint(self.data)
         if self.method.needs_fisher or self._unlearn is not None:
@@ -277,6 +277,14 @@ class MethodRun:
             write_shard_scores(self.folder, name, keys, reduced, queries, run, version)
 
 
-def _queries_digest(queries: list[Sample]) -> str:
+def queries_digest(queries: list[Sample]) -> str:
+    """Digest of what queries are: their keys, their json and what the network sees of them.
+
+    Args:
+        queries: With unique keys.
+
+    Returns:
+        32 hexadecimal characters.
+    """
     about = [[query.key, query.metadata] for query in queries]
     return digest(settings_digest({"queries": about}), tensors_digest(named_arrays(queries)))

@@ -77,24 +77,47 @@ def unlearned_for(
     rise = method.rise
     if rise is None:
         return None
+    step_of(method, module)
+    return lambda: scored_by(ScoreWriter(str(output / FOLDER), "difference", data.on_bad_sample), module, data, trainer)
+
+
+def step_of(method: Baseline, module: UnlearningModule) -> None:
+    """Give a module the step that a method wants of the unlearning that it asks.
+
+    Args:
+        method: With a ``rise``.
+        module: What is unlearned.
+
+    Raises:
+        InputError: If the module has a strategy of its own.
+    """
     if module.strategy.settings() != Newton().settings():
         raise InputError(
-            f"{method.name} says itself how far a step goes ({rise:.0%}), but the model has a strategy of its own; "
-            "leave it out, and set --method.rise, or take --method unlearning."
+            f"{method.name} says itself how far a step goes ({method.rise:.0%}), but the model has a strategy of its "
+            "own; leave it out, and set --method.rise, or take --method unlearning."
         )
+    module.strategy = Newton(target_increase=method.rise)
 
-    module.strategy = Newton(target_increase=rise)
 
-    def run() -> ScoreTable:
-        folder = output / FOLDER
-        writer = ScoreWriter(str(folder), "difference", data.on_bad_sample)
-        deltas = unlearn(module, data, trainer, folder, writer)
-        trainer.predict(module, data, return_predictions=False, ckpt_path=str(deltas))
-        wait_for_scores(folder)
-        data.skip_shards(frozenset())  # the methods that come now look at all of them
-        return read_scores(folder)
+def scored_by(
+    writer: ScoreWriter, module: UnlearningModule, data: AttributionDataModule, trainer: Trainer
+) -> ScoreTable:
+    """Unlearn the queries and score the samples, as a run of its own in the writer's folder.
 
-    return run
+    Args:
+        writer: Takes the scores.
+        module: What is unlearned.
+        data: Names the queries and the shards, and with ``keys`` the samples.
+        trainer: Fits and predicts.
+
+    Returns:
+        The scores.
+    """
+    deltas = unlearn(module, data, trainer, writer.folder, writer)
+    trainer.predict(module, data, return_predictions=False, ckpt_path=str(deltas))
+    wait_for_scores(writer.folder)
+    data.skip_shards(frozenset())  # whoever comes now looks at all of them
+    return read_scores(writer.folder)
 
 
 def _save(trainer: Trainer, path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -39,17 +39,17 @@ class IndexAnswer:
     Attributes:
         scores: ``(N, Q)`` float32, the mean of the standardised parts; high means influential.
         parts: Method to its scores ``(N, Q)``.
-        said: ``N``: what tells the samples' captions apart.
+        captions: Gives what tells the samples' captions apart, ``N`` of it; read only if somebody asks how sure it is.
     """
 
     scores: Tensor
     parts: Mapping[str, Tensor]
-    said: Sequence[Hashable] = field(repr=False)
+    captions: Callable[[], Sequence[Hashable]] = field(repr=False)
 
     @cached_property
     def sure(self) -> list[Agreement]:
         """How sure the answer for each query is."""
-        return agreements(self.parts, self.scores, self.said)
+        return agreements(self.parts, self.scores, self.captions())
 
 
 class Index:
@@ -225,7 +225,7 @@ class Index:
                 )
             found = kernel.influences(vectors, queries)
             parts[method] = found if method == DTRAK.name else (found * (self.errors / kernel.rest)[:, None]).square()
-        return IndexAnswer(combined(parts, dict.fromkeys(parts, 1.0)).float(), parts, self.said)
+        return IndexAnswer(combined(parts, dict.fromkeys(parts, 1.0)).float(), parts, lambda: self.said)
 
     def groups(self, field: str, scores: Tensor) -> list[ScoredGroup]:
         """Mean scores of the samples that have the same value in a field, with intervals.

@@ -22,7 +22,11 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.index.shard_file import ShardFile, powers, widened
+from lightning_unlearn.index.rows import powers, widened
+from lightning_unlearn.index.shard_file import ShardFile
+
+# Beyond so many numbers, products with queries are in float32.
+EXACT_NUMBERS = 2**26
 
 
 @dataclass(frozen=True)
@@ -44,19 +48,21 @@ class Vectors:
         """N, how many there are."""
         return sum(file.count for file in self.files)
 
-    def products(self, others: Tensor, *, exact: bool = False) -> Tensor:
+    def products(self, others: Tensor) -> Tensor:
         """Dot products of all vectors with some others; shards are gone through by several threads.
+
+        They are taken in float64, of many vectors in float32.
 
         Args:
             others: ``(Q, p)`` float64.
-            exact: Whether in float64 instead of float32.
 
         Returns:
             ``(N, Q)`` float64.
         """
         # So that neither float32 nor its products overflow.
         largest = others.abs().amax(1).clamp(min=torch.finfo(torch.float64).tiny)
-        scaled = (others / largest[:, None]).to(torch.float64 if exact else torch.float32).mT.contiguous()
+        dtype = torch.float64 if self.count * self.size <= EXACT_NUMBERS else torch.float32
+        scaled = (others / largest[:, None]).to(dtype).mT.contiguous()
         found = torch.empty(self.count, len(others), dtype=torch.float64)
 
         def of_shard(file: ShardFile, start: int) -> None:
@@ -146,7 +152,7 @@ class IndexKernel:
             rest[start : start + len(rows)] -= solved.square().sum(0)
 
         vectors.rows(take)
-        return cls(factor, rest)
+        return cls(factor, rest.clamp(min=torch.finfo(torch.float64).eps))  # rounding may leave less than nothing
 
     def influences(self, vectors: Vectors, queries: Tensor) -> Tensor:
         """The regression's weight of each sample for each query.
@@ -159,7 +165,7 @@ class IndexKernel:
             ``(N, Q)`` float64.
         """
         if vectors.count <= vectors.size:
-            return torch.cholesky_solve(vectors.products(queries, exact=True), self.factor)
+            return torch.cholesky_solve(vectors.products(queries), self.factor)
         return vectors.products(torch.cholesky_solve(queries.mT, self.factor).mT.contiguous())
 
 

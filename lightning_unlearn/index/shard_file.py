@@ -17,7 +17,6 @@ import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +30,11 @@ from torch import Tensor
 from lightning_unlearn.data.files import reason_of, write_atomically
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import tensors_digest
+from lightning_unlearn.index.rows import Rows, halved
 
 SHARDS = "shards"
 # Rows that are widened at a time.
 ROWS = 1024
-# The largest number of a row lies in [2^14, 2^15): float16 ends at 65,504, and is exact to 11 bits down to 2^-14.
-TOP_EXPONENT = 15
 FACTS = ("key", "captions", "said", "json")
 _SCHEMA = pa.schema(
     [("key", pa.string()), ("captions", pa.list_(pa.string())), ("said", pa.string()), ("json", pa.string())]
@@ -44,101 +42,6 @@ _SCHEMA = pa.schema(
 _REMEDY = "remove it and run `lightning-unlearn index` again"
 # What reading a damaged file may raise.
 _DAMAGED = (SafetensorError, pa.ArrowException, OSError, ValueError, TypeError, LookupError, OverflowError)
-
-
-@dataclass
-class Rows:
-    """What is known of some samples.
-
-    Attributes:
-        keys: ``B`` keys.
-        captions: Of each.
-        said: What tells the first caption apart from others.
-        metadata: Their json.
-        vectors: Output function to projected gradients ``(B, p)``, float32 or wider.
-        errors: ``(B,)`` float64, the mean root of the loss.
-        losses: ``(B,)`` float64, the mean loss.
-    """
-
-    keys: list[str]
-    captions: list[list[str]]
-    said: list[str]
-    metadata: list[dict[str, Any]]
-    vectors: Mapping[str, Tensor]
-    errors: Tensor
-    losses: Tensor
-
-
-def joined(parts: Sequence[Rows], order: Sequence[int]) -> Rows:
-    """Batches of one shard together, in another order.
-
-    Args:
-        parts: At least one.
-        order: Which row comes where.
-
-    Returns:
-        All their rows.
-    """
-    rows = torch.tensor(order, dtype=torch.int64)
-
-    def lists(name: str) -> list[Any]:
-        together = [one for part in parts for one in getattr(part, name)]
-        return [together[row] for row in order]
-
-    return Rows(
-        keys=lists("keys"),
-        captions=lists("captions"),
-        said=lists("said"),
-        metadata=lists("metadata"),
-        vectors={name: torch.cat([part.vectors[name] for part in parts])[rows] for name in parts[0].vectors},
-        errors=torch.cat([part.errors for part in parts])[rows],
-        losses=torch.cat([part.losses for part in parts])[rows],
-    )
-
-
-def halved(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows in float16, each divided by a power of two that makes the most of it.
-
-    Args:
-        values: ``(B, p)``, finite.
-
-    Returns:
-        ``(B, p)`` float16 and ``(B,)`` int16 exponents: a row is the one times two to the other.
-
-    Example:
-        >>> halves, exponents = halved(torch.tensor([[3e-9, -1e-9], [0.0, 0.0]], dtype=torch.float64))
-        >>> torch.allclose(widened(halves, exponents), torch.tensor([[3e-9, -1e-9], [0, 0]]).double(), rtol=1e-3)
-        True
-    """
-    values = values.double()
-    most = values.abs().amax(1) if values.numel() else values.new_zeros(len(values))
-    exponents = torch.where(most > 0, torch.frexp(most).exponent - TOP_EXPONENT, 0)
-    return (values * powers(-exponents)[:, None]).half(), exponents.to(torch.int16)
-
-
-def widened(halves: Tensor, exponents: Tensor) -> Tensor:
-    """Back from :func:`halved`, but for its rounding.
-
-    Args:
-        halves: ``(B, p)`` float16.
-        exponents: ``(B,)``.
-
-    Returns:
-        ``(B, p)`` float64.
-    """
-    return halves.double() * powers(exponents)[:, None]
-
-
-def powers(exponents: Tensor) -> Tensor:
-    """Two to the power of exponents, exactly.
-
-    Args:
-        exponents: ``(B,)`` whole numbers.
-
-    Returns:
-        ``(B,)`` float64.
-    """
-    return torch.exp2(exponents.double())
 
 
 def shard_path(folder: Path, shard: str) -> Path:

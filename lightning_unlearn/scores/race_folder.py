@@ -260,15 +260,21 @@ def views_of(run: dict[str, Any]) -> Views:
 
 
 def outcome(race: dict[str, Any], one: str = "query") -> str:
-    """What a race found and what it promises, in words.
+    """What a race found and what it promises, in words; or what was scored exactly after an index's answer.
 
     Args:
-        race: The entry of that name in ``run.json``.
+        race: The entry of that name in ``run.json``; with ``index`` where an index chose who was finished.
         one: What is unlearned: a query or a set.
 
     Returns:
         Some sentences.
     """
+    if "index" in race:
+        return (
+            f"By an index: what is kept of all {race['samples']:,} images says which {race['top']:,} of each {one} come"
+            f" first, and those ({race['finished']:,} together) were scored exactly; their ranks among each other are "
+            "those of the exact scores. The others keep the index's scores, on the same scale, and come after them."
+        )
     said = (
         f"A race: all {race['samples']:,} images were scored on {race['views']} of {race['all_views']} draws, and "
         f"{race['finished']:,} of them on all; only these ranks are final."

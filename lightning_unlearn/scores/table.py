@@ -27,7 +27,8 @@ class ScoreTable:
         errors: ``(N, Q)`` float32 half-widths of the scores' 95 % intervals
             (:func:`~lightning_unlearn.scores.firmness.half_widths`); ``None`` where the table has none.
         finished: ``(N,)`` which samples were scored by all views, after a race; the others' scores are those by its
-            first few views. ``None`` where all samples were scored alike.
+            first few views. Or which were scored exactly, where an index says the others'. ``None`` where all samples
+            were scored alike.
         parts: Method to its scores ``(N, Q)``, where several methods were asked together.
     """
 
