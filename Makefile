@@ -74,7 +74,7 @@ test: check suite
 
 # The drills in full, some ten minutes: what killed, signalled, starved and damaged runs leave and say. A drill that has seen a fault fails.
 drills: $(VENV)/.test
-	for name in malformed_tars full_disk altered_files kills signals; do \
+	for name in malformed_tars full_disk altered_files kills signals asks; do \
 		OMP_NUM_THREADS=1 $(BIN)/python tests/drills/$$name.py --seed $(SEED) || exit 1; done
 
 clean:

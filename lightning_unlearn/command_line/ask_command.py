@@ -31,45 +31,47 @@ def ask(arguments: list[str]) -> None:
         AskRun(request).run()
 
 
+Options = tuple[tuple[str, Any, Any, str], ...]
+
+OF_MODEL: Options = (
+    ("pipeline", str | None, None, "Folder of the model, as save_pretrained of a diffusers pipeline leaves it."),
+    ("adapter", str | None, None, "What was trained on it: a LoRA, LoCon or DoRA, or weights of Custom Diffusion."),
+    ("images", str | None, None, "Folder of the training pictures with their captions, as `prepare` takes it."),
+    ("like", str | None, None, "Trainer whose rules for such a folder are followed: kohya, ai-toolkit, …"),
+    ("size", int | None, None, "Side of the training's pictures in pixels, where neither header nor model says it."),
+)
+OF_QUESTION: Options = (
+    ("prompts", str | None, None, "File of prompts, one a line; or .jsonl or .csv with `prompt` and other fields."),
+    ("concept", str | None, None, "Field of the prompts by which pictures are asked about together; or `prompt`."),
+    ("steps", int | None, None, "Of the sampler; by default the pipeline's."),
+    ("guidance", float | None, None, "Its scale; by default the pipeline's."),
+)
+OF_ANSWER: Options = (
+    ("method", str | None, None, "How pictures are scored; by default what is best for this kind of model."),
+    ("passes", int | None, None, "Of the Fisher over the pictures; by default 5 to 20, more for few pictures."),
+    ("top", int, 12, "How many pictures the report shows for each query."),
+    ("prepare", dict | None, None, "Other options of `prepare`: --prepare.bucket_longest 2048."),
+    ("settings", str | None, None, "YAML with what the config should say in another way, e.g. the objective."),
+    ("output", str, "answer", "Folder of the answer, of what was prepared for it, and of those that follow."),
+)
+SEVERAL: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}
+
+
 def _parser() -> Any:
     parser = plain_parser("ask", DESCRIPTION)
-    for name, kind, default, told in (
-        ("pipeline", str | None, None, "Folder of the model, as save_pretrained of a diffusers pipeline leaves it."),
-        ("adapter", str | None, None, "What was trained on it: a LoRA, LoCon or DoRA, or weights of Custom Diffusion."),
-        ("images", str | None, None, "Folder of the training pictures with their captions, as `prepare` takes it."),
-        ("like", str | None, None, "Trainer whose rules for such a folder are followed: kohya, ai-toolkit, …"),
-        (
-            "size",
-            int | None,
-            None,
-            "Side of the training's pictures in pixels, where neither header nor model says it.",
-        ),
-    ):
-        parser.add_argument(f"--{name}", type=kind, default=default, help=told)
-    several = {"nargs": "+", "action": "extend", "default": []}
-    parser.add_argument("--shards", type=str, help="Prepared shards in the place of --images.", **several)
+
+    def add(options: Options) -> None:
+        for name, kind, default, told in options:
+            parser.add_argument(f"--{name}", type=kind, default=default, help=told)
+
+    add(OF_MODEL)
+    parser.add_argument("--shards", type=str, help="Prepared shards in the place of --images.", **SEVERAL)
     parser.add_argument("--sample", action="store_true", help="Ask the sample model that ships with the package.")
+    parser.add_argument("--prompt", type=str, help="Its picture is generated and asked about; or several.", **SEVERAL)
+    parser.add_argument("--query", type=str, help="Pictures to ask about, each with its --prompt.", **SEVERAL)
     parser.add_argument(
-        "--prompt", type=str, help="A picture of it is generated and asked about; or several.", **several
+        "--seed", type=int, help="Of what is generated, by default 0; each prompt with each.", **SEVERAL
     )
-    parser.add_argument("--query", type=str, help="Pictures to ask about, each with its --prompt.", **several)
-    for name, kind, default, told in (
-        ("prompts", str | None, None, "File of prompts, one a line; or .jsonl or .csv with `prompt` and other fields."),
-        ("concept", str | None, None, "Field of the prompts by which pictures are asked about together; or `prompt`."),
-    ):
-        parser.add_argument(f"--{name}", type=kind, default=default, help=told)
-    parser.add_argument(
-        "--seed", type=int, help="Of the pictures that are generated; each prompt with each.", **several
-    )
-    for name, kind, default, told in (
-        ("steps", int | None, None, "Of the sampler; by default the pipeline's."),
-        ("guidance", float | None, None, "Its scale; by default the pipeline's."),
-        ("method", str | None, None, "How pictures are scored; by default what is best for this kind of model."),
-        ("passes", int, 5, "Of the Fisher over the training pictures."),
-        ("top", int, 12, "How many pictures the report shows for each query."),
-        ("prepare", dict | None, None, "Other options of `prepare`: --prepare.bucket_longest 2048."),
-        ("settings", str | None, None, "YAML with what the config should say in another way, e.g. the objective."),
-        ("output", str, "answer", "Folder of the answer, of what was prepared for it, and of those that follow."),
-    ):
-        parser.add_argument(f"--{name}", type=kind, default=default, help=told)
+    add(OF_QUESTION)
+    add(OF_ANSWER)
     return parser

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from lightning_unlearn.command_line.ask_folder import AskFolder
 from lightning_unlearn.command_line.ask_request import Request
 from lightning_unlearn.diffusion.adapters.custom_diffusion import custom_diffusion_weights
 from lightning_unlearn.errors import InputError
+from lightning_unlearn.fingerprints import settings_digest
 
 Kind = Literal["model", "adapter", "customised"]
 
@@ -133,6 +135,23 @@ def of_fisher(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     model = config["model"].get("init_args") or {}
     return {name: value for name, value in model.items() if name not in (*NOT_OF_FISHER, "network", "adapter")}
+
+
+def answer_digest(config: Mapping[str, Any], method: str | None) -> str:
+    """What tells an answer from others about the same queries.
+
+    Args:
+        config: Of the attribution.
+        method: How samples are scored.
+
+    Returns:
+        Eight letters, whatever the folders are called.
+    """
+    plain: dict[str, Any] = json.loads(json.dumps(config))
+    for part, names in (("model", ("network", "adapter", "fisher")), ("data", ("shards", "queries"))):
+        for name in names:
+            plain[part]["init_args"].pop(name, None)
+    return settings_digest({"method": method, "config": plain})[:8]
 
 
 def text_of(config: Mapping[str, Any], words: list[str]) -> str:

@@ -13,6 +13,8 @@ from lightning_unlearn.data.files import check_folder, json_with_digest, read_js
 from lightning_unlearn.errors import InputError
 
 INPUTS = "inputs.json"
+# Whatever is made of the inputs.
+MADE = ("shards/manifest.json", "pictures", "queries", "fisher.safetensors", "answers")
 # A file: its size, when it was changed, and a digest of its bytes.
 Facts = list[Any]
 
@@ -47,34 +49,47 @@ class AskFolder:
         """Of the model."""
         return self.path / "fisher.safetensors"
 
+    @property
+    def pictures(self) -> Path:
+        """Whatever was generated or given, for any question."""
+        return self.path / "pictures"
+
     def queries(self, name: str) -> Path:
-        """Pictures and shards of a set of queries."""
+        """Pictures and shards of the queries of one question."""
         return self.path / "queries" / name
 
     def answer(self, name: str) -> Path:
         """A run of ``attribute``."""
         return self.path / "answers" / name
 
-    def claim(self, inputs: Mapping[str, Any]) -> None:
-        """Take the folder for these inputs, or refuse it where it was made of others.
+    def refuse_others(self, inputs: Mapping[str, Any]) -> None:
+        """Refuse a folder that can't be written to, was made of other inputs, or is not of ``ask`` at all.
 
         Args:
             inputs: Names to what is known of each.
 
         Raises:
-            InputError: If the folder can't be written to, or is another question's, or not of ``ask`` at all.
+            InputError: If it is refused.
         """
         check_folder(self.path, "choose another --output")
-        record = self.path / INPUTS
-        if record.is_file():
-            differing = [*_differing(known_inputs(self.path), inputs)]
-            if differing:
-                raise InputError(
-                    f"{self.path} was made with {'; '.join(differing)}; choose another --output, or remove that folder."
-                )
-        elif any(not path.name.startswith(".") for path in self.path.iterdir()):
-            raise InputError(f"{self.path} holds files that are not of ask; choose another --output.")
-        content = json_with_digest(inputs)
+        if not (self.path / INPUTS).is_file():
+            if any(not path.name.startswith(".") for path in self.path.iterdir()):
+                raise InputError(f"{self.path} holds files that are not of ask; choose another --output.")
+            return
+        differing = [*_differing(known_inputs(self.path), inputs)]
+        # Where nothing has been made yet, it may still be made of something else.
+        if differing and any((self.path / name).exists() for name in MADE):
+            raise InputError(
+                f"{self.path} was made with {'; '.join(differing)}; choose another --output, or remove that folder."
+            )
+
+    def claim(self, inputs: Mapping[str, Any]) -> None:
+        """Take the folder for these inputs.
+
+        Args:
+            inputs: Names to what is known of each.
+        """
+        record, content = self.path / INPUTS, json_with_digest(inputs)
         if not record.is_file() or record.read_bytes() != content:
             write_atomically(record, content)
 
@@ -89,7 +104,8 @@ def known_inputs(folder: Path) -> dict[str, Any]:
         Name to what is known of it; empty for a new folder.
     """
     record = folder / INPUTS
-    return read_json(record, "is no record of ask", "remove that folder") if record.is_file() else {}
+    found = read_json(record, "is no record of ask", "remove that folder") if record.is_file() else {}
+    return {name: value for name, value in found.items() if name != "format"}
 
 
 def facts_of(root: Path, names: Iterable[str], known: Mapping[str, Facts]) -> dict[str, Facts]:

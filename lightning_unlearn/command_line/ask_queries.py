@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from lightning_unlearn.command_line.ask_request import Question, Request
+from lightning_unlearn.command_line.ask_questions import Question
+from lightning_unlearn.command_line.ask_request import Request
 from lightning_unlearn.command_line.command_parts import say
 from lightning_unlearn.data.files import write_atomically
 from lightning_unlearn.data.shards import MANIFEST
@@ -79,58 +79,79 @@ def is_prepared(folder: Path) -> bool:
     return (folder / SHARDS / MANIFEST).is_file()
 
 
-def pictures_left(folder: Path, questions: Sequence[Question]) -> list[Question]:
-    """The questions whose pictures are not there yet.
+class Gallery:
+    """Pictures of whatever was ever asked, each with what is known of it.
 
     Args:
-        folder: Of the queries.
-        questions: All of them.
-
-    Returns:
-        Those that are left.
+        folder: Where they lie.
+        how: What they depend on besides prompts and seeds.
     """
-    return [question for question in questions if not _place(folder, question).is_file()]
 
+    def __init__(self, folder: Path, how: dict[str, Any]) -> None:
+        self.folder, self.how = folder, how
 
-def make_pictures(folder: Path, questions: Sequence[Question], make: Callable[[], Maker]) -> None:
-    """Put the pictures of questions into a folder, one after the other; those that are there are kept.
+    def place(self, question: Question) -> Path:
+        """Where a question's picture lies, or will.
 
-    Args:
-        folder: Of the queries.
-        questions: All of them.
-        make: Gives what makes a picture, with what is known of it; called if there is one to make.
-    """
-    (folder / PICTURES).mkdir(parents=True, exist_ok=True)
-    left = pictures_left(folder, questions)
-    if left:
+        Args:
+            question: The question.
+
+        Returns:
+            A file; what is known of it lies beside it.
+        """
+        content = None if question.picture is None else _content(question.picture)
+        name = settings_digest({"prompt": question.prompt, "seed": question.seed, "of": content, "how": self.how})[:8]
+        return self.folder / f"{question.words}-{name}.png"
+
+    def left(self, questions: Sequence[Question]) -> list[Question]:
+        """The questions whose pictures are not there yet.
+
+        Args:
+            questions: All of them.
+
+        Returns:
+            Those that are left.
+        """
+        return [question for question in questions if not self.place(question).is_file()]
+
+    def fill(self, questions: Sequence[Question], make: Callable[[], Maker]) -> None:
+        """Make the pictures that are not there, one after the other.
+
+        Args:
+            questions: All of them.
+            make: Gives what makes a picture, with what is known of it; called if there is one to make.
+        """
+        if not (left := self.left(questions)):
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
         maker = make()
         for question in left:
             picture, facts = maker(question)
-            stream = io.BytesIO()
-            picture.save(stream, "PNG")
-            # What is known of a picture before the picture, which says that both are there.
-            write_atomically(_place(folder, question).with_suffix(".json"), json.dumps(facts).encode())
-            write_atomically(_place(folder, question), stream.getvalue())
-            say(f"  {question.key}: {_place(folder, question)}")
-        del maker
-        gc.collect()
-    rows = []
-    for question in questions:
-        facts = json.loads(_place(folder, question).with_suffix(".json").read_bytes())
-        rows.append(
-            {
-                **question.fields,
-                **facts,
-                "prompt": question.prompt,
-                "captions": [question.prompt],
-                "file_name": f"{question.key}.png",
-            }
-        )
-    write_atomically(folder / PICTURES / TABLE, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
+            stream, place = io.BytesIO(), self.place(question)
+            # Which way is up is prepare's choice.
+            exif = picture.getexif()
+            picture.save(stream, "PNG", **({"exif": exif} if exif else {}))
+            # What is known of a picture comes before it, since it says that both are there.
+            write_atomically(place.with_suffix(".json"), json.dumps(facts).encode())
+            write_atomically(place, stream.getvalue())
+            say(f"  {question.prompt[:60]!r}: {place}")
 
+    def show(self, questions: Sequence[Question], folder: Path) -> None:
+        """Put the pictures of questions into a folder as ``prepare`` takes it.
 
-def _place(folder: Path, question: Question) -> Path:
-    return folder / PICTURES / f"{question.key}.png"
+        Args:
+            questions: They; their pictures are there.
+            folder: Of the queries.
+        """
+        (folder / PICTURES).mkdir(parents=True, exist_ok=True)
+        rows = []
+        for question in questions:
+            place = self.place(question)
+            facts = json.loads(place.with_suffix(".json").read_bytes())
+            about = {"prompt": question.prompt, "captions": [question.prompt], "file_name": f"{question.key}.png"}
+            rows.append({**question.fields, **facts, **about})
+            write_atomically(folder / PICTURES / f"{question.key}.png", place.read_bytes())
+        write_atomically(folder / PICTURES / TABLE, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
 
 
 def given_picture(question: Question) -> tuple[Image.Image, dict[str, Any]]:
@@ -144,9 +165,9 @@ def given_picture(question: Question) -> tuple[Image.Image, dict[str, Any]]:
     """
     assert question.picture is not None
     with Image.open(question.picture) as picture:
-        exif, kept = picture.getexif(), picture.copy()
-    # PNG keeps pixels as they are; which way is up is prepare's choice.
-    kept.info = {"exif": exif.tobytes()} if exif else {}
+        kept = picture.copy()
+        kept.info |= {"exif": picture.info["exif"]} if "exif" in picture.info else {}
+    # PNG keeps pixels as they are, in the modes that it has.
     if kept.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
         kept = kept.convert("RGB")
     return kept, {"kind": "given", "of": question.picture.name}

@@ -4,46 +4,64 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Mapping
+import shutil
+import tempfile
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
+import lightning_unlearn.configs
+from lightning_unlearn.command_line.ask_checks import check_request, inputs_of, pictures_in
 from lightning_unlearn.command_line.ask_config import (
     Kind,
+    answer_digest,
     config_of_request,
     config_of_sample,
-    kind_of,
     method_for,
-    of_fisher,
     text_of,
 )
-from lightning_unlearn.command_line.ask_costs import batches_that_fit, device_here, forecast, memory_of
-from lightning_unlearn.command_line.ask_folder import AskFolder, facts_of, known_inputs
+from lightning_unlearn.command_line.ask_costs import (
+    USUAL_STEPS,
+    VIEWS_A_STEP,
+    Machine,
+    about,
+    batches_that_fit,
+    encoding_flops,
+    forecast,
+    needs_fisher,
+)
+from lightning_unlearn.command_line.ask_folder import AskFolder, known_inputs
+from lightning_unlearn.command_line.ask_pictures import pipeline_maker, size_of
 from lightning_unlearn.command_line.ask_queries import (
     PICTURES,
     SHARDS,
+    Gallery,
     Maker,
     given_picture,
     is_prepared,
-    make_pictures,
     name_of,
-    pictures_left,
     query_words,
     training_words,
 )
-from lightning_unlearn.command_line.ask_request import Question, Request
-from lightning_unlearn.command_line.check_plan import Plan, plan_of, plan_of_model
-from lightning_unlearn.command_line.command_parts import BARE, check_top, many, say
+from lightning_unlearn.command_line.ask_request import Request
+from lightning_unlearn.command_line.ask_sample import sample_maker, sample_words, say_states, text_states
+from lightning_unlearn.command_line.check_command import CheckCLI
+from lightning_unlearn.command_line.check_costs import calls_memory
+from lightning_unlearn.command_line.check_plan import Plan, add_shards, plan_of_model
+from lightning_unlearn.command_line.command_parts import BARE, many, say
+from lightning_unlearn.command_line.quiet import quiet
+from lightning_unlearn.command_line.trainer_cli import one_sentence
 from lightning_unlearn.data.files import write_atomically
 from lightning_unlearn.data.shards import MANIFEST
-from lightning_unlearn.datamodules.sources import list_shards, read_manifest, with_facts
+from lightning_unlearn.datamodules.sources import read_manifest
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.fingerprints import settings_digest
-from lightning_unlearn.preparation.layouts.files import files_in, is_picture_name
 
 STAGES = 5
+BATCHES = ("batch_size", "draw_batch_size")
 
 
 class AskRun:
@@ -51,13 +69,24 @@ class AskRun:
 
     Args:
         request: What is asked.
+
+    Raises:
+        InputError: If something is missing or wrong.
     """
 
     def __init__(self, request: Request) -> None:
         self.request = request
         self.folder = AskFolder(request.output)
-        self.kind: Kind = "model"
-        self.states: Any = None  # of the sample model's prompts
+        self.kind: Kind = check_request(request)
+        self.method = request.method or method_for(self.kind)
+        # What queries depend on besides prompts, seeds and what the folder is made of.
+        self.how = {"steps": request.steps, "guidance": request.guidance, "size": request.size}
+        self.queries = self.folder.queries(name_of(request.questions, self.how))
+        self.config = self._config()
+        on_cpu = (self.config.get("trainer") or {}).get("accelerator") == "cpu"
+        self.machine = Machine.this(torch.device("cpu") if on_cpu else None)
+        self.answer = self.folder.answer(f"{self.queries.name}-{answer_digest(self.config, self.method)}")
+        self.states: Any = None  # of the sample model's prompts, and where they are from
 
     @property
     def sample(self) -> Path | None:
@@ -70,109 +99,80 @@ class AskRun:
         Raises:
             InputError: If something is missing or wrong; before long work, as far as it shows there.
         """
-        request, folder = self.request, self.folder
-        self._check()
-        method = request.method or method_for(self.kind)
-        queries = folder.queries(name_of(request.questions, self._how()))
-        config = self._config(queries / SHARDS)
-        self._check_config(config, queries)
-        folder.claim(self._inputs(config))
+        inputs = inputs_of(self.request, self.config, known_inputs(self.folder.path))
+        self.folder.refuse_others(inputs)
+        plan, data = self._checked_model()
+        self.folder.claim(inputs)
+        passes = inputs.get("passes", 0)
         self._prepare()
-        self._make_queries(queries, config)
-        answer = folder.answer(f"{queries.name}-{settings_digest({'method': method, 'config': config})[:8]}")
-        config = self._sized(config, answer, method)
-        asked = [] if method is None else ["--method", method]
-        words = ["--config", str(folder.config), *asked, "--output", str(answer)]
-        write_atomically(folder.config, text_of(config, ["attribute", *words]).encode())
-        self._fisher(config, method)
-        self._answer([*words, "--top", str(request.top)], answer, method)
+        if not self._know_batches():
+            self._look_ahead(plan, data, passes)
+        self._make_queries()
+        words = ["--config", str(self.folder.config), "--output", str(self.answer)]
+        words += [] if self.method is None else ["--method", self.method]
+        text = text_of(self.config, ["attribute", *words]).encode()
+        self.answer.mkdir(parents=True, exist_ok=True)
+        for place in (self.answer / self.folder.config.name, self.folder.config):
+            write_atomically(place, text)
+        self._take_fisher(passes)
+        self._attribute([*words, "--top", str(self.request.top)])
 
     # ------------------------------------------------------------------ before long work
 
-    def _check(self) -> None:
-        """Look at whatever was named, and at nothing long."""
-        from lightning_unlearn.preparation.choices import choose
+    def _config(self) -> dict[str, Any]:
+        if self.sample is None:
+            return config_of_request(self.request, self.folder, self.queries / SHARDS, self.kind)
+        ready = Path(str(lightning_unlearn.configs.__file__)).with_name("sample.yaml")
+        return config_of_sample(ready, self.request, self.queries / SHARDS)
 
-        request = self.request
-        check_top(request.top)
-        _check_method(request.method)
-        choose(request.prepare.get("like"))
-        if request.pipeline is not None:
-            # Not before, since it takes seconds to import.
-            from lightning_unlearn.preparation.generating import check_pipeline
-
-            check_pipeline(request.pipeline)
-        if request.images is not None:
-            _check_images(request.images)
-        self.kind = kind_of(request)
-        generated = any(question.picture is None for question in request.questions)
-        if generated and "text_encoder" in request.prepare:
-            raise InputError(
-                "With a text encoder of its own no picture can be generated here; generate it, and give it as --query "
-                "with its --prompt."
-            )
-
-    def _how(self) -> dict[str, Any]:
-        """What the queries depend on besides prompts, seeds and what the folder is made of."""
-        request = self.request
-        return {"steps": request.steps, "guidance": request.guidance, "size": request.size}
-
-    def _config(self, queries: Path) -> dict[str, Any]:
-        if self.sample is not None:
-            import lightning_unlearn.configs
-
-            ready = Path(str(lightning_unlearn.configs.__file__)).with_name("sample.yaml")
-            return config_of_sample(ready, self.request, queries)
-        return config_of_request(self.request, self.folder, queries, self.kind)
-
-    def _check_config(self, config: dict[str, Any], queries: Path) -> None:
-        """Refuse a model that can't be asked, before its pictures are prepared."""
-        if self.sample is not None:
-            from lightning_unlearn.command_line.ask_sample import say_states, text_states
-
-            if not is_prepared(queries):
-                self.states, said = text_states(self.request.questions, self.sample / "shards")
-                say_states(self.request.questions, said)
-            return
-        parsed = _parsed(text_of(config, []))
+    def _checked_model(self) -> tuple[Plan, Any]:
+        """What ``check`` knows of the model; refused, if it can't be asked, before its pictures are prepared."""
+        if self.sample is not None and not is_prepared(self.queries):
+            self.states = text_states(self.request.questions, self.sample / "shards")
+            say_states(self.request.questions, self.states[1])
+        elif self.sample is None:
+            _hush()
+        parsed = _parsed(self.config)
         plan = plan_of_model(parsed.model, parsed.data)
-        # The Fisher's own header is looked at where it is needed.
         if plan.missing:
             asked = "objective" in plan.missing[0].lower() or "density" in plan.missing[0]
             raise InputError(plan.missing[0] + (" Say it in a file, as --settings FILE." if asked else ""))
+        return plan, parsed.data
 
-    def _inputs(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """What shards, Fisher and answers are made of."""
-        request, known = self.request, known_inputs(self.folder.path)
-        if self.sample is not None:
-            return {"model": "the sample model", "settings": of_fisher(config)}
-        assert request.pipeline is not None
+    def _know_batches(self) -> bool:
+        """Take what was chosen before for the same answer, which has begun already."""
+        record, chosen = self.answer / self.folder.config.name, self.config["data"]["init_args"]
+        if not record.is_file():
+            return False
+        before = yaml.safe_load(record.read_bytes())["data"]["init_args"]
+        chosen |= {name: before[name] for name in BATCHES if name in before}
+        return True
 
-        def facts(what: str, root: Path, names: list[str]) -> dict[str, Any]:
-            before = known.get(what)
-            return facts_of(root, names, before if isinstance(before, dict) else {})
+    def _look_ahead(self, plan: Plan, data: Any, passes: int) -> None:
+        """Say what the work will take that is left, and choose batches that fit, once a sample's shape is known."""
+        add_shards(plan, data)
+        if plan.missing or plan.sample is None:
+            raise InputError(plan.missing[0] if plan.missing else "There is no training sample; name other --images.")
+        assert plan.network is not None
+        assert plan.objective is not None
+        questions, concept = self.request.questions, self.request.concept
+        plan.queries = len(questions)
+        plan.targets = len({str(question.said_of(concept)) for question in questions}) if concept else plan.queries
+        memory = calls_memory(plan.network, plan.objective, plan.sample, list(plan.layers))
+        chosen = self.config["data"]["init_args"]
+        for name, size in zip(BATCHES, batches_that_fit(plan, memory, self.machine), strict=True):
+            if size < getattr(plan, name) and name not in chosen:
+                chosen[name] = size
+                setattr(plan, name, size)
+        left = [] if is_prepared(self.queries) else self._gallery().left(questions)
+        generated = sum(question.picture is None for question in left)
+        evaluations = generated * VIEWS_A_STEP * (self.request.steps or USUAL_STEPS)
+        say("What is left will take:")
+        for line in forecast(plan, passes, self.method, evaluations, memory, self.folder.path, self.machine):
+            say(line)
 
-        found: dict[str, Any] = {
-            "model": "a pipeline",
-            "pipeline": facts("pipeline", request.pipeline, _pipeline_files(request.pipeline)),
-            "adapter": None,
-            "images": None,
-            "shards": None,
-            "options_of_prepare": dict(request.prepare),
-            "settings": of_fisher(config),
-            "passes": request.passes,
-        }
-        if request.adapter is not None:
-            inside = request.adapter.is_dir()
-            root = request.adapter if inside else request.adapter.parent
-            names = [*files_in(request.adapter)] if inside else [request.adapter.name]
-            found["adapter"] = facts("adapter", root, names)
-        if request.images is not None:
-            found["images"] = facts("images", request.images, [*files_in(request.images)])
-        else:
-            shards = with_facts(list_shards(list(request.shards)))
-            found["shards"] = settings_digest({"shards": sorted([shard.url, shard.version] for shard in shards)})
-        return found
+    def _gallery(self) -> Gallery:
+        return Gallery(self.folder.pictures, self.how)
 
     # ------------------------------------------------------------------ stages
 
@@ -181,109 +181,92 @@ class AskRun:
         if request.images is None:
             where = "those of the sample" if self.sample is not None else ", ".join(request.shards)
             _say_stage(1, f"Training pictures: {where}, prepared already.")
-            return
-        if (shards / MANIFEST).is_file():
+        elif (shards / MANIFEST).is_file():
             _say_stage(1, f"Training pictures: prepared already, in {shards}.")
-            return
-        count = sum(map(is_picture_name, files_in(request.images)))
-        _say_stage(
-            1, f"Training pictures: {many(count, 'picture')} of {request.images} go through the model's encoders …"
-        )
-        _command("prepare", training_words(request, shards))
+        else:
+            assert request.pipeline is not None
+            count = pictures_in(request.images)
+            flops = encoding_flops(request.pipeline, size_of(request, self.kind))
+            takes = "" if flops is None else f", {about(self.machine.seconds(count * flops))}"
+            _say_stage(1, f"Training pictures: {many(count, 'picture')} of {request.images} to latents{takes} …")
+            _command("prepare", [*training_words(request, shards), *self._device()])
 
-    def _make_queries(self, queries: Path, config: dict[str, Any]) -> None:
-        questions = self.request.questions
+    def _device(self) -> list[str]:
+        return [] if "device" in self.request.prepare else ["--device", str(self.machine.device)]
+
+    def _make_queries(self) -> None:
+        questions, queries = self.request.questions, self.queries
         if is_prepared(queries):
             _say_stage(2, f"Queries: {many(len(questions), 'picture')} there already, in {queries / PICTURES}.")
             return
-        left = pictures_left(queries, questions)
-        given = questions[0].picture is not None
+        gallery = self._gallery()
+        left, given = gallery.left(questions), questions[0].picture is not None
         done = f", {len(questions) - len(left)} of them there already" if len(left) < len(questions) else ""
         what = "taken as given" if given else "generated"
         _say_stage(2, f"Queries: {many(len(questions), 'picture')} {what}{done} …")
-        make_pictures(queries, questions, lambda: given_picture if given else self._maker(config))
+        gallery.fill(questions, lambda: given_picture if given else self._maker())
+        gallery.show(questions, queries)
         gc.collect()
         if self.sample is not None:
-            from lightning_unlearn.command_line.ask_sample import sample_words
-
-            _command("prepare", sample_words(queries, questions, self.states))
+            _command("prepare", sample_words(queries, questions, self.states[0]))
             return
         place = self.folder.shards if self.request.images is not None else Path(self.request.shards[0])
-        _command("prepare", query_words(self.request, queries, read_manifest(place) if place.is_dir() else {}))
+        manifest = read_manifest(place) if place.is_dir() else {}
+        _command("prepare", [*query_words(self.request, queries, manifest), *self._device()])
 
-    def _maker(self, config: dict[str, Any]) -> Maker:
+    def _maker(self) -> Maker:
         request = self.request
-        if self.sample is not None:
-            from lightning_unlearn.command_line.ask_sample import sample_maker
+        if self.sample is None:
+            return pipeline_maker(request, self.kind, self.config, self.machine.device)
+        states, said = self.states
+        return sample_maker(self.config, request.questions, states, said, request.steps)
 
-            states = {question.key: self.states[row] for row, question in enumerate(request.questions)}
-            return sample_maker(config, states, request.steps)
-        from lightning_unlearn.diffusion.loading import load_network
-        from lightning_unlearn.preparation.adapter_options import options_of_adapter
-        from lightning_unlearn.preparation.generating import PictureMaker
-
-        assert request.pipeline is not None
-        model, size = config["model"]["init_args"], request.size
-        adapter = None if request.adapter is None else str(request.adapter)
-        if adapter is not None and self.kind == "adapter":
-            size = options_of_adapter(adapter, size, flips=False)[0]
-        network = load_network(model["network"], model.get("weights"), model.get("prefix", ""), model.get("averaged"))
-        tokens = tuple(request.prepare["token"].split(",")) if "token" in request.prepare else ()
-        maker = PictureMaker(
-            request.pipeline, network, adapter, tokens, size, request.steps, request.guidance, device_here()
-        )
-        named = {} if request.adapter is None else {"adapter": request.adapter.name}
-
-        def make(question: Question) -> Any:
-            assert question.seed is not None
-            picture = maker.make(question.prompt, question.seed)
-            return picture, {"kind": "generated", "seed": question.seed, **maker.facts, **named}
-
-        return make
-
-    def _sized(self, config: dict[str, Any], answer: Path, method: str | None) -> dict[str, Any]:
-        """The config with batches that fit this machine, once it is known what a sample looks like; say what comes."""
-        parsed = _parsed(text_of(config, []))
-        plan = plan_of(parsed.model, parsed.data)
-        if plan.missing:
-            raise InputError(plan.missing[0])
-        device = device_here()
-        chosen = config["data"]["init_args"]
-        fit = dict(zip(("batch_size", "draw_batch_size"), batches_that_fit(plan, memory_of(device)), strict=True))
-        for name, size in fit.items():
-            if size < getattr(plan, name) and name not in chosen:
-                chosen[name] = size
-                setattr(plan, name, size)
-        if not (answer / "report.html").is_file():
-            say("What is left will take:")
-            for line in self._forecast(plan, method, device):
-                say(line)
-        return config
-
-    def _forecast(self, plan: Plan, method: str | None, device: torch.device) -> list[str]:
-        return forecast(plan, self.request.passes, method, self.folder.path, device)
-
-    def _fisher(self, config: dict[str, Any], method: str | None) -> None:
-        place = (config["model"]["init_args"] or {}).get("fisher")
-        if not _asks_fisher(method):
-            _say_stage(3, f"Fisher: {method} needs none.")
+    def _take_fisher(self, passes: int) -> None:
+        place, ours = self.config["model"]["init_args"].get("fisher"), self.folder.fisher
+        if not needs_fisher(self.method):
+            _say_stage(3, f"Fisher: {self.method} needs none.")
         elif self.sample is not None:
             _say_stage(3, "Fisher: that of the sample, there already.")
-        elif place != str(self.folder.fisher.absolute()):
+        elif place != str(ours.absolute()):
             _say_stage(3, f"Fisher: {place}, as the settings say.")
-        elif self.folder.fisher.is_file():
-            _say_stage(3, f"Fisher: there already, in {self.folder.fisher}.")
+        elif ours.is_file():
+            _say_stage(3, f"Fisher: there already, in {ours}.")
         else:
             _say_stage(3, "Fisher: how firmly the training pictures hold each weight …")
-            words = ["--config", str(self.folder.config), "--passes", str(self.request.passes)]
-            _command("fisher", [*words, "--output", str(self.folder.fisher)])
+            words = ["--config", str(self.folder.config), "--passes", str(passes), "--output", str(ours)]
+            _command("fisher", words)
 
-    def _answer(self, words: list[str], answer: Path, method: str | None) -> None:
-        _say_stage(4, f"Scores: by {method or 'the default of attribute'}, into {answer} …")
+    def _attribute(self, words: list[str]) -> None:
+        method = self.method or "attribute's default method"
+        _say_stage(4, f"Scores: by {method}, into {self.answer} …")
         _command("attribute", words)
-        report = answer / "report.html"
-        write_atomically(self.folder.report, report.read_bytes())
+        self._show()
         _say_stage(5, f"Answer: open {self.folder.report} in a browser. What was decided: {self.folder.config}")
+
+    def _show(self) -> None:
+        """Put the report where it always lies; what it leads to first."""
+        beside = [path for path in sorted(self.answer.glob("*")) if path.stem in ("report", "assertion")]
+        for path in sorted(beside, key=lambda path: path.name == self.folder.report.name):
+            place = self.folder.path / path.name
+            if path.is_dir():
+                shutil.rmtree(place, ignore_errors=True)
+                shutil.copytree(path, place)
+            else:
+                write_atomically(place, path.read_bytes())
+
+
+def _hush() -> None:
+    """Let the libraries that load models draw no bars and give no hints; what is wrong is said by a sentence."""
+    from diffusers.utils import logging as of_diffusers
+
+    libraries: list[Any] = [of_diffusers]
+    if find_spec("transformers") is not None:
+        from transformers.utils import logging as of_transformers
+
+        libraries.append(of_transformers)
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
 
 
 def _say_stage(number: int, what: str) -> None:
@@ -292,57 +275,13 @@ def _say_stage(number: int, what: str) -> None:
 
 def _command(name: str, words: list[str]) -> None:
     """Another command's own function; what it holds is let go of."""
-    from importlib import import_module
-
     getattr(import_module(f"lightning_unlearn.command_line.{name}_command"), name)(words)
     gc.collect()
 
 
-def _parsed(text: str) -> Any:
+def _parsed(config: dict[str, Any]) -> Any:
     """A config as the commands parse it, of which nothing is made."""
-    import tempfile
-
-    from lightning_unlearn.command_line.check_command import CheckCLI
-    from lightning_unlearn.command_line.quiet import quiet
-    from lightning_unlearn.command_line.trainer_cli import one_sentence
-
     with tempfile.TemporaryDirectory(prefix="ask-") as place, quiet(steps=True), one_sentence():
         path = Path(place) / "ask.yaml"
-        path.write_text(text, "utf-8")
-        return CheckCLI("attribute", ["--config", str(path)], "", **BARE).config
-
-
-def _asks_fisher(method: str | None) -> bool:
-    from lightning_unlearn.baselines import BASELINES
-
-    kind = next((kind for kind in BASELINES.values() if kind.__name__ == method), None)
-    # Those of a person's own may ask for one.
-    return kind is None or kind.needs_fisher or kind.__name__ == "Consensus"
-
-
-def _check_method(method: str | None) -> None:
-    from lightning_unlearn.baselines import BASELINES
-
-    known = ["unlearning", *sorted(kind.__name__ for kind in BASELINES.values())]
-    if method is not None and "." not in method and method not in known:
-        raise InputError(f"There is no method {method!r}; take {', '.join(known)}.")
-
-
-def _check_images(images: Path) -> None:
-    from lightning_unlearn.preparation.layouts import layout_of
-
-    if not images.is_dir():
-        what = "is a file" if images.is_file() else "is not there"
-        raise InputError(
-            f"{images} {what}; give the folder of the training pictures (tables and tars become shards by `prepare`, "
-            "which --shards takes)."
-        )
-    if layout_of(str(images)) == "folder" and not any(map(is_picture_name, files_in(images))):
-        raise InputError(f"{images} holds no picture; give the folder of the training pictures.")
-
-
-def _pipeline_files(folder: Path) -> list[str]:
-    """The files of a pipeline's parts; beside them people keep whole checkpoints, which nobody reads here."""
-    parts = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    inside = [f"{part}/{name}" for part in parts for name in files_in(folder / part)]
-    return [*(["model_index.json"] if (folder / "model_index.json").is_file() else []), *inside]
+        path.write_text(text_of(config, []), "utf-8")
+        return CheckCLI("attribute", ["--config", str(path)], "", None, **BARE).config

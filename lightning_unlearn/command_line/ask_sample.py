@@ -7,6 +7,7 @@ the states of the training caption that says the same are taken, and that is sai
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +20,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from lightning_unlearn.command_line.ask_queries import PICTURES, SHARDS, Maker
-from lightning_unlearn.command_line.ask_request import Question
+from lightning_unlearn.command_line.ask_questions import Question
 from lightning_unlearn.command_line.command_parts import say
 from lightning_unlearn.datamodules.reading import read_samples
 from lightning_unlearn.datamodules.sources import list_shards
@@ -63,9 +64,9 @@ def text_states(questions: Sequence[Question], shards: Path) -> tuple[Array, lis
         caption = next((words for words in (plain, _without_beginning(plain)) if words in known), None)
         if caption is None:
             raise InputError(
-                f"The sample model reads captions by an encoder that does not ship with it, and "
-                f"{question.prompt[:60]!r} is none of its {len(known)} captions, such as {', '.join(map(repr, _near(plain, known)))}; take one of "
-                f'them, or `pip install "{EXTRA}"`.'
+                "The sample model reads captions by an encoder that does not ship with it, and "
+                f"{question.prompt[:60]!r} is none of its {len(known)} captions, such as "
+                f'{", ".join(map(repr, _near(plain, known)))}; take one of them, or `pip install "{EXTRA}"`.'
             )
         states.append(known[caption][None])
         said.append(f"the caption {caption!r}")
@@ -80,8 +81,11 @@ def _without_beginning(words: str) -> str:
 
 def _near(prompt: str, known: dict[str, Any]) -> list[str]:
     """Captions that share a word with a prompt, or some others."""
-    words = set(prompt.split())
-    return [*sorted((name for name in known if words & set(name.split())), key=len), "tiger", "cherries", "sushi"][:3]
+    # Captions are full of "with", "face" and the like: the rarest word that is shared counts.
+    counts = Counter(word for name in known for word in set(name.split()))
+    words = sorted((word for word in set(prompt.split()) if word in counts), key=lambda word: (counts[word], word))
+    shared = [name for word in words if len(word) > 2 for name in known if word in name.split()]
+    return list(dict.fromkeys([*shared, "tiger", "cherries", "sushi"]))[:3]
 
 
 def _encoded(questions: Sequence[Question]) -> tuple[Array, list[str]]:
@@ -95,12 +99,16 @@ def _encoded(questions: Sequence[Question]) -> tuple[Array, list[str]]:
     return states, [str(source.about["encoder"])] * len(questions)
 
 
-def sample_maker(config: dict[str, Any], states: dict[str, Array], steps: int | None) -> Maker:
+def sample_maker(
+    config: dict[str, Any], questions: Sequence[Question], states: Array, said: Sequence[str], steps: int | None
+) -> Maker:
     """What generates the pictures of the sample model.
 
     Args:
         config: Of the sample, whose variables are set.
-        states: A question's key to its prompt's states ``(1, 10, 384)``.
+        questions: With prompts.
+        states: Of each ``(Q, 1, 10, 384)``.
+        said: Where the states of each are from.
         steps: Of the sampler; by default those of the queries that ship.
 
     Returns:
@@ -110,15 +118,21 @@ def sample_maker(config: dict[str, Any], states: dict[str, Array], steps: int | 
     model = plain["model"]["init_args"]
     network = load_network(instantiate_class((), model["network"]), model["weights"])
     objective, taken = DenoisingObjective(), steps or STEPS
+    rows = {question.key: row for row, question in enumerate(questions)}
 
     def make(question: Question) -> tuple[Image.Image, dict[str, Any]]:
         assert question.seed is not None
-        text = torch.from_numpy(states[question.key]).float()
+        row = rows[question.key]
+        text = torch.from_numpy(states[row]).float()
         shape = (3, SIZE, SIZE)
         pixels = generate(network, objective, {"text": text}, shape, [question.seed], taken)[0].clamp(-1, 1)
         picture = Image.fromarray(((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
         shown = picture.resize((SHOWN, SHOWN), Image.Resampling.NEAREST)
-        return shown, {"kind": "generated", **how_generated(objective, question.seed, taken)}
+        return shown, {
+            "kind": "generated",
+            "read_as": said[row],
+            **how_generated(objective, question.seed, taken),
+        }
 
     return make
 

@@ -25,6 +25,8 @@ from lightning_unlearn.weights.deltas import NetworkLoss
 from lightning_unlearn.weights.parameters import LayerSpec, layer_parameters
 
 Found = TypeVar("Found")
+# Of a call without and with its backward pass.
+CallsMemory = tuple[CallMemory | None, CallMemory | None]
 
 FLOAT32 = 4
 # How often the search of a step measures a target's losses: the median of both benches (benchmarks/RESULTS.md).
@@ -90,12 +92,13 @@ def sizes_of(network: nn.Module, layers: dict[str, LayerSpec], inputs: dict[str,
     return Sizes(bytes_of([*network.parameters(), *network.buffers()]), numbers * width, numbers * FLOAT32, fisher)
 
 
-def stages_of(plan: Plan, passes: int = 5) -> list[Stage]:
+def stages_of(plan: Plan, passes: int = 5, calls: CallsMemory | None = None) -> list[Stage]:
     """What each stage takes.
 
     Args:
         plan: With a network, an objective, chosen layers and a first sample.
         passes: Of the Fisher over the training samples.
+        calls: What :func:`calls_memory` found, if it was asked already.
 
     Returns:
         Fisher, unlearning and scoring; without the Fisher if there is one.
@@ -106,7 +109,7 @@ def stages_of(plan: Plan, passes: int = 5) -> list[Stage]:
     fed = inputs_of(plan.network, plan.objective, plan.sample, list(plan.layers))
     sizes = sizes_of(plan.network, plan.layers, fed)
     samples = plan.samples or 0
-    forward, backward = calls_memory(plan.network, plan.objective, plan.sample, list(plan.layers))
+    forward, backward = calls or calls_memory(plan.network, plan.objective, plan.sample, list(plan.layers))
     stages = []
     if plan.fisher is None:
         held = sizes.network + STATES_OF_FISHER * sizes.fisher
@@ -139,9 +142,7 @@ def _unlearning(plan: Plan, sizes: Sizes, backward: CallMemory | None) -> Stage:
     return Stage("unlearning", taken + measured, taken, memory, deltas)
 
 
-def calls_memory(
-    network: nn.Module, objective: Objective, sample: Sample, layers: list[str]
-) -> tuple[CallMemory | None, CallMemory | None]:
+def calls_memory(network: nn.Module, objective: Objective, sample: Sample, layers: list[str]) -> CallsMemory:
     """What a call of the loss takes, without and with its backward pass.
 
     Args:
@@ -172,7 +173,7 @@ def view_flops(network: nn.Module, objective: Objective, sample: Sample) -> int 
     def counted(call: Callable[[int], Any]) -> int:
         with FlopCounterMode(display=False) as counter:
             call(1)
-        return counter.get_total_flops()
+        return int(counter.get_total_flops())
 
     return _without_numbers(network, objective, sample, [], counted, learns=False)
 

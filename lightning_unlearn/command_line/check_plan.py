@@ -110,7 +110,8 @@ def plan_of(model: Namespace, data: Namespace) -> Plan:
         The plan; what is missing stands in it.
     """
     plan = plan_of_model(model, data)
-    _add_data(plan, data.init_args)
+    add_shards(plan, data)
+    _add_queries(plan, data.init_args)
     return plan
 
 
@@ -201,11 +202,21 @@ def _as_dict(value: Any) -> Any:
     return value.as_dict() if isinstance(value, Namespace) else value
 
 
-def _add_data(plan: Plan, theirs: Namespace) -> None:
+def add_shards(plan: Plan, data: Namespace) -> None:
+    """Add the training shards, and the first sample in them.
+
+    Args:
+        plan: Which gets them, or what is missing of them.
+        data: As in :func:`plan_of`.
+    """
+    theirs = data.init_args
     found = plan.try_to(lambda: with_facts(list_shards(theirs.shards, allow_pipe=theirs.allow_pipe)))
     plan.shards = found or []
     if plan.shards:
         plan.sample = plan.try_to(partial(_first_sample, plan.shards[0]))
+
+
+def _add_queries(plan: Plan, theirs: Namespace) -> None:
     queries = plan.try_to(lambda: _queries(theirs)) or []
     plan.queries = len(queries)
     plan.targets = len(plan.try_to(lambda: targets_of(queries, theirs.targets_by)) or [])

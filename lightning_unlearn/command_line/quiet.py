@@ -73,7 +73,7 @@ def each_warning_once() -> Iterator[None]:
         Nothing.
     """
     said: set[str] = set()
-    usual = warnings.showwarning
+    usual, form = warnings.showwarning, warnings.formatwarning
 
     def show(message: Warning | str, *about: Any, **more: Any) -> None:
         if str(message) not in said:
@@ -82,4 +82,8 @@ def each_warning_once() -> Iterator[None]:
 
     with warnings.catch_warnings():
         warnings.showwarning = show
-        yield
+        warnings.formatwarning = _said
+        try:
+            yield
+        finally:
+            warnings.formatwarning = form
