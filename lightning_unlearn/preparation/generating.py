@@ -36,7 +36,7 @@ class PictureMaker:
         steps: Of its sampler; by default the pipeline's.
         guidance: Its scale; by default the pipeline's.
         device: Where it runs.
-        adapted: Whether the adapter is on the network already.
+        adapted: Whether the network is in use: the adapter is on it already, and it stays on the device.
 
     Raises:
         InputError: If the pipeline can't be loaded, or makes no pictures.
@@ -79,7 +79,7 @@ class PictureMaker:
                 raise InputError(f"{type(self.pipeline).__name__} in {folder} takes no {name}; leave it out.")
             self.settings[name] = value
         self._changed(adapter, tokens, adapted)
-        self._placed(device)
+        self._placed(device, adapted)
         told = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
         self.facts: dict[str, Any] = {
             "scheduler": type(self.pipeline.scheduler).__name__,
@@ -103,8 +103,8 @@ class PictureMaker:
             }
             changes.apply(encoders, tokenizers)
 
-    def _placed(self, device: torch.device) -> None:
-        if device.type != "cpu" and find_spec("accelerate") is not None:
+    def _placed(self, device: torch.device, adapted: bool) -> None:
+        if device.type != "cpu" and not adapted and find_spec("accelerate") is not None:
             # One part at a time: encoders, network and VAE together take more than a picture needs.
             self.pipeline.enable_model_cpu_offload(device=device)
         else:
