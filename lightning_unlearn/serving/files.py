@@ -37,14 +37,15 @@ def table(desk: Desk, asked: Asked) -> pa.Table:
     Returns:
         A row for each picture; what the answer is of stands in the table's metadata.
     """
-    order: list[int] = asked.order.tolist()
+    order = asked.order
+    rows: list[int] = order.tolist()
     keys, captions = desk.pictures.keys, desk.captions.captions
     columns: dict[str, Any] = {
         "rank": np.arange(1, len(order) + 1),
-        "key": [keys[row] for row in order],
+        "key": [keys[row] for row in rows],
         "score": asked.answer.scores[order],
         **{f"part:{name}": values[order] for name, values in asked.answer.parts.items()},
-        "caption": [captions[row][0] if captions[row] else "" for row in order],
+        "caption": [captions[row][0] if captions[row] else "" for row in rows],
     }
     about = {
         "prompt": asked.prompt,

@@ -45,7 +45,8 @@ class Page:
         """
         desk = self.desk
         # delete_cache: pictures that were dropped are not kept longer than an hour.
-        with gradio.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
+        blocks = gradio.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600))
+        with blocks:
             asked = gradio.State([])  # tokens of this person's questions
             current = gradio.State("")
             _html(fragments.heading(TITLE, len(desk.pictures.keys), desk.provenance))
@@ -98,7 +99,7 @@ class Page:
                 concurrency_limit=4,
                 show_progress_on=[said],
             )
-            quick: Any = {"concurrency_id": "look", "concurrency_limit": 8, "show_progress": "hidden"}
+            quick: dict[str, Any] = {"concurrency_id": "look", "concurrency_limit": 8, "show_progress": "hidden"}
             by.input(self._groups, [current, by], [groups], api_name="groups", **quick)
             gradio.on([words.submit], self._search, [words], [found], api_name="search", **quick)
             for part in (answer, found, one):
