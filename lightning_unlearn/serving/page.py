@@ -111,7 +111,7 @@ class Page:
                     **quick,
                 )
         blocks.queue(max_size=LONGEST_QUEUE, default_concurrency_limit=8, api_open=False)
-        return blocks  # type: ignore[no-any-return]
+        return blocks
 
     def _ask(self, prompt: str, seed: float | None, path: str | None, by: str | None, tokens: list[str]) -> list[Any]:
         try:
