@@ -14,7 +14,7 @@ with replacement, and where scores have intervals of their own, each score withi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -273,35 +273,3 @@ def evidence(counts: NDArray[np.int64], first: int) -> Floats:
     total = weights.sum(1, keepdims=True)
     found: Floats = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
     return found
-
-
-def over_queries(found: Iterable[Sequence[Share]], most: int = 20) -> list[Share]:
-    """The mean shares over several queries, with intervals for other queries.
-
-    Args:
-        found: Of each query, :func:`shares`.
-        most: How many groups are told.
-
-    Returns:
-        The largest ones; none for fewer than two queries.
-    """
-    import torch
-
-    from lightning_unlearn.metrics.uncertainty import bootstrap_interval
-
-    found = list(found)
-    if len(found) < 2:
-        return []
-    values: dict[str, Floats] = {}
-    about: dict[str, tuple[int, float]] = {}
-    for number, of_query in enumerate(found):
-        for one in of_query:
-            values.setdefault(one.group, np.zeros(len(found)))[number] = one.share
-            images, _ = about.get(one.group, (0, 0.0))
-            about[one.group] = (images + one.images, one.of_training)
-    largest = sorted(values, key=lambda name: (-values[name].mean(), name))[:most]
-    listed = []
-    for name in largest:
-        low, high = bootstrap_interval(torch.from_numpy(values[name]), resamples=1000)
-        listed.append(Share(name, float(values[name].mean()), low, high, *about[name]))
-    return listed

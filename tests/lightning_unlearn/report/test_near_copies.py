@@ -115,9 +115,9 @@ def _house(fill: tuple[int, int, int]) -> Image.Image:
     """A house drawn in black lines on white, filled with a colour."""
     image = Image.new("RGB", (96, 96), "white")
     draw = ImageDraw.Draw(image)
-    draw.polygon([(14, 44), (48, 12), (82, 44)], fill, "black", 3)
-    draw.rectangle([20, 44, 76, 84], fill, "black", 3)
-    draw.rectangle([42, 60, 54, 84], fill, "black", 3)
+    draw.polygon([(14, 44), (48, 12), (82, 44)], fill, "black", 4)
+    draw.rectangle([20, 44, 76, 84], fill, "black", 4)
+    draw.rectangle([42, 60, 54, 84], fill, "black", 4)
     return image
 
 
@@ -139,7 +139,7 @@ def _shirt(printed: str) -> Image.Image:
     [
         (_house((255, 240, 150)), _house((160, 210, 255))),
         (_house((255, 200, 210)), _house((200, 245, 205))),
-        (_house((255, 255, 150)), _house((210, 255, 255))),
+        (_house((255, 235, 190)), _house((190, 225, 255))),
         (_shirt("circle"), _shirt("bar")),
     ],
 )
