@@ -193,7 +193,15 @@ def draw(samples: int, errors: bool, resamples: int = RESAMPLES) -> Draws:
     return Draws(counts, generator.standard_normal(counts.shape) if errors else None)
 
 
-def shares(membership: Membership, order: Rows, scores: Floats, errors: Floats | None, draws: Draws) -> list[Share]:
+def shares(
+    membership: Membership,
+    order: Rows,
+    scores: Floats,
+    errors: Floats | None,
+    draws: Draws,
+    finished: NDArray[np.bool_] | None = None,
+    best: int = 0,
+) -> list[Share]:
     """The groups' shares of a query's ranked evidence.
 
     Args:
@@ -202,6 +210,8 @@ def shares(membership: Membership, order: Rows, scores: Floats, errors: Floats |
         scores: ``(N,)`` of all samples.
         errors: ``(N,)`` half-widths of their 95 % intervals, or ``None``.
         draws: Training sets that could have been.
+        finished: ``(N,)`` of which samples the best come first, after a race.
+        best: How many of them.
 
     Returns:
         From the largest share to the smallest; groups that none of the first images is of are left out.
@@ -219,6 +229,10 @@ def shares(membership: Membership, order: Rows, scores: Floats, errors: Floats |
         drawn = evidence(draws.counts, first) @ member
     else:
         moved = scores[order] + draws.moves * errors[order] / 1.96
+        if finished is not None and (leading := min(best, int(finished[order].sum()))):
+            known = np.where(finished[order], moved, -np.inf)
+            bar = np.partition(known, -leading, 1)[:, [-leading]]
+            moved[known >= bar] += np.ptp(moved) + 1
         ranked = np.argsort(-moved, axis=1, kind="stable")
         weights = np.empty_like(moved)
         np.put_along_axis(weights, ranked, evidence(np.take_along_axis(draws.counts, ranked, 1), first), 1)

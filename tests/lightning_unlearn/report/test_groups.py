@@ -137,3 +137,13 @@ def test_a_field_that_no_image_has_is_refused_with_those_that_they_have() -> Non
         InputError, match=r"'artst' in its json.*fields that they have: artist, licence\); name another"
     ):
         membership.check()
+
+
+def test_after_a_race_those_that_it_finished_stay_first_in_every_draw() -> None:
+    scores = np.arange(40.0)[::-1].copy()
+    finished = np.arange(40) >= 30  # which score lowest
+    order = np.concatenate([np.arange(30, 40), np.arange(30)])
+    membership = _membership(["b"] * 30 + ["a"] * 10)
+    listed = shares(membership, order, scores, np.full(40, 0.1), draw(40, True), finished, 10)
+    assert (listed[0].group, listed[0].share) == ("a", 1.0)
+    assert listed[0].low > 0.6
