@@ -230,9 +230,9 @@ def shares(
     else:
         moved = scores[order] + draws.moves * errors[order] / 1.96
         if finished is not None and (leading := min(best, int(finished[order].sum()))):
-            known = np.where(finished[order], moved, -np.inf)
+            known = np.where(finished[order] & (draws.counts > 0), moved, -np.inf)  # of those that were drawn
             bar = np.partition(known, -leading, 1)[:, [-leading]]
-            moved[known >= bar] += np.ptp(moved) + 1
+            moved[(known >= bar) & np.isfinite(known)] += np.ptp(moved) + 1
         ranked = np.argsort(-moved, axis=1, kind="stable")
         weights = np.empty_like(moved)
         np.put_along_axis(weights, ranked, evidence(np.take_along_axis(draws.counts, ranked, 1), first), 1)
