@@ -136,6 +136,7 @@ def content_of(
     exponent = 3 * math.floor(math.log10(largest) / 3) if largest else 0
     rows = ranking.top(key, ends, top)
     pool = ends.first[: pool_of(len(scores), errors is not None)]
+    best = 0 if table.finished is None else table.run["race"]["top"]
     return Content(
         number=column + 1,
         key=key,
@@ -155,7 +156,9 @@ def content_of(
         unit=10.0**exponent,
         unit_name=power_of_ten(exponent) if exponent else "",
         rest=_rest(scores, table.base_losses.astype(np.float64), table.run.get("rule")),
-        groups={} if draws is None else {one.field: shares(one, pool, scores, errors, draws) for one in memberships},
+        groups={}
+        if draws is None
+        else {one.field: shares(one, pool, scores, errors, draws, table.finished, best) for one in memberships},
     )
 
 

@@ -14,7 +14,7 @@ with replacement, and where scores have intervals of their own, each score withi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -193,7 +193,15 @@ def draw(samples: int, errors: bool, resamples: int = RESAMPLES) -> Draws:
     return Draws(counts, generator.standard_normal(counts.shape) if errors else None)
 
 
-def shares(membership: Membership, order: Rows, scores: Floats, errors: Floats | None, draws: Draws) -> list[Share]:
+def shares(
+    membership: Membership,
+    order: Rows,
+    scores: Floats,
+    errors: Floats | None,
+    draws: Draws,
+    finished: NDArray[np.bool_] | None = None,
+    best: int = 0,
+) -> list[Share]:
     """The groups' shares of a query's ranked evidence.
 
     Args:
@@ -202,6 +210,8 @@ def shares(membership: Membership, order: Rows, scores: Floats, errors: Floats |
         scores: ``(N,)`` of all samples.
         errors: ``(N,)`` half-widths of their 95 % intervals, or ``None``.
         draws: Training sets that could have been.
+        finished: ``(N,)`` of which samples the best come first, after a race.
+        best: How many of them.
 
     Returns:
         From the largest share to the smallest; groups that none of the first images is of are left out.
@@ -219,6 +229,10 @@ def shares(membership: Membership, order: Rows, scores: Floats, errors: Floats |
         drawn = evidence(draws.counts, first) @ member
     else:
         moved = scores[order] + draws.moves * errors[order] / 1.96
+        if finished is not None and (leading := min(best, int(finished[order].sum()))):
+            known = np.where(finished[order] & (draws.counts > 0), moved, -np.inf)  # of those that were drawn
+            bar = np.partition(known, -leading, 1)[:, [-leading]]
+            moved[(known >= bar) & np.isfinite(known)] += np.ptp(moved) + 1
         ranked = np.argsort(-moved, axis=1, kind="stable")
         weights = np.empty_like(moved)
         np.put_along_axis(weights, ranked, evidence(np.take_along_axis(draws.counts, ranked, 1), first), 1)
@@ -273,35 +287,3 @@ def evidence(counts: NDArray[np.int64], first: int) -> Floats:
     total = weights.sum(1, keepdims=True)
     found: Floats = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
     return found
-
-
-def over_queries(found: Iterable[Sequence[Share]], most: int = 20) -> list[Share]:
-    """The mean shares over several queries, with intervals for other queries.
-
-    Args:
-        found: Of each query, :func:`shares`.
-        most: How many groups are told.
-
-    Returns:
-        The largest ones; none for fewer than two queries.
-    """
-    import torch
-
-    from lightning_unlearn.metrics.uncertainty import bootstrap_interval
-
-    found = list(found)
-    if len(found) < 2:
-        return []
-    values: dict[str, Floats] = {}
-    about: dict[str, tuple[int, float]] = {}
-    for number, of_query in enumerate(found):
-        for one in of_query:
-            values.setdefault(one.group, np.zeros(len(found)))[number] = one.share
-            images, _ = about.get(one.group, (0, 0.0))
-            about[one.group] = (images + one.images, one.of_training)
-    largest = sorted(values, key=lambda name: (-values[name].mean(), name))[:most]
-    listed = []
-    for name in largest:
-        low, high = bootstrap_interval(torch.from_numpy(values[name]), resamples=1000)
-        listed.append(Share(name, float(values[name].mean()), low, high, *about[name]))
-    return listed

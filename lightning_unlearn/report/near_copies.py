@@ -1,7 +1,8 @@
 """Near-copies among training images: pictures that differ in size, brightness or compression alone.
 
 Their influence is shared among them, so that each alone stands lower than the picture that they all show. They are
-found by their pixels: two pictures are near-copies where small versions of them correlate. What brightening has cut off
+found by their pixels: two pictures are near-copies where small versions of them correlate and differ much in no place.
+What brightening has cut off
 at white is lost, so both are first made as bright as a common level: of a picture and of its brighter copy, cut off
 higher up, the same is left.
 
@@ -30,6 +31,10 @@ MOST_GAIN = 64.0  # times as bright: beyond it hardly more than noise is seen
 LEAST_SCATTER = 0.01  # of a version's values, 1 for white: of a flat picture nobody knows what it is a copy of
 # Correlation from which on two pictures are near-copies, at each level: near white less is left that tells them apart.
 LEAST_ALIKE = (0.997, 0.997, 0.997, 0.997, 0.9985, 0.9985)
+# The same of two as they are, whatever the level: brightening makes pastel colours white, and leaves the same outlines.
+LEAST_ALIKE_AS_THEY_ARE = 0.97
+# How far apart any value of both may be, in deviations of all: where a small thing differs, much else agrees.
+MOST_APART = 0.45
 BLOCK = 1024  # pictures that are compared with all at a time
 
 
@@ -87,17 +92,32 @@ def near_copies(codes: Mapping[str, Code]) -> dict[str, tuple[str, ...]]:
     levels = [_versions([codes[key][place] for key in keys]) for place in range(len(LEVELS))]
     for start in range(0, len(keys), BLOCK):
         stop = min(start + BLOCK, len(keys))
-        alike = np.zeros((stop - start, len(keys) - start), bool)  # those before belong to earlier blocks
-        for versions, least in zip(levels, LEAST_ALIKE, strict=True):
-            alike |= versions[start:stop] @ versions[start:].T >= least
-        for row in range(stop - start):
-            members = np.flatnonzero(alike[row] & free[start:])
-            if not free[start + row] or len(members) < 2:
+        # Those before belong to earlier blocks.
+        whole = levels[0][start:stop] @ levels[0][start:].T >= LEAST_ALIKE_AS_THEY_ARE
+        alike = [
+            (versions[start:stop] @ versions[start:].T >= least) & whole
+            for versions, least in zip(levels, LEAST_ALIKE, strict=True)
+        ]
+        for row in np.flatnonzero(free[start:stop]):
+            if not free[start + row]:
+                continue
+            found = np.zeros(len(keys) - start, bool)
+            for versions, near in zip(levels, alike, strict=True):
+                members = np.flatnonzero(near[row] & free[start:] & ~found)
+                found[members] = _nowhere_apart(versions[start + row], versions[start + members])
+            members = np.flatnonzero(found)
+            if len(members) < 2:
                 continue
             free[start + members] = False
             group = tuple(keys[start + member] for member in members)
             groups |= dict.fromkeys(group, group)
     return groups
+
+
+def _nowhere_apart(version: NDArray[np.float32], others: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Which others of mean 0 and length 1, ``(M, D)``, differ from one, ``(D,)``, by little in each value."""
+    near: NDArray[np.bool_] = np.abs(others - version).max(1, initial=0) * np.sqrt(len(version)) <= MOST_APART
+    return near
 
 
 def _versions(pictures: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:

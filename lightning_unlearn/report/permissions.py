@@ -16,13 +16,23 @@ from typing import Any, Literal
 Kind = Literal["forbids", "restricts", "says"]
 
 # Fields whose text is the licence, their names without case and punctuation.
-LICENCES = frozenset({"license", "licence", "licensetype", "licencetype", "licensename", "licencename", "rights"})
+LICENCES = frozenset(
+    {"rights"} | {f"licen{letter}e{part}" for letter in "sc" for part in ("", "type", "name", "url", "uri")}
+)
 # Fields that say by "true" that it may not be trained on.
 FLAGS = frozenset({"noai", "noaitraining", "noimageai", "optout", "optedout", "tdmreservation", "donottrain"})
 # Fields whose text says whether it may be.
 ENTRIES = re.compile(r"training|datamining|machinelearning|inference|generative|robots|aiuse|tdm")
-FORBIDDEN = re.compile(
-    r"not[ _-]?allowed|prohibited|no-?(image)?ai\b|no[ _-]?(ai|tdm)\b|disallow|forbid", re.IGNORECASE
+FORBIDDEN = re.compile(r"not[ _-]?allowed|prohibited|\bno[ _-]?((image[ _-]?)?ai|tdm)\b|disallow|forbid", re.IGNORECASE)
+# Words that take a ban back.
+NOT_FORBIDDEN = re.compile(
+    r"\b(not|n't|never|nothing( is)?|isn['’]?t) +(prohibited|disallowed|forbidden)", re.IGNORECASE
+)
+# What a licence's ban must name: it may be of something else, as of selling copies.
+OF_TRAINING = re.compile(
+    r"\b(ai|aiml|tdm|ml)\b|training|data[ _-]?mining|machine[ _-]?learning|artificial intelligence|generative"
+    r"|^\W*(not[ _-]?allowed|prohibited|forbidden|disallow(ed)?)\W*$|no(image)?ai\b",
+    re.IGNORECASE,
 )
 # Terms of which some uses are free and others not.
 RESTRICTED = re.compile(r"\bconstrained\b|\b(nc|nd)\b|non-?commercial|all rights reserved|no ?deriv", re.IGNORECASE)
@@ -88,8 +98,10 @@ def _said(place: tuple[str, ...], value: Any) -> Permission | None:
     is_licence = names[-1] in LICENCES
     if not text.strip() or not (is_licence or any(ENTRIES.search(name) for name in names)):
         return None
+    text = NOT_FORBIDDEN.sub("", text)
     if FORBIDDEN.search(text):
-        return Permission("forbids", shown)
+        of_training = not is_licence or OF_TRAINING.search(text) is not None
+        return Permission("forbids" if of_training else "restricts", shown)
     if RESTRICTED.search(text):
         return Permission("restricts", shown)
     return Permission("says", shown) if is_licence else None

@@ -12,7 +12,8 @@ from lightning_unlearn.data.files import json_with_digest, write_atomically
 from lightning_unlearn.data.samples import Sample
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.report.content import MEMBERS, Content, content_of, shown_queries
-from lightning_unlearn.report.groups import Membership, Share, counted, draw, over_queries, pool_of
+from lightning_unlearn.report.groups import Membership, Share, counted, draw, pool_of
+from lightning_unlearn.report.groups_over_queries import over_queries
 from lightning_unlearn.report.kept import keep_queries, keep_samples
 from lightning_unlearn.report.near_copies import near_copies
 from lightning_unlearn.report.pages import MOST_ON_ONE, Pages

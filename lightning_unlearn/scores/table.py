@@ -106,4 +106,15 @@ class ScoreTable:
                 "views or more (views.noises: 2)."
             )
         column = self.queries.index(query)
-        return rank_ranges(self.scores[:, column], self.errors[:, column])
+        scores, errors = self.scores[:, column], self.errors[:, column]
+        ranges = rank_ranges(scores, errors)
+        if self.finished is None:
+            return ranges
+        # As in `order`, the best of those that were finished come before all others, whatever these score.
+        best = min(self.run["race"]["top"], int(self.finished.sum()))
+        least = np.maximum(ranges[:, 0], best)
+        most = np.minimum(ranges[:, 1] + best, len(scores) - 1)
+        among = rank_ranges(scores[self.finished], errors[self.finished])
+        least[self.finished] = np.where(among[:, 0] < best, among[:, 0], least[self.finished])
+        most[self.finished] = np.where(among[:, 1] < best, among[:, 1], most[self.finished])
+        return np.stack([least, most], 1)

@@ -14,11 +14,9 @@ from lightning_unlearn.errors import InputError
 from lightning_unlearn.report.groups import (
     NOT_SAID,
     Membership,
-    Share,
     counted,
     draw,
     evidence,
-    over_queries,
     pool_of,
     redrawn,
     shares,
@@ -141,12 +139,11 @@ def test_a_field_that_no_image_has_is_refused_with_those_that_they_have() -> Non
         membership.check()
 
 
-def test_over_queries_a_mean_with_an_interval_for_other_queries() -> None:
-    one = [Share("a", 0.7, 0.6, 0.8, 3, 0.5), Share("b", 0.3, 0.2, 0.4, 1, 0.5)]
-    other = [Share("a", 0.9, 0.8, 1.0, 4, 0.5)]
-    assert over_queries([one]) == []
-    mean = over_queries([one, other])
-    assert [(share.group, round(share.share, 9), share.images) for share in mean] == [("a", 0.8, 7), ("b", 0.15, 1)]
-    assert mean[0].low == pytest.approx(0.7)
-    assert mean[0].high == pytest.approx(0.9)
-    assert len(over_queries([one, other], most=1)) == 1
+def test_after_a_race_those_that_it_finished_stay_first_in_every_draw() -> None:
+    scores = np.arange(40.0)[::-1].copy()
+    finished = np.arange(40) >= 30  # which score lowest
+    order = np.concatenate([np.arange(30, 40), np.arange(30)])
+    membership = _membership(["b"] * 30 + ["a"] * 10)
+    listed = shares(membership, order, scores, np.full(40, 0.1), draw(40, True), finished, 10)
+    assert (listed[0].group, listed[0].share) == ("a", 1.0)
+    assert listed[0].low > 0.6

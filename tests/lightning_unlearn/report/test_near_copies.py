@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageDraw, ImageEnhance
 
 from lightning_unlearn.data.samples import Sample
 from lightning_unlearn.datamodules import sample
@@ -109,6 +109,46 @@ def test_brightening_brings_a_picture_to_its_level_and_no_further(monkeypatch: p
     assert len(near_copies(codes)) == 2
     monkeypatch.setattr(rule, "LEAST_ALIKE", (rule.LEAST_ALIKE[0], *[2.0] * (len(LEVELS) - 1)))
     assert near_copies(codes) == {}
+
+
+def _house(fill: tuple[int, int, int]) -> Image.Image:
+    """A house drawn in black lines on white, filled with a colour."""
+    image = Image.new("RGB", (96, 96), "white")
+    draw = ImageDraw.Draw(image)
+    draw.polygon([(14, 44), (48, 12), (82, 44)], fill, "black", 4)
+    draw.rectangle([20, 44, 76, 84], fill, "black", 4)
+    draw.rectangle([42, 60, 54, 84], fill, "black", 4)
+    return image
+
+
+def _shirt(printed: str) -> Image.Image:
+    """A black T-shirt on white with something on its front that is hardly lighter."""
+    image = Image.new("RGB", (96, 96), "white")
+    draw = ImageDraw.Draw(image)
+    outline = [(20, 12), (76, 12), (94, 34), (80, 44), (76, 38), (76, 90), (20, 90), (20, 38), (16, 44), (2, 34)]
+    draw.polygon(outline, (12, 12, 12))
+    if printed == "circle":
+        draw.ellipse([38, 40, 58, 60], (60, 60, 60))
+    else:
+        draw.rectangle([30, 46, 66, 56], (70, 10, 10))
+    return image
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (_house((255, 240, 150)), _house((160, 210, 255))),
+        (_house((255, 200, 210)), _house((200, 245, 205))),
+        (_house((255, 235, 190)), _house((190, 225, 255))),
+        (_shirt("circle"), _shirt("bar")),
+    ],
+)
+def test_pictures_in_other_colours_or_with_another_small_thing_are_no_copies(
+    one: Image.Image, other: Image.Image
+) -> None:
+    codes = {"a": code_of(one), "b": code_of(other)}
+    assert near_copies(codes) == {}
+    assert set(near_copies(codes | {"c": code_of(_changed(one, 1.5, 0.8))})) == {"a", "c"}
 
 
 def test_flat_pictures_are_nobodys_copies() -> None:

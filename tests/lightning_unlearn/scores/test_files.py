@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,9 @@ def test_table_with_errors_reads_them_back_and_one_without_has_none(run: Path) -
     np.testing.assert_array_equal(table.errors, np.float32([[0.05, 0.1], [0.2, 0.1], [0.1, 0.1], [0.5, 0.1]]))
     # For q1: a in [0.25, 0.35], b in [0.7, 1.1], c in [-0.3, -0.1], d in [-0.2, 0.8].
     assert table.rank_ranges("q1").tolist() == [[1, 2], [0, 1], [2, 3], [0, 3]]
+    # After a race that finished a and c alone, the best of them comes first.
+    raced = replace(table, finished=np.array([True, False, True, False]), run={**table.run, "race": {"top": 1}})
+    assert raced.rank_ranges("q1").tolist() == [[0, 0], [1, 2], [2, 3], [1, 3]]
     frame = pandas.read_parquet(run / SCORES)
     assert list(frame.columns)[3:] == ["score:q1", "score:q 2/ü", "error:q1", "error:q 2/ü"]
 
