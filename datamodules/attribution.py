@@ -233,6 +233,8 @@ class AttributionDataModule(LightningDataModule):
             A loader of :class:`~lightning_unlearn.data.samples.SampleBatch`.
         """
         shards = self.shards_to_score()
+        if not shards:  # nor need there be a sample to know shapes by
+            return DataLoader([], batch_size=None)
         workers = min(self.num_workers, len(shards))
         return DataLoader(
             ScoringStream(shards, self.batch_size, self._like(), self.on_bad_sample == "skip", self.keys),

@@ -176,7 +176,9 @@ class IndexRun:
             query.key: {"captions": query.captions, **table.run["targets"].get(query.key, {}), "sure": sure.record()}
             for query, sure in zip(self.data.queries, answer.sure, strict=True)
         }
-        exactly = {} if self.method is None else {"method": self.method.settings(), "method_class": "Consensus"}
+        # Without a method the page would say of the index's scores that they are changes of losses.
+        by_index = {"method": {"method": "index", "exactly": UNLEARNED}, "method_class": "Index"}
+        exactly = by_index if self.method is None else {"method": self.method.settings(), "method_class": "Consensus"}
         return {
             "fingerprints": fingerprints,
             **exactly,

@@ -86,6 +86,12 @@ def test_unlearning_alone_scores_the_shortlist_and_a_second_run_leaves_it(
     run(*wanted, "--shortlist", "3", *QUIET)
     table, exact = read_scores(tmp_path / "run"), read_scores(tmp_path / "run" / "unlearning")
     assert exact.run["rule"] == "ratio"
+    assert table.run["method"] == {"method": "index", "exactly": "unlearning"}
+    page = " ".join((tmp_path / "run" / "report.html").read_text().split())
+    assert "None is a change of a loss." in page
+    assert "scored by the index only" in page
+    assert "The loss rose for" not in page
+    assert "on few draws only" not in page
     for column, query in enumerate(table.queries):
         order = np.argsort(-exact.scores[:, column])
         assert [key for key, _ in table.top(query, 3)] == [exact.keys[row] for row in order[:3]]
