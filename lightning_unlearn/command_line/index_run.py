@@ -94,6 +94,12 @@ class IndexRun:
                 f"leave {', '.join(given)} out, or leave --index out."
             )
 
+    @staticmethod
+    def _heeded(method: Consensus) -> dict[str, Any]:
+        """The settings of a consensus that an index's run heeds."""
+        unheeded = ("every", "influence", "influence_damping")
+        return {name: value for name, value in method.settings().items() if name not in unheeded}
+
     def run(self, settings: Mapping[str, Any]) -> None:
         """Score, and write the table.
 
@@ -124,6 +130,12 @@ class IndexRun:
         self.data.keys = None
 
     def _check_shards(self) -> None:
+        made_with = self.index.record["fingerprints"].get("on_bad_sample")
+        if made_with != self.data.on_bad_sample:
+            raise InputError(
+                f"The index in {self.index.folder} was made with on_bad_sample {made_with}, not "
+                f"{self.data.on_bad_sample}; set data.on_bad_sample to that, or make another index."
+            )
         ours = {shard_id(shard.url): shard.version for shard in self.data.shards}
         theirs = {name: about["version"] for name, about in self.index.record["shards"].items()}
         differing = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
@@ -143,13 +155,16 @@ class IndexRun:
             "fisher": self.module.fisher_fingerprint(),
             "shortlist": str(self.shortlist),
             "precision": self.module.computed_in(str(self.trainer.precision)),
-            "samples": self.data.on_bad_sample,
+            "on_bad_sample": self.data.on_bad_sample,
         }
 
     def _exact(self, answer: IndexAnswer, exact: ScoreTable) -> tuple[list[int], Tensor]:
         """Which samples have an exact score ``(F, Q)``, on the scale of the index's scores.
 
         Units are those of a query's own shortlist, so that its scores don't depend on who else is asked.
+
+        Returns:
+            The samples' rows in the index, and their scores.
         """
         rows_of = {key: row for row, key in enumerate(self.index.keys)}
         rows = [rows_of[key] for key in exact.keys]
@@ -207,7 +222,9 @@ class IndexRun:
         }
         # Without a method the page would say of the index's scores that they are changes of losses.
         by_index = {"method": {"method": "index", "exactly": UNLEARNED}, "method_class": "Index"}
-        exactly = by_index if self.method is None else {"method": self.method.settings(), "method_class": "Consensus"}
+        exactly = (
+            by_index if self.method is None else {"method": self._heeded(self.method), "method_class": "Consensus"}
+        )
         return {
             "fingerprints": fingerprints,
             **exactly,
@@ -225,7 +242,7 @@ class IndexRun:
 
 
 def _in_units_of(scores: Tensor, own: Sequence[Tensor]) -> Tensor:
-    """``(F, Q)`` scores less the mean of each query's own rows, by the scatter of these; 0 where those are all alike."""
+    """``(F, Q)`` scores less the mean of each query's own rows, by their scatter; 0 where those are alike."""
     found = torch.zeros(scores.shape, dtype=torch.float64)
     for column, mine in enumerate(own):
         values = scores[:, column].double()
