@@ -323,7 +323,6 @@ def test_a_bad_sample_is_not_decoded_for_the_report(folder: Path) -> None:
 
 def test_a_rank_without_a_shard_and_without_queries_has_nothing_to_score(tmp_path: Path) -> None:
     write_shards([toy_fields(0)], tmp_path)
-    data = AttributionDataModule(str(tmp_path))
-    data.trainer = SimpleNamespace(global_rank=1, world_size=2)  # type: ignore[assignment]
+    data = on_rank(AttributionDataModule(str(tmp_path)), 1, 2)
     data.setup("predict")
     assert list(data.predict_dataloader()) == []
