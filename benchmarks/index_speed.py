@@ -100,7 +100,7 @@ def sample_model(folder: Path, samples: int) -> dict[str, Any]:
     projection = Projection.within(layer_specs(module.layers), NUMBERS, SIDE)
     subject = Subject(module.loss, module.layers, module.views, queries, list, projection=projection)
     like = {output: found.wide() for output, found in query_gradients_of(subject, OUTPUTS).items()}
-    write(folder, samples, like, index_fingerprints(module, projection), projection.settings())
+    write(folder, samples, like, index_fingerprints(module, projection, "error"), projection.settings())
     started = time.perf_counter()
     index = Index.open(folder)
     opened = time.perf_counter() - started

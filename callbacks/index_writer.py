@@ -75,7 +75,7 @@ class IndexWriter(Callback):
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         if datamodule.keys is not None:
             raise InputError("An index is of all samples of its shards; leave keys out of the data.")
-        fingerprints = index_fingerprints(pl_module.module, pl_module.projection)
+        fingerprints = index_fingerprints(pl_module.module, pl_module.projection, datamodule.on_bad_sample)
         self._sizes = dict.fromkeys(OUTPUTS, pl_module.projection.numbers)
         self._index = index_digest(fingerprints)
         record = read_index(self.folder)
@@ -107,16 +107,16 @@ class IndexWriter(Callback):
         trainer.strategy.barrier("index")
 
     def _record(self, trainer: Trainer, pl_module: IndexPass) -> None:
-        module, shards = pl_module.module, trainer.datamodule.shards  # type: ignore[attr-defined]
+        module, data = pl_module.module, trainer.datamodule  # type: ignore[attr-defined]
         content = {
-            "fingerprints": index_fingerprints(module, pl_module.projection),
+            "fingerprints": index_fingerprints(module, pl_module.projection, data.on_bad_sample),
             "projection": pl_module.projection.settings(),
             "sizes": self._sizes,
             "network": module.origin,
             "objective": module.objective.settings(),
             "parameters": module.parameters_selection,
             "views": module.views.settings(),
-            "shards": recorded_shards(shards),
+            "shards": recorded_shards(data.shards),
         }
         try:
             write_index(self.folder, content)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_unlearn.data.addresses import is_address
 from lightning_unlearn.data.batches import check_shapes
@@ -233,6 +233,8 @@ class AttributionDataModule(LightningDataModule):
             A loader of :class:`~lightning_unlearn.data.samples.SampleBatch`.
         """
         shards = self.shards_to_score()
+        if not shards:  # nor need there be a sample to know shapes by
+            return DataLoader(_Nothing(), batch_size=None)
         workers = min(self.num_workers, len(shards))
         return DataLoader(
             ScoringStream(shards, self.batch_size, self._like(), self.on_bad_sample == "skip", self.keys),
@@ -240,6 +242,13 @@ class AttributionDataModule(LightningDataModule):
             num_workers=workers,
             multiprocessing_context=self.multiprocessing_context if workers else None,
         )
+
+
+class _Nothing(IterableDataset[SampleBatch]):
+    """No batch. Of no known length, since Lightning leaves out the hooks where it knows that there is nothing."""
+
+    def __iter__(self) -> Iterator[SampleBatch]:
+        return iter(())
 
 
 class DrawLoader:

@@ -89,7 +89,9 @@ def attribute(arguments: list[str]) -> None:
         check_top(cli.config.top)
         output, method = Path(cli.config.output), cli.config_init["method"]
         if method == AUTO:
-            method = automatic_method(module, data, trainer, _options_of_unlearning(cli))
+            method = automatic_method(
+                module, data, trainer, _options_of_unlearning(cli), by_index=cli.config.index is not None
+            )
         elif isinstance(method, Baseline):
             _refuse_options_of_unlearning(cli, method)
         say_of_weights(module)

@@ -21,7 +21,11 @@ MOST_MEMORY = 2**34
 
 
 def automatic_method(
-    module: UnlearningModule, data: AttributionDataModule, trainer: Trainer, given: Sequence[str]
+    module: UnlearningModule,
+    data: AttributionDataModule,
+    trainer: Trainer,
+    given: Sequence[str],
+    by_index: bool = False,
 ) -> Baseline | None:
     """The method for a job, and a sentence where it is not the usual one.
 
@@ -30,6 +34,7 @@ def automatic_method(
         data: Names the queries and the shards; they are looked at.
         trainer: Says how many processes there are, and in which precision they work.
         given: Options that a person gave and unlearning alone has.
+        by_index: Whether an index keeps the gradients of all samples, so that no memory is needed for them.
 
     Returns:
         :class:`~lightning_unlearn.baselines.Consensus`; ``None`` for unlearning alone.
@@ -37,7 +42,7 @@ def automatic_method(
     if data.query_patterns is None:
         return None  # which says that there is nothing to unlearn
     method = Consensus()
-    why = _asked_for(module, data, trainer, given) or _in_the_way(method, module, data)
+    why = _asked_for(module, data, trainer, given) or _in_the_way(method, module, data, by_index)
     if why:
         say(f"The images are scored by unlearning alone, without D-TRAK and DAS beside it, since {why}.")
         return None
@@ -64,7 +69,7 @@ def _asked_for(module: UnlearningModule, data: AttributionDataModule, trainer: T
     return ""
 
 
-def _in_the_way(method: Baseline, module: UnlearningModule, data: AttributionDataModule) -> str:
+def _in_the_way(method: Baseline, module: UnlearningModule, data: AttributionDataModule, by_index: bool) -> str:
     """What of the queries and the samples stands in the way of the other methods."""
     data.setup("predict")
     masked = [query.key for query in data.queries if query.mask is not None]
@@ -73,7 +78,14 @@ def _in_the_way(method: Baseline, module: UnlearningModule, data: AttributionDat
     lacking = [query.key for query in data.queries if query.latent_flip is None]
     if module.views.flips and lacking:
         return f"the query {lacking[0]!r} has no latent_flip.npy, and the others look at its flip, too"
+    if by_index:
+        return ""
     counts = [shard.samples for shard in data.shards]
+    if None in counts:
+        say(
+            f"How many images {counts.count(None)} of {len(counts)} shards hold is not known (no manifest says it), so "
+            "that whether there is memory enough for all is judged by the others alone."
+        )
     samples = sum(count for count in counts if count is not None)
     weights = sum(weight.numel() for weight in layer_parameters(module.layers).values())
     needed = kernel_bytes(samples, weights, method.gradient_kinds)

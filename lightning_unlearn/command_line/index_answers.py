@@ -31,7 +31,8 @@ class IndexAnswerer:
         self.module = module
         self.index = index
         self.projection = Projection(layer_specs(module.layers), **index.record["projection"])
-        others = differing(index.record, index_fingerprints(module, self.projection))
+        left_out = index.record["fingerprints"].get("on_bad_sample", "")  # nothing that a query depends on
+        others = differing(index.record, index_fingerprints(module, self.projection, left_out))
         if others:
             raise InputError(
                 f"The index in {index.folder} was made with other {', '.join(others)} than this model's; make one with "

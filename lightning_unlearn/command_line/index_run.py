@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_unlearn.baselines import Consensus
-from lightning_unlearn.baselines.consensus import UNLEARNED, combined
+from lightning_unlearn.baselines.consensus import UNLEARNED
 from lightning_unlearn.baselines.method_record import queries_digest
 from lightning_unlearn.command_line.command_parts import make_folder, many, say
 from lightning_unlearn.command_line.index_answers import IndexAnswerer
@@ -21,7 +21,6 @@ from lightning_unlearn.datamodules import AttributionDataModule
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import settings_digest
 from lightning_unlearn.index import Index, IndexAnswer
-from lightning_unlearn.scores.agreement import standardised
 from lightning_unlearn.scores.files import read_scores, run_digest, shard_path, write_shard_scores
 from lightning_unlearn.scores.race_folder import outcome
 from lightning_unlearn.scores.rules import Reduced
@@ -72,11 +71,34 @@ class IndexRun:
                 "With an index a consensus is asked of the shortlist, for what the index has not: unlearning; give it "
                 "a weight above 0."
             )
+        if method is not None:
+            self._check_settings(method)
         self.index = Index.open(index)
         self.answerer = IndexAnswerer(module, self.index)
         self.method, self.module, self.data, self.trainer = method, module, data, trainer
         self.output, self.unlearn = output, unlearn
         self.shortlist = min(shortlist, len(self.index))
+
+    @staticmethod
+    def _check_settings(method: Consensus) -> None:
+        """Refuse what a consensus with an index would not heed: its scores would be recorded as of other settings."""
+        usual = Consensus()
+        given = [
+            f"--method.{name}"
+            for name in ("das_ridge", "d_trak_ridge", "every", "influence", "das", "d_trak")
+            if getattr(method, name) != getattr(usual, name)
+        ]
+        if given:
+            raise InputError(
+                f"With an index a consensus has the index's own ridges, weights and views, and no influence function; "
+                f"leave {', '.join(given)} out, or leave --index out."
+            )
+
+    @staticmethod
+    def _heeded(method: Consensus) -> dict[str, Any]:
+        """The settings of a consensus that an index's run heeds."""
+        unheeded = ("every", "influence", "influence_damping")
+        return {name: value for name, value in method.settings().items() if name not in unheeded}
 
     def run(self, settings: Mapping[str, Any]) -> None:
         """Score, and write the table.
@@ -108,6 +130,12 @@ class IndexRun:
         self.data.keys = None
 
     def _check_shards(self) -> None:
+        made_with = self.index.record["fingerprints"].get("on_bad_sample")
+        if made_with != self.data.on_bad_sample:
+            raise InputError(
+                f"The index in {self.index.folder} was made with on_bad_sample {made_with}, not "
+                f"{self.data.on_bad_sample}; set data.on_bad_sample to that, or make another index."
+            )
         ours = {shard_id(shard.url): shard.version for shard in self.data.shards}
         theirs = {name: about["version"] for name, about in self.index.record["shards"].items()}
         differing = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
@@ -126,21 +154,37 @@ class IndexRun:
             "unlearning": self.module.unlearning_fingerprint(self.data),
             "fisher": self.module.fisher_fingerprint(),
             "shortlist": str(self.shortlist),
+            "precision": self.module.computed_in(str(self.trainer.precision)),
+            "on_bad_sample": self.data.on_bad_sample,
         }
 
     def _exact(self, answer: IndexAnswer, exact: ScoreTable) -> tuple[list[int], Tensor]:
-        """Which samples have an exact score ``(F, Q)``, on the scale of the index's scores."""
+        """Which samples have an exact score ``(F, Q)``, on the scale of the index's scores.
+
+        Units are those of a query's own shortlist, so that its scores don't depend on who else is asked.
+
+        Returns:
+            The samples' rows in the index, and their scores.
+        """
         rows_of = {key: row for row, key in enumerate(self.index.keys)}
         rows = [rows_of[key] for key in exact.keys]
         columns = [exact.queries.index(query.key) for query in self.data.queries]
         scores = torch.from_numpy(exact.scores[:, columns]).double()
-        if self.method is not None:
+        firsts = answer.scores.topk(self.shortlist, 0).indices
+        own = [torch.isin(torch.tensor(rows), first) for first in firsts.unbind(1)]  # bad samples may be missing
+        if self.method is None:
+            together = _in_units_of(scores, own)
+        else:
             weights = {name: getattr(self.method, name) for name in (*answer.parts, UNLEARNED)}
             said = {name: part[rows] for name, part in answer.parts.items()} | {UNLEARNED: scores}
-            scores = combined({name: said[name] for name in said if weights[name]}, weights)
-        by_index = answer.scores[rows].double()
-        scale = (by_index - by_index.mean(0)).square().mean(0).sqrt()
-        return rows, by_index.mean(0) + scale * standardised(scores)
+            asked = [weights[name] * _in_units_of(said[name], own) for name in said if weights[name]]
+            together = _in_units_of(torch.stack(asked).sum(0), own)
+        by_index, placed = answer.scores[rows].double(), together.clone()
+        for column, mine in enumerate(own):
+            if mine.any():
+                known = by_index[mine, column]
+                placed[:, column] = known.mean() + known.std(correction=0) * together[:, column]
+        return rows, placed
 
     def _write(
         self, answer: IndexAnswer, table: ScoreTable, fingerprints: dict[str, str], earlier: Any, started: float
@@ -176,7 +220,11 @@ class IndexRun:
             query.key: {"captions": query.captions, **table.run["targets"].get(query.key, {}), "sure": sure.record()}
             for query, sure in zip(self.data.queries, answer.sure, strict=True)
         }
-        exactly = {} if self.method is None else {"method": self.method.settings(), "method_class": "Consensus"}
+        # Without a method the page would say of the index's scores that they are changes of losses.
+        by_index = {"method": {"method": "index", "exactly": UNLEARNED}, "method_class": "Index"}
+        exactly = (
+            by_index if self.method is None else {"method": self._heeded(self.method), "method_class": "Consensus"}
+        )
         return {
             "fingerprints": fingerprints,
             **exactly,
@@ -191,3 +239,15 @@ class IndexRun:
             "targets": targets,
             "world_size": self.trainer.world_size,
         }
+
+
+def _in_units_of(scores: Tensor, own: Sequence[Tensor]) -> Tensor:
+    """``(F, Q)`` scores less the mean of each query's own rows, by their scatter; 0 where those are alike."""
+    found = torch.zeros(scores.shape, dtype=torch.float64)
+    for column, mine in enumerate(own):
+        values = scores[:, column].double()
+        values = values / values.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
+        known = values[mine]
+        if len(known) and (scatter := float(known.std(correction=0))) > 8 * torch.finfo(torch.float64).eps:
+            found[:, column] = (values - known.mean()) / scatter
+    return found

@@ -206,6 +206,7 @@ class SampleBatch:
             places=[self.places[row] for row in rows] if self.places else [],
             caption_weights=None if self.caption_weights is None else [self.caption_weights[row] for row in rows],
             masks=None if self.masks is None else self.masks[rows],
+            metadata=[self.metadata[row] for row in rows] if self.metadata else [],
         )
 
     def to(self, device: torch.device) -> SampleBatch:

@@ -20,12 +20,13 @@ INDEX_FILE = "index.json"
 FAILED = "failed"
 
 
-def index_fingerprints(module: UnlearningModule, projection: Projection) -> dict[str, str]:
+def index_fingerprints(module: UnlearningModule, projection: Projection, on_bad_sample: str) -> dict[str, str]:
     """What the numbers of an index depend on, besides each sample.
 
     Args:
         module: The model, its objective, the chosen weights and the views.
         projection: Of their gradients.
+        on_bad_sample: Whether a sample that can't be used fails its shard or is left out.
 
     Returns:
         Digests by name.
@@ -37,6 +38,7 @@ def index_fingerprints(module: UnlearningModule, projection: Projection) -> dict
         "parameters": settings_digest({"layers": layers}),
         "views": settings_digest(module.views.settings()),
         "projection": settings_digest(projection.settings()),
+        "on_bad_sample": on_bad_sample,
     }
 
 

@@ -161,6 +161,7 @@ def _common(
         # As a person named it; earlier runs only say what tables call it.
         "together": named_methods(table.parts),
         "method": run.get("method_class", run.get("method", {}).get("method")),
+        "by_index": "index" in run.get("race", {}),
         "race": outcome(run["race"], one) if "race" in run else None,
         "run": run,
         "version": run.get("versions", {}).get("lightning-unlearn"),

@@ -319,3 +319,10 @@ def test_a_bad_sample_is_not_decoded_for_the_report(folder: Path) -> None:
     assert [sample.key for sample in read_samples(shard, keys=frozenset(["sample-00000"]))] == ["sample-00000"]
     with pytest.raises(InputError):
         list(read_samples(shard))
+
+
+def test_a_rank_without_a_shard_and_without_queries_has_nothing_to_score(tmp_path: Path) -> None:
+    write_shards([toy_fields(0)], tmp_path)
+    data = on_rank(AttributionDataModule(str(tmp_path)), 1, 2)
+    data.setup("predict")
+    assert list(data.predict_dataloader()) == []

@@ -146,6 +146,20 @@ def test_what_does_not_fit_in_memory_is_done_by_unlearning(
     assert len(read_scores(tmp_path / "run").keys) == SAMPLES
 
 
+def test_an_index_needs_no_memory_for_all_and_unknown_counts_are_told_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lightning_unlearn.command_line.automatic_method.MOST_MEMORY", 1000)
+    module = UnlearningModule(tiny_unet(), DenoisingObjective(), "identity")
+    data = AttributionDataModule("shards", "queries")
+    monkeypatch.setattr(data, "setup", lambda stage: None)
+    data.shards = [SimpleNamespace(samples=None), SimpleNamespace(samples=50)]  # type: ignore[list-item]
+    trainer: Any = SimpleNamespace(world_size=1, precision="32-true")
+    assert automatic_method(module, data, trainer, [], by_index=True) is not None
+    assert automatic_method(module, data, trainer, []) is None
+    assert "How many images 1 of 2 shards hold is not known" in capsys.readouterr().out
+
+
 def test_gradients_that_do_not_fit_are_sketched(
     content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,11 +13,11 @@ from command_toys import SAMPLES, run, toy_config, toy_folder, write_config
 from lightning_unlearn import Index
 from lightning_unlearn.baselines.consensus import combined
 from lightning_unlearn.command_line.cli import main
-from lightning_unlearn.scores.agreement import standardised
 from lightning_unlearn.scores.files import read_scores
 
 QUIET = ["--trainer.enable_progress_bar", "false"]
 TOP = 4
+ONE_QUERY = ["--data.init_args.query_keys", "[query-00000]"]
 
 
 @pytest.fixture(scope="module")
@@ -60,20 +60,31 @@ def test_the_shortlist_is_scored_exactly_and_comes_first(config: str, index: Pat
     by_index = combined(parts, {"das": 1.0, "d_trak": 1.0})
     rows = [table.keys.index(key) for key in exact.keys]
     said = {name: values[rows] for name, values in parts.items()} | {"unlearning": torch.from_numpy(exact.scores)}
-    expected = standardised(combined(said, dict.fromkeys(said, 1.0)))
     for column, query in enumerate(table.queries):
         first = {table.keys[row] for row in by_index[:, column].topk(TOP).indices.tolist()}
         assert first <= finished
         best = [key for key, _ in table.top(query, TOP)]
-        order = sorted(exact.keys, key=lambda key: -float(expected[exact.keys.index(key), column]))
+        # In units of the query's own shortlist.
+        mine = [row for row, key in enumerate(exact.keys) if key in first]
+        columns = [values[:, column].double() for values in said.values()]
+        expected = torch.stack([(one - one[mine].mean()) / one[mine].std(correction=0) for one in columns]).mean(0)
+        order = sorted(exact.keys, key=lambda key: -float(expected[exact.keys.index(key)]))
         assert best == order[:TOP]
         # On the scale of the index, which the others keep.
         own = torch.from_numpy(table.scores[rows, column]).double()
-        torch.testing.assert_close(own.mean(), by_index[rows, column].mean(), rtol=0, atol=1e-5)
+        torch.testing.assert_close(own[mine].mean(), by_index[rows, column][mine].mean(), rtol=0, atol=1e-5)
         others = [row for row in range(SAMPLES) if row not in rows]
         np.testing.assert_allclose(table.scores[others, column], by_index[others, column], rtol=0, atol=1e-4)
     written = json.loads((folder / "run.json").read_text())
     assert written["race"] == {"index": str(index), "top": TOP, "samples": SAMPLES, "finished": len(rows)}
+    # A query asked alone has the same scores.
+    run("attribute", "--config", config, "--output", tmp_path / "alone", *wanted, *QUIET, *ONE_QUERY)
+    alone = read_scores(tmp_path / "alone")
+    (query,) = alone.queries
+    by_others = dict(table.top(query, TOP))
+    assert [key for key, _ in alone.top(query, TOP)] == list(by_others)
+    for key, score in alone.top(query, TOP):
+        assert score == pytest.approx(by_others[key], abs=1e-3)
     assert all(target["sure"]["words"] for target in written["targets"].values())
     assert "what is kept of all 24 images says which 4 of each query" in (folder / "report.html").read_text()
 
@@ -86,6 +97,12 @@ def test_unlearning_alone_scores_the_shortlist_and_a_second_run_leaves_it(
     run(*wanted, "--shortlist", "3", *QUIET)
     table, exact = read_scores(tmp_path / "run"), read_scores(tmp_path / "run" / "unlearning")
     assert exact.run["rule"] == "ratio"
+    assert table.run["method"] == {"method": "index", "exactly": "unlearning"}
+    page = " ".join((tmp_path / "run" / "report.html").read_text().split())
+    assert "None is a change of a loss." in page
+    assert "scored by the index only" in page
+    assert "The loss rose for" not in page
+    assert "on few draws only" not in page
     for column, query in enumerate(table.queries):
         order = np.argsort(-exact.scores[:, column])
         assert [key for key, _ in table.top(query, 3)] == [exact.keys[row] for row in order[:3]]
@@ -93,6 +110,8 @@ def test_unlearning_alone_scores_the_shortlist_and_a_second_run_leaves_it(
     assert "All shards are scored already" in capsys.readouterr().out
     assert main([*wanted, "--shortlist", "2", *QUIET])
     assert "another run (other shortlist)" in capsys.readouterr().err
+    assert main([*wanted, "--shortlist", "3", "--trainer.precision", "bf16-mixed", *QUIET])
+    assert "another run (other precision)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -103,6 +122,10 @@ def test_unlearning_alone_scores_the_shortlist_and_a_second_run_leaves_it(
         (["--keep_deviations", "true"], "leave race and keep_deviations out"),
         (["--method", "Consensus", "--method.unlearning", "0"], "give it a weight above 0"),
         (["--model.init_args.views.timesteps", "3"], "made with other views than this model's"),
+        (["--method", "Consensus", "--method.das_ridge", "0.1"], "leave --method.das_ridge out"),
+        (["--method", "Consensus", "--method.influence", "1"], "leave --method.influence out"),
+        (["--method", "Consensus", "--method.every", "1"], "leave --method.every out"),
+        (["--data.init_args.on_bad_sample", "skip"], "was made with on_bad_sample error, not skip"),
         (["--data.init_args.keys", "[sample-00001]"], "leave keys out of the data"),
     ],
 )

@@ -225,3 +225,10 @@ def test_batch_goes_to_a_device_with_all_its_tensors_but_the_counts() -> None:
     # Captions are drawn on the CPU.
     assert moved.caption_counts.device.type == "cpu"
     assert SampleBatch("shard", error="gone").to(torch.device("cpu")).error == "gone"
+
+
+def test_some_of_a_batch_keep_their_own_json() -> None:
+    batch = SampleBatch(
+        "shard", ["a", "b"], torch.zeros(2, 1), {}, torch.ones(2, dtype=torch.int64), metadata=[{"n": 0}, {"n": 1}]
+    )
+    assert batch.only({"b"}).metadata == [{"n": 1}]
