@@ -101,6 +101,7 @@ class Unlearning(FrozenModule):
             InputError: If the Trainer can't be used, what the strategy needs is missing, or the objective does not know
                 masks.
         """
+        self._gives_back()
         check_precision(self.trainer)
         if stage != "fit":
             return

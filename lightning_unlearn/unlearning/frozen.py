@@ -24,7 +24,7 @@ class _GivesBack(Callback):
     """Tears the module down where a run fails."""
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """See :meth:`FrozenModule.configure_callbacks`."""
+        """Give back what it had set."""
         pl_module.teardown(str(trainer.state.stage))
 
 
@@ -167,13 +167,11 @@ class FrozenModule(LightningModule):
         self.loss.release()
         self.network._compiled_call_impl = None
 
-    def configure_callbacks(self) -> list[Callback]:
-        """What gives everything back where a fit or predict fails: Lightning calls ``teardown`` only where none does.
-
-        Returns:
-            The callback.
-        """
-        return [_GivesBack()]
+    def _gives_back(self) -> None:
+        """See to it that a failing run is torn down, too: Lightning calls ``teardown`` only where none fails."""
+        theirs: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(callback, _GivesBack) for callback in theirs):
+            theirs.append(_GivesBack())
 
     def weights_fingerprint(self) -> str:
         """Digest of the network: its weights, and settings that leave no trace in them, such as the number of heads.
