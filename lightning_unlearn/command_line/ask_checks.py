@@ -117,7 +117,9 @@ def inputs_of(request: Request, config: Mapping[str, Any], known: Mapping[str, A
         shards = with_facts(list_shards(list(request.shards)))
         found["shards"] = settings_digest({"shards": sorted([shard.url, shard.version] for shard in shards)})
         samples = sum(shard.samples or 0 for shard in shards)
-    return {**found, "passes": request.passes or passes_for(samples)}
+    before = known.get("passes")
+    kept = before if isinstance(before, int) and before else passes_for(samples)
+    return {**found, "passes": request.passes or kept}
 
 
 def _pipeline_files(folder: Path) -> list[str]:

@@ -48,7 +48,7 @@ OF_QUESTION: Options = (
 )
 OF_ANSWER: Options = (
     ("method", str | None, None, "How pictures are scored; by default what is best for this kind of model."),
-    ("passes", int | None, None, "Of the Fisher over the pictures; by default 5 to 20, more for few pictures."),
+    ("passes", int | None, None, "Of the Fisher over the pictures, 2 at least; by default 5 to 20, more for few."),
     ("top", int, 12, "How many pictures the report shows for each query."),
     ("prepare", dict | None, None, "Other options of `prepare`: --prepare.bucket_longest 2048."),
     ("settings", str | None, None, "YAML with what the config should say in another way, e.g. the objective."),
