@@ -30,7 +30,7 @@ from torch import Tensor
 from lightning_unlearn import Index, UnlearningModule
 from lightning_unlearn.baselines.base import Subject
 from lightning_unlearn.baselines.gradients import query_gradients_of
-from lightning_unlearn.baselines.per_sample import Gradients
+from lightning_unlearn.baselines.sample_gradients import Gradients
 from lightning_unlearn.command_line.index_answers import IndexAnswerer
 from lightning_unlearn.command_line.index_command import NUMBERS, SIDE
 from lightning_unlearn.command_line.trainer_cli import TrainerCLI

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from lightning_unlearn.baselines.base import Subject
-from lightning_unlearn.baselines.per_sample import Gradients, Output, join, mean_gradients_of
+from lightning_unlearn.baselines.per_sample import Output, mean_gradients_of
+from lightning_unlearn.baselines.sample_gradients import Gradients, join
 from lightning_unlearn.data.batches import collate_samples, form_of
 from lightning_unlearn.data.samples import Sample, SampleBatch
 from lightning_unlearn.draws.views import Views

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lightning_unlearn.baselines.base import Subject
 from lightning_unlearn.baselines.gradients import QUERIES_AT_ONCE
-from lightning_unlearn.baselines.per_sample import Gradients, join, mean_gradients
+from lightning_unlearn.baselines.per_sample import mean_gradients
+from lightning_unlearn.baselines.sample_gradients import Gradients, join
 from lightning_unlearn.baselines.trak import TRAK
 from lightning_unlearn.data.batches import form_of
 from lightning_unlearn.data.conditions import first_captions

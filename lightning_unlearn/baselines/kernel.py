@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lightning_unlearn.baselines.base import Baseline, Subject
 from lightning_unlearn.baselines.gradients import query_gradients, training_gradients
-from lightning_unlearn.baselines.per_sample import Gradients, Output
+from lightning_unlearn.baselines.per_sample import Output
+from lightning_unlearn.baselines.sample_gradients import Gradients
 from lightning_unlearn.errors import InputError
 
 Projector = Callable[[Gradients], Gradients]

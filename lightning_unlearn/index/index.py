@@ -16,8 +16,8 @@ from torch import Tensor
 from lightning_unlearn.baselines.consensus import Consensus, combined
 from lightning_unlearn.baselines.d_trak import DTRAK
 from lightning_unlearn.baselines.das import DAS
-from lightning_unlearn.baselines.per_sample import Gradients, Output
-from lightning_unlearn.data.files import read_json
+from lightning_unlearn.baselines.per_sample import Output
+from lightning_unlearn.baselines.sample_gradients import Gradients
 from lightning_unlearn.data.shards import ShardInfo
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.index.grouping import ScoredGroup, scored_groups
@@ -26,6 +26,7 @@ from lightning_unlearn.index.kernel_file import kept_kernels
 from lightning_unlearn.index.record import FAILED, INDEX_FILE, index_digest, read_index
 from lightning_unlearn.index.shard_file import FACTS, ShardFile
 from lightning_unlearn.scores.agreement import Agreement, agreements
+from lightning_unlearn.scores.files import why_failed
 
 # The methods that an index asks, with the output function that each needs, and the ridges that Consensus gives them.
 METHODS: dict[str, Output] = {DAS.name: DAS.output, DTRAK.name: DTRAK.output}
@@ -108,7 +109,7 @@ class Index:
         if missing:
             raise InputError(
                 f"{len(missing)} of {len(record['shards'])} shards are not in the index {folder} yet, e.g. "
-                f"{record['shards'][missing[0]]['url']}{_why(folder / FAILED / f'{missing[0]}.json')}; run "
+                f"{record['shards'][missing[0]]['url']}{why_failed(folder / FAILED / f'{missing[0]}.json')}; run "
                 "`lightning-unlearn index` again."
             )
         index = cls(folder, record, files)
@@ -238,13 +239,3 @@ class Index:
             A row for each value, highest mean of the first query first.
         """
         return scored_groups(self.field(field), scores)
-
-
-def _why(note: Path) -> str:
-    """What a failed shard's note says, in brackets."""
-    if not note.is_file():
-        return ""
-    try:
-        return f" ({read_json(note, 'is no note', 'run the same command again')['error']})"
-    except (InputError, KeyError):
-        return " (its note can't be read)"

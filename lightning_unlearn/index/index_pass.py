@@ -13,7 +13,8 @@ from lightning_unlearn.baselines.base import Subject
 from lightning_unlearn.baselines.d_trak import DTRAK
 from lightning_unlearn.baselines.das import DAS
 from lightning_unlearn.baselines.gradients import batch_gradients_of
-from lightning_unlearn.baselines.per_sample import Gradients, Output
+from lightning_unlearn.baselines.per_sample import Output
+from lightning_unlearn.baselines.sample_gradients import Gradients
 from lightning_unlearn.data.samples import SampleBatch
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.unlearning.module import UnlearningModule

@@ -192,7 +192,8 @@ def _read(folder: Path, partial: bool, wanted: Callable[[str], bool]) -> tuple[d
         example = next((shard for shard in missing if (folder / FAILED / f"{shard}.json").is_file()), missing[0])
         raise InputError(
             f"{len(missing)} of {len(run['shards'])} shards are not scored yet, e.g. "
-            f"{run['shards'][example]['url']}{_why(folder / FAILED / f'{example}.json')}; run the same command again."
+            f"{run['shards'][example]['url']}{why_failed(folder / FAILED / f'{example}.json')}; run the same "
+            "command again."
         )
     digest, sealed = run_digest(run["fingerprints"]), "format" in run
     tables = [
@@ -226,8 +227,15 @@ def _read(folder: Path, partial: bool, wanted: Callable[[str], bool]) -> tuple[d
     return run, joined, order
 
 
-def _why(note: Path) -> str:
-    """What a failed shard's note says, in brackets."""
+def why_failed(note: Path) -> str:
+    """What a failed shard's note says.
+
+    Args:
+        note: Its file.
+
+    Returns:
+        The reason in brackets; nothing where there is no note.
+    """
     if not note.is_file():
         return ""
     try:

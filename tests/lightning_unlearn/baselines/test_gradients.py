@@ -15,7 +15,8 @@ from toys import ToyDenoiser, ToyObjective, tiny_unet
 
 from lightning_unlearn.baselines import TRAK, Baseline, GradientSimilarity, Influence, Subject
 from lightning_unlearn.baselines.gradients import batch_gradients, query_gradients, training_gradients
-from lightning_unlearn.baselines.per_sample import Gradients, Output, join
+from lightning_unlearn.baselines.per_sample import Output
+from lightning_unlearn.baselines.sample_gradients import Gradients, join
 from lightning_unlearn.data.batches import collate_samples
 from lightning_unlearn.data.samples import Sample, SampleBatch
 from lightning_unlearn.draws.views import Views

@@ -10,7 +10,7 @@ from baseline_toys import samples, subject
 
 from lightning_unlearn.baselines import DAS, DTRAK
 from lightning_unlearn.baselines.gradients import query_gradients, training_gradients
-from lightning_unlearn.baselines.per_sample import join
+from lightning_unlearn.baselines.sample_gradients import join
 from lightning_unlearn.baselines.sketch import (
     GRADIENT_BYTES,
     KERNEL_SIDE,

@@ -21,7 +21,7 @@ from lightning_unlearn import Index, InputError
 from lightning_unlearn.baselines import Subject
 from lightning_unlearn.baselines.consensus import combined
 from lightning_unlearn.baselines.gradients import query_gradients_of, training_gradients
-from lightning_unlearn.baselines.per_sample import join
+from lightning_unlearn.baselines.sample_gradients import join
 from lightning_unlearn.command_line.index_answers import IndexAnswerer
 from lightning_unlearn.data.files import json_with_digest
 from lightning_unlearn.data.shards import npy_bytes, write_shards

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lightning_unlearn.baselines import DAS, DTRAK, Subject
 from lightning_unlearn.baselines.gradients import query_gradients_of, training_gradients
-from lightning_unlearn.baselines.per_sample import Output, join
+from lightning_unlearn.baselines.per_sample import Output
+from lightning_unlearn.baselines.sample_gradients import join
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.index.kernel import IndexKernel, Vectors
 from lightning_unlearn.index.rows import halved, widened
