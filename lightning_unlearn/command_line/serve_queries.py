@@ -17,13 +17,8 @@ from lightning_unlearn.data.samples import Sample
 from lightning_unlearn.datamodules.sources import read_manifest
 from lightning_unlearn.diffusion.sampling import has_sampler
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.preparation.asked import (
-    EncodedPrompts,
-    KnownPrompts,
-    NetworkQueries,
-    PipelineQueries,
-    Prompts,
-)
+from lightning_unlearn.preparation.asked import NetworkQueries, PipelineQueries
+from lightning_unlearn.preparation.asked_prompts import EncodedPrompts, KnownPrompts, Prompts
 from lightning_unlearn.preparation.choices import Choices
 from lightning_unlearn.preparation.encoders import folder_text
 from lightning_unlearn.preparation.encoding import Encoding

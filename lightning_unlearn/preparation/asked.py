@@ -6,22 +6,20 @@ They become samples as the training's pictures did: by the same encoders, cut an
 from __future__ import annotations
 
 import io
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_unlearn.data.conditions import Conditions
 from lightning_unlearn.data.samples import Sample, decode_sample
 from lightning_unlearn.diffusion.sampling import Samplable, generate, how_generated
 from lightning_unlearn.errors import InputError
+from lightning_unlearn.preparation.asked_prompts import Prompts, cut_notes
 from lightning_unlearn.preparation.encoding import Encoding
-from lightning_unlearn.preparation.inputs import Item, TextSource
 from lightning_unlearn.preparation.records import Record
 from lightning_unlearn.preparation.tally import Tally
 
@@ -32,9 +30,6 @@ if TYPE_CHECKING:
 MOST_PIXELS = 2**26
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 STEPS = 40
-NEAR = 6
-# Of a prompt that is a caption but for how it begins.
-_BEGINNING = re.compile(r"^((an? )?(emoji|photo|picture|image|drawing|painting) of|an?|the) (?=.)")
 
 
 @dataclass(frozen=True)
@@ -48,81 +43,6 @@ class Made:
 
     sample: Sample
     notes: Sequence[str] = ()
-
-
-class Prompts(Protocol):
-    """Gives what a network is conditioned on for a prompt."""
-
-    def conditions(self, prompt: str) -> tuple[Conditions, list[str]]:
-        """Name to ``(1, …)``, and sentences that the person should know."""
-        ...
-
-
-class EncodedPrompts:
-    """Prompts through a text encoder.
-
-    Args:
-        text: The encoder.
-    """
-
-    def __init__(self, text: TextSource) -> None:
-        self.text = text
-
-    def conditions(self, prompt: str) -> tuple[Conditions, list[str]]:
-        """See :class:`Prompts`."""
-        item = Item(0, Record("prompt", [prompt], {}, "the prompt"))
-        states, notes = _states(self.text, item)
-        return {name: torch.from_numpy(np.array(array, np.float32)) for name, array in states.items()}, notes
-
-
-class KnownPrompts:
-    """Prompts that say what a training caption says, of which the shards have the states: no encoder is needed.
-
-    Args:
-        captions: ``N`` lists of captions.
-        fetch: A row's sample.
-    """
-
-    def __init__(self, captions: Sequence[Sequence[str]], fetch: Callable[[int], Sample]) -> None:
-        self.fetch = fetch
-        self._places: dict[str, tuple[int, int, str]] = {}
-        for row, own in enumerate(captions):
-            for place, caption in enumerate(own):
-                self._places.setdefault(_plain(caption), (row, place, caption))
-
-    def conditions(self, prompt: str) -> tuple[Conditions, list[str]]:
-        """See :class:`Prompts`.
-
-        Args:
-            prompt: The prompt.
-
-        Returns:
-            The conditions of the caption.
-
-        Raises:
-            InputError: If no caption says the same.
-        """
-        plain = _plain(prompt)
-        known = next((words for words in (plain, _without_beginning(plain)) if words in self._places), None)
-        if known is None:
-            near = ", ".join(repr(caption) for caption in self._near(plain))
-            raise InputError(
-                f"This model's text encoder is not at hand, so that only captions of its training are understood, and "
-                f"{prompt[:60]!r} is none of them; try {near}, or look for one by Search."
-            )
-        row, place, caption = self._places[known]
-        sample = self.fetch(row)
-        notes = [] if caption == prompt else [f"It is read as the training caption {caption!r}."]
-        return {
-            name: array[place : place + 1] if len(array) > 1 else array for name, array in sample.conditions.items()
-        }, notes
-
-    def _near(self, plain: str) -> list[str]:
-        """Captions that share most words with a prompt, or else some."""
-        words = set(plain.split()[:64])
-        shared = [(len(words & set(known.split())), known) for known in self._places]
-        best = sorted((one for one in shared if one[0]), key=lambda one: (-one[0], len(one[1]), one[1]))[:NEAR]
-        return [self._places[known][2] for _, known in best or shared[:NEAR]]
 
 
 class PipelineQueries:
@@ -178,7 +98,7 @@ class PipelineQueries:
         self.encoding.text.cut = Tally()
         (latent,), flips, (states,) = self.encoding.arrays([item])
         fields = self.encoding.fields(item, latent, None if flips is None else flips[0], states)
-        return Made(decode_sample(fields), _cut(self.encoding.text))
+        return Made(decode_sample(fields), cut_notes(self.encoding.text))
 
 
 class NetworkQueries:
@@ -284,18 +204,6 @@ def for_queries(encoding: Encoding) -> Encoding:
     return replace(encoding, choices=replace(encoding.choices, masks="leave_out"))
 
 
-def _states(text: TextSource, item: Item) -> tuple[dict[str, Any], list[str]]:
-    """The states ``(1, …)`` of a prompt by name, and a sentence if only its beginning was read."""
-    text.cut = Tally()
-    (states,) = text.states([item])
-    return states, _cut(text)
-
-
-def _cut(text: TextSource) -> list[str]:
-    cut = "The prompt is longer than what the model's text encoder reads; only its beginning was read."
-    return [cut] if text.cut.lines() else []
-
-
 def check_picture(picture: bytes) -> None:
     """Refuse what is no picture, by one sentence.
 
@@ -322,13 +230,3 @@ def check_picture(picture: bytes) -> None:
             f"This picture has {width * height / 1e6:,.0f} million pixels, and no more than {MOST_PIXELS / 1e6:.0f} "
             "are taken; make it smaller."
         )
-
-
-def _plain(caption: str) -> str:
-    return " ".join(caption.casefold().split()).rstrip(".!")
-
-
-def _without_beginning(words: str) -> str:
-    while (rest := _BEGINNING.sub("", words)) != words:
-        words = rest
-    return words

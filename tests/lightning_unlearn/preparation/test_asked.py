@@ -17,13 +17,8 @@ from lightning_unlearn.datamodules.reading import read_samples
 from lightning_unlearn.diffusion.loading import load_network
 from lightning_unlearn.diffusion.objective import DenoisingObjective
 from lightning_unlearn.errors import InputError
-from lightning_unlearn.preparation.asked import (
-    MOST_PIXELS,
-    KnownPrompts,
-    NetworkQueries,
-    PipelineQueries,
-    check_picture,
-)
+from lightning_unlearn.preparation.asked import MOST_PIXELS, NetworkQueries, PipelineQueries, check_picture
+from lightning_unlearn.preparation.asked_prompts import KnownPrompts
 from lightning_unlearn.preparation.choices import Choices
 from lightning_unlearn.preparation.encoding import Encoding
 from lightning_unlearn.preparation.generating import PictureMaker
