@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from lightning_unlearn.data.addresses import is_address
 from lightning_unlearn.data.batches import check_shapes
@@ -17,7 +17,7 @@ from lightning_unlearn.data.shards import ShardInfo, shard_id
 from lightning_unlearn.data.targets import targets_of
 from lightning_unlearn.datamodules.reading import find_samples, list_keys, read_fields, read_keys, read_samples
 from lightning_unlearn.datamodules.real import RealSamples
-from lightning_unlearn.datamodules.scoring import ScoringStream
+from lightning_unlearn.datamodules.scoring import NoBatches, ScoringStream
 from lightning_unlearn.datamodules.sources import list_shards, with_facts
 from lightning_unlearn.draws.unlearning_draws import DrawBatch, RealStream, draw_batches, real_batches
 from lightning_unlearn.errors import InputError
@@ -234,7 +234,7 @@ class AttributionDataModule(LightningDataModule):
         """
         shards = self.shards_to_score()
         if not shards:  # nor need there be a sample to know shapes by
-            return DataLoader(_Nothing(), batch_size=None)
+            return DataLoader(NoBatches(), batch_size=None)
         workers = min(self.num_workers, len(shards))
         return DataLoader(
             ScoringStream(shards, self.batch_size, self._like(), self.on_bad_sample == "skip", self.keys),
@@ -242,13 +242,6 @@ class AttributionDataModule(LightningDataModule):
             num_workers=workers,
             multiprocessing_context=self.multiprocessing_context if workers else None,
         )
-
-
-class _Nothing(IterableDataset[SampleBatch]):
-    """No batch. Of no known length, since Lightning leaves out the hooks where it knows that there is nothing."""
-
-    def __iter__(self) -> Iterator[SampleBatch]:
-        return iter(())
 
 
 class DrawLoader:

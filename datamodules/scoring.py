@@ -81,3 +81,10 @@ class ScoringStream(IterableDataset[SampleBatch]):
 def _collate(shard: str, batch: list[tuple[int, Sample]], **markers: Any) -> SampleBatch:
     places, samples = [place for place, _ in batch], [sample for _, sample in batch]
     return collate_samples(shard, samples, places=places, **markers)
+
+
+class NoBatches(IterableDataset[SampleBatch]):
+    """No batch. Of no known length, since Lightning leaves out the hooks where it knows that there is nothing."""
+
+    def __iter__(self) -> Iterator[SampleBatch]:
+        return iter(())
