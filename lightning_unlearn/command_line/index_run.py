@@ -22,7 +22,7 @@ from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import settings_digest
 from lightning_unlearn.index import Index, IndexAnswer
 from lightning_unlearn.scores.files import read_scores, run_digest, shard_path, write_shard_scores
-from lightning_unlearn.scores.race_folder import outcome
+from lightning_unlearn.scores.finished_words import outcome
 from lightning_unlearn.scores.rules import Reduced
 from lightning_unlearn.scores.run_record import earlier_run, record_run, scored_shards, write_run
 from lightning_unlearn.scores.table import ScoreTable

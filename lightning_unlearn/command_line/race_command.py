@@ -17,7 +17,8 @@ from lightning_unlearn.draws.views import Views
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.fingerprints import settings_digest
 from lightning_unlearn.scores.files import read_run, read_scores
-from lightning_unlearn.scores.race_folder import FIRST, ROUNDS, RaceFolder, Turn, outcome, views_of
+from lightning_unlearn.scores.finished_words import outcome
+from lightning_unlearn.scores.race_folder import FIRST, ROUNDS, RaceFolder, Turn, views_of
 from lightning_unlearn.scores.racing import Race
 from lightning_unlearn.unlearning.module import UnlearningModule
 

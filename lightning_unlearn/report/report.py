@@ -21,7 +21,7 @@ from lightning_unlearn.report.pictures import InFiles, InPage, remove_pictures
 from lightning_unlearn.report.ranking import Ranking, depth, ends_of, fetched, looked_at
 from lightning_unlearn.report.records import assertion, query_record, report_record
 from lightning_unlearn.report.words import flatten, named_methods, without_folders
-from lightning_unlearn.scores.race_folder import outcome
+from lightning_unlearn.scores.finished_words import outcome
 from lightning_unlearn.scores.table import ScoreTable
 
 __all__ = ["MEMBERS", "shown_queries", "write_report"]

@@ -24,7 +24,8 @@ from lightning_unlearn.data.shards import write_shards
 from lightning_unlearn.draws.views import Views
 from lightning_unlearn.errors import InputError
 from lightning_unlearn.scores.files import read_scores
-from lightning_unlearn.scores.race_folder import FIRST, RaceFolder, outcome
+from lightning_unlearn.scores.finished_words import outcome
+from lightning_unlearn.scores.race_folder import FIRST, RaceFolder
 from lightning_unlearn.scores.racing import Race
 from lightning_unlearn.scores.table import ScoreTable
 
